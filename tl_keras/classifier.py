@@ -1,0 +1,359 @@
+"""The classifier: image bytes → class probabilities; decoding, preprocessing, trunk, tail, head and labels in one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import (  # the documented way has no public name (TF 2.21)
+    convert_variables_to_constants_v2,
+)
+
+from tl_keras.backbones import preprocessing  # noqa: F401 (makes Keras know our layer when it loads a network)
+from tl_keras.data.formats import explain_unreadable
+from tl_keras.data.images import decode_batch, explain_broken
+from tl_keras.errors import UserError
+from tl_keras.run import disk_errors, read_json, write_atomically
+
+TOP_K = 5
+_GRAPH_LIMIT_BYTES = 2_000_000_000  # a protobuf holds at most 2 GiB
+_FORMAT = 1
+_PREDICT_BATCH = 32
+_NETWORK_FILE, _DESCRIPTION_FILE, _SAMPLES_FILE = "network.keras", "classifier.json", "samples.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A trained network with all that turns an image's bytes into probabilities.
+
+    Attributes:
+        network: one flat graph: images, float32 RGB 0 to 255 `(b, size, size, 3)` → logits `(b, classes)`.
+        name: of the data set and the backbone.
+        labels: the classes, in the order of the logits.
+        backbone: the preset's name.
+        embedding_layer: the backbone's last layer, which gives the embedding.
+        resize: how images are brought to size.
+    """
+
+    network: keras.Model
+    name: str
+    labels: tuple[str, ...]
+    backbone: str
+    embedding_layer: str
+    resize: str
+
+    @property
+    def embedder(self) -> keras.Model:
+        """The trained backbone alone: images → embeddings `(b, dim)`."""
+        return keras.Model(self.network.input, self.network.get_layer(self.embedding_layer).output, name=self.backbone)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the network's input in pixels."""
+        return int(self.network.input_shape[1])
+
+    def save(self, folder: Path, *, samples: Sequence[bytes], expected: np.ndarray) -> None:
+        """Writes `network.keras`, `classifier.json`, and `samples.npz` for whoever exports it later.
+
+        Args:
+            folder: where; made where it does not exist.
+            samples: m encoded images.
+            expected: their probabilities as evaluated, float32 `(m, classes)`.
+
+        Raises:
+            UserError: the disk is full, or the folder can't be written.
+        """
+        description = {
+            "format": _FORMAT,
+            "name": self.name,
+            "backbone": self.backbone,
+            "embedding_layer": self.embedding_layer,
+            "resize": self.resize,
+            "image_size": self.image_size,
+            "labels": list(self.labels),
+        }
+        with disk_errors(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.network.save(folder / "unfinished.keras")  # Keras insists on the suffix
+            (folder / "unfinished.keras").rename(folder / _NETWORK_FILE)
+        images = {f"image_{number}": np.frombuffer(sample, np.uint8) for number, sample in enumerate(samples)}
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **{"expected": expected, **images})
+        write_atomically(folder / _SAMPLES_FILE, content.getvalue())
+        write_atomically(folder / _DESCRIPTION_FILE, json.dumps(description, indent=2, ensure_ascii=False).encode())
+
+
+class Servable(tf.Module):  # type: ignore[misc]
+    """A classifier as a graph: the signatures of the exported model.
+
+    The network is frozen to constants: no variable is tracked, so that it loads through a TF1 session as in TF Serving,
+    and TensorFlow's optimiser can fold and fuse it.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        """Freezes the classifier's network.
+
+        Raises:
+            UserError: the network is too large for one graph.
+        """
+        super().__init__(name="classifier")
+        size = sum(int(np.prod(variable.shape)) * 4 for variable in classifier.network.variables)
+        if size > _GRAPH_LIMIT_BYTES:
+            raise UserError(
+                f"the network has {size / 1e9:.1f} GB of weights; one graph holds 2 GB. Choose a smaller backbone."
+            )
+        self._image_size, self._resize = classifier.image_size, classifier.resize
+        self._network = _freeze(classifier.network, classifier.embedding_layer)
+        self._labels = classifier.labels
+        self.endpoints = self._make_endpoints()  # "signatures" is a name that SavedModel keeps for itself
+
+    def _make_endpoints(self) -> dict[str, Any]:
+        image_bytes = tf.TensorSpec((None,), tf.string, name="image_bytes")
+        side = self._image_size
+        pixels = tf.TensorSpec((None, side, side, 3), tf.float32, name="images")
+
+        @tf.function(input_signature=(image_bytes,), autograph=False)
+        def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            images, valid = decode_batch(image_bytes, image_size=side, resize=self._resize)
+            return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
+
+        @tf.function(input_signature=(pixels,), autograph=False)
+        def serve_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self._answer(self._run(images)[1], tf.ones(tf.shape(images)[:1], tf.bool))
+
+        @tf.function(input_signature=(image_bytes,), autograph=False)
+        def serve_embeddings(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            images, valid = decode_batch(image_bytes, image_size=side, resize=self._resize)
+            embeddings = self._run(tf.cast(images, tf.float32))[0]
+            return {"embeddings": tf.where(valid[:, tf.newaxis], embeddings, 0.0)}
+
+        return {"serving_default": serve, "pixels": serve_pixels, "embeddings": serve_embeddings}
+
+    def _run(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Embeddings and probabilities; an empty batch gets one row, which no convolution can do without."""
+        count = tf.shape(images)[0]
+        filler = tf.zeros((tf.maximum(1 - count, 0), *images.shape[1:]))
+        embeddings, probabilities = self._network(tf.concat([images, filler], 0))
+        return embeddings[:count], probabilities[:count]
+
+    def _answer(self, probabilities: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The outputs that DESIGN.md lists; zeros, empty labels and -1 where the image is not valid."""
+        probabilities = tf.where(valid[:, tf.newaxis], probabilities, 0.0)
+        scores, class_ids = tf.math.top_k(probabilities, min(TOP_K, len(self._labels)))
+        labels = tf.gather(tf.constant(self._labels), class_ids)
+        return {
+            "probabilities": probabilities,
+            "labels": tf.where(valid[:, tf.newaxis], labels, ""),
+            "scores": scores,
+            "class_ids": tf.where(valid[:, tf.newaxis], tf.cast(class_ids, tf.int64), tf.constant(-1, tf.int64)),
+            "valid": valid,
+        }
+
+
+class LoadedClassifier:
+    """A classifier to be used: from a run folder or an exported model, the same graph either way."""
+
+    def __init__(self, serve: Any, labels: Sequence[str], *, image_size: int, resize: str) -> None:
+        """Args: serve: the signature `serving_default`."""
+        self._serve, self.labels, self._image_size, self._resize = serve, tuple(labels), image_size, resize
+
+    def predict(self, images: Sequence[str | Path | bytes] | str | Path | bytes) -> list[dict[str, Any]]:
+        """Classifies images.
+
+        Args:
+            images: paths or encoded bytes, one or several.
+
+        Returns:
+            For each image `predicted`, `probability`, `labels` and `scores` (the best five), `probabilities` (all
+            classes, float32) and `error`, empty where the image is good.
+        """
+        items = [images] if isinstance(images, (str, bytes, Path)) else list(images)
+        contents = (item if isinstance(item, bytes) else _read_or_empty(Path(item)) for item in items)
+        return [prediction for batch in self.predict_batches(contents) for prediction in batch]
+
+    def predict_batches(self, contents: Iterable[bytes]) -> Iterator[list[dict[str, Any]]]:
+        """Classifies a stream of encoded images, a batch at a time; memory does not grow with their number."""
+        batch: list[bytes] = []
+        for content in contents:
+            batch.append(content)
+            if len(batch) == _PREDICT_BATCH:
+                yield self._predict_batch(batch)
+                batch = []
+        if batch:
+            yield self._predict_batch(batch)
+
+    def _predict_batch(self, batch: list[bytes]) -> list[dict[str, Any]]:
+        answer = self._serve(image_bytes=tf.constant(batch, tf.string))
+        rows = {name: values.numpy() for name, values in answer.items()}
+        return [
+            self._as_prediction({name: values[row] for name, values in rows.items()}, content)
+            for row, content in enumerate(batch)
+        ]
+
+    def _as_prediction(self, row: Mapping[str, Any], content: bytes) -> dict[str, Any]:
+        labels = [label.decode("utf-8") for label in row["labels"]]
+        error = ""
+        if not row["valid"]:
+            broken = explain_broken(content, image_size=self._image_size, resize=self._resize)
+            error = explain_unreadable(content) or broken or "can't be decoded"
+        return {
+            "predicted": labels[0],
+            "probability": float(row["scores"][0]),
+            "labels": labels,
+            "scores": [float(score) for score in row["scores"]],
+            "probabilities": row["probabilities"],
+            "error": error,
+        }
+
+
+def load(path: str) -> LoadedClassifier:
+    """Loads a classifier to be used.
+
+    Args:
+        path: a run folder, or an exported version folder.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        UserError: there is none at `path`, or it is damaged.
+    """
+    if is_exported(Path(path)):
+        return _load_exported(Path(path))
+    classifier = load_trained(path)
+    servable = Servable(classifier)
+    return LoadedClassifier(
+        servable.endpoints["serving_default"],
+        classifier.labels,
+        image_size=classifier.image_size,
+        resize=classifier.resize,
+    )
+
+
+def load_trained(path: str) -> Classifier:
+    """Loads the classifier of a run folder, with its Keras network.
+
+    Raises:
+        UserError: there is none at `path`, or it is damaged.
+    """
+    root = Path(path)
+    folder = root if (root / _DESCRIPTION_FILE).is_file() else root / "classifier"
+    if not root.exists():
+        raise UserError(f"{path} does not exist. Give a run folder (runs/NAME) or an exported version folder.")
+    if is_exported(root):
+        raise UserError(f"{path} is an exported model; here a run folder (runs/NAME) is needed.")
+    if not (folder / _DESCRIPTION_FILE).is_file() or not (folder / _NETWORK_FILE).is_file():
+        raise UserError(
+            f"{path} holds no classifier. Give a run folder whose run has ended, or saved_models/NAME/VERSION."
+        )
+    description = read_json(folder / _DESCRIPTION_FILE)
+    try:
+        network = keras.models.load_model(folder / _NETWORK_FILE, compile=False)
+        labels = tuple(description["labels"])
+        return Classifier(
+            network,
+            description["name"],
+            labels,
+            description["backbone"],
+            description["embedding_layer"],
+            description["resize"],
+        )
+    except Exception as error:  # Keras raises the exceptions of zipfile, h5py and json
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"the classifier in {path} is damaged: {type(error).__name__}: {first}. Train it again."
+        ) from error
+
+
+def load_samples(path: str) -> tuple[list[bytes], np.ndarray]:
+    """Real images of a run with the probabilities that were evaluated.
+
+    Args:
+        path: the run folder.
+
+    Returns:
+        m encoded images, and float32 `(m, classes)`.
+
+    Raises:
+        UserError: the run has none.
+    """
+    file = Path(path) / "classifier" / _SAMPLES_FILE
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images = [arrays[f"image_{number}"].tobytes() for number in range(len(arrays["expected"]))]
+            return images, arrays["expected"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is missing or damaged: {error}. Train the classifier again.") from error
+
+
+def is_run(path: str) -> bool:
+    """Whether a path is a folder, and so, where weights are asked for, the run folder of an earlier run."""
+    return Path(path).is_dir()
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is an exported version folder."""
+    return (path / "saved_model.pb").is_file()
+
+
+def read_labels(path: Path) -> list[str]:
+    """The labels of an exported version folder.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        return (path / "assets" / "labels.txt").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} has no assets/labels.txt: it was not exported by tl_keras.") from error
+
+
+def _load_exported(path: Path) -> LoadedClassifier:
+    labels = read_labels(path)
+    try:
+        model = tf.saved_model.load(str(path))
+        serve = model.signatures["serving_default"]
+        size = int(model.signatures["pixels"].structured_input_signature[1]["images"].shape[1])
+    except Exception as error:  # TensorFlow raises several, none of its own for a damaged model
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"the exported model {path} is damaged: {type(error).__name__}: {first}. Export it again."
+        ) from error
+    return LoadedClassifier(_Kept(model, serve), labels, image_size=size, resize="crop")
+
+
+class _Kept:
+    """A signature that keeps its model alive."""
+
+    def __init__(self, model: Any, serve: Any) -> None:
+        self._model, self._serve = model, serve
+
+    def __call__(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        answer: dict[str, tf.Tensor] = self._serve(image_bytes=image_bytes)
+        return answer
+
+
+def _freeze(network: keras.Model, embedding_layer: str) -> Any:
+    """Images → embeddings and probabilities, as one function without variables."""
+    both = keras.Model(network.input, [network.get_layer(embedding_layer).output, network.output])
+
+    @tf.function(input_signature=(tf.TensorSpec((None, *network.input_shape[1:]), tf.float32),), autograph=False)
+    def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        embeddings, logits = both(images, training=False)
+        return embeddings, tf.nn.softmax(logits)
+
+    return convert_variables_to_constants_v2(run.get_concrete_function())
+
+
+def _read_or_empty(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

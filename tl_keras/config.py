@@ -1,0 +1,407 @@
+"""Every setting: one dataclass field each, from which its command-line flag is made.
+
+A mode's settings are the fields whose `modes` name it. `Config` is checked whole, once, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import io
+import math
+import os
+import typing
+from typing import Any
+
+from absl import flags
+
+from tl_keras.errors import UserError
+
+MODES = ("finetune", "evaluate", "predict", "export", "doctor")
+_TRAIN = ("finetune",)
+_DATA = ("finetune", "evaluate")
+_READ = ("evaluate", "predict", "export")
+_EXPORT = ("finetune", "export")
+_RUN = ("finetune", "evaluate")
+
+
+def _setting(
+    default: Any,
+    help: str,
+    modes: tuple[str, ...],
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    mode_defaults: dict[str, Any] | None = None,
+) -> Any:
+    """One setting: default, help, the modes that use it, what is allowed, and defaults that differ by mode."""
+    metadata = {
+        "help": help,
+        "modes": modes,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "mode_defaults": mode_defaults or {},
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_store_dir() -> str:
+    """`tl_keras` in the user's cache folder (XDG Base Directory Specification); a machine without a home has none."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "tl_keras") if os.path.isabs(cache) else os.path.join(os.getcwd(), ".tl_keras_store")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where labelled images come from and how they are split."""
+
+    dataset: str | None = _setting(
+        None,
+        "a TFDS classification set (name, name/config:version), folder:PATH, csv:PATH or digits (stanford_dogs; "
+        "evaluate: the classifier's own)",
+        _DATA,
+        mode_defaults={"finetune": "stanford_dogs"},
+    )
+    data_dir: str | None = _setting(None, "where TFDS keeps its data (TFDS's own default)", _DATA)
+    classes: tuple[str, ...] = _setting((), "only these classes, comma-separated (all)", _DATA)
+    val_fraction: float = _setting(0.1, "carved from train where the source has no val", _TRAIN, minimum=0, maximum=0.9)
+    test_fraction: float | None = _setting(
+        None,
+        "carved from train where the source has neither val nor test (0.2); given, it is carved from a source with "
+        "train and val too",
+        _TRAIN,
+        minimum=0,
+        maximum=0.9,
+    )
+    shots: int | None = _setting(None, "so many training examples a class (all)", _TRAIN, minimum=1)
+    max_broken_fraction: float = _setting(0.01, "more broken files than this stop the run", _DATA, minimum=0, maximum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """The pretrained network and how images are brought to its size."""
+
+    backbone: str | None = _setting(
+        None,
+        "any network of keras.applications, in any case (ResNet50; with --weights=RUN that run's)",
+        _TRAIN,
+        mode_defaults={"finetune": "ResNet50"},
+    )
+    backbone_kwargs: str = _setting("", "arguments of the network's constructor: alpha=0.35,...", _TRAIN)
+    weights: str = _setting("imagenet", "imagenet, none, a weights file, or the run folder of an earlier run", _TRAIN)
+    image_size: int | None = _setting(None, "pixels a side (the network's own)", _TRAIN, minimum=1, maximum=4096)
+    resize: str = _setting(
+        "crop",
+        "crop: shortest side, then centre crop; squash: both sides; pad: longest side, then black borders",
+        _TRAIN,
+        choices=("crop", "squash", "pad"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """What is trained, and how."""
+
+    trainable: str = _setting("head", "head, last:N layers, from:LAYER, all", _TRAIN)
+    epochs: int = _setting(10, "epochs of each stage", _TRAIN, minimum=1)
+    batch_size: int = _setting(32, "examples a training step", _TRAIN, minimum=1)
+    optimizer: str = _setting("adamw", "of both stages", _TRAIN, choices=("sgd", "adam", "adamw"))
+    learning_rate: float = _setting(0.0005, "of the head's stage; of the only stage with --weights=none", _TRAIN)
+    backbone_learning_rate: float = _setting(0.0001, "of the stage that trains layers of the backbone", _TRAIN)
+    momentum: float = _setting(0.9, "of sgd", _TRAIN, minimum=0, maximum=0.9999)
+    weight_decay: float = _setting(0.0, "decoupled, on kernels (Loshchilov & Hutter 2019)", _TRAIN, minimum=0)
+    schedule: str = _setting("cosine", "of the learning rate", _TRAIN, choices=("constant", "cosine"))
+    warmup_epochs: float = _setting(0.0, "epochs in which the learning rate rises from 0", _TRAIN, minimum=0)
+    label_smoothing: float = _setting(0.0, "share of probability given to all classes", _TRAIN, minimum=0, maximum=0.9)
+    class_weights: str = _setting(
+        "none", "balanced: rare classes weigh more in the loss", _TRAIN, choices=("none", "balanced")
+    )
+    augment: str = _setting(
+        "none",
+        "flip: mirrored images, kept in the store; crop: random crops and mirrors, new each epoch, through the whole "
+        "network",
+        _TRAIN,
+        choices=("none", "flip", "crop"),
+    )
+    standardize: bool = _setting(True, "the head standardises embeddings by train's mean and variance", _TRAIN)
+    dropout: float = _setting(0.0, "before the head's dense layer", _TRAIN, minimum=0, maximum=0.95)
+    patience: int | None = _setting(None, "epochs without a better val accuracy that end a stage", _TRAIN, minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What runs the frozen trunk, and where its embeddings are kept."""
+
+    engine: str = _setting("auto", "what runs the trunk", _TRAIN, choices=("auto", "tensorflow"))
+    precision: str = _setting(
+        "auto",
+        "auto: bfloat16 where it is 1.3 times faster and true to float32; float16 needs a GPU",
+        _TRAIN,
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    store_dir: str | None = _setting(None, "the embedding store (tl_keras in the user's cache)", (*_TRAIN, "doctor"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What is written, and where."""
+
+    run_dir: str | None = _setting(None, "the run folder (runs/MODE-DATA-BACKBONE-TIME)", _RUN)
+    overwrite: bool = _setting(False, "replace the run folder of an earlier run", _RUN)
+    export: bool = _setting(True, "export a SavedModel when the run ends", _TRAIN)
+    export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", _EXPORT)
+    model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", _EXPORT)
+    seed: int = _setting(0, "of everything random", _TRAIN, minimum=0, maximum=2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadConfig:
+    """What a finished classifier is used on."""
+
+    classifier: str | None = _setting(None, "a run folder or an exported version folder", _READ)
+    images: tuple[str, ...] = _setting((), "files, folders or globs, comma-separated", ("predict",))
+    output: str | None = _setting(None, "the CSV of predictions (standard output)", ("predict",))
+
+
+_GROUPS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "backbone": BackboneConfig,
+    "training": TrainingConfig,
+    "engine": EngineConfig,
+    "run": RunConfig,
+    "read": ReadConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of one invocation, checked."""
+
+    mode: str
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    training: TrainingConfig = TrainingConfig()
+    engine: EngineConfig = EngineConfig()
+    run: RunConfig = RunConfig()
+    read: ReadConfig = ReadConfig()
+
+    def __post_init__(self) -> None:
+        """Checks each setting alone, then those that depend on each other.
+
+        Raises:
+            UserError: a value that is not allowed, or two that exclude each other.
+        """
+        _check_choice("mode", self.mode, MODES)
+        for group, field in _fields():
+            _check_value(field, getattr(getattr(self, group), field.name))
+        _check_together(self)
+
+    def as_flags(self) -> str:
+        """The settings that the mode uses, as a flag file that runs it again."""
+        lines = [f"--mode={self.mode}"]
+        for group, field in _fields():
+            value = getattr(getattr(self, group), field.name)
+            if self.mode in field.metadata["modes"] and value not in {None, ()}:
+                lines.append(_as_flag(field.name, value))
+        return "\n".join(lines) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as nested dictionaries, for `config.json`."""
+        return dataclasses.asdict(self)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The Config that `as_dict` gave, read back from JSON; fields that this version does not know are left out."""
+    groups = {
+        name: group(**{
+            field.name: tuple(values[name][field.name])
+            if isinstance(values[name][field.name], list)
+            else values[name][field.name]
+            for field in dataclasses.fields(group)
+            if field.name in values.get(name, {})
+        })
+        for name, group in _GROUPS.items()
+    }
+    return Config(mode=values["mode"], **groups)
+
+
+def parse_kwargs(text: str) -> dict[str, float | int | bool]:
+    """Reads `--backbone_kwargs`: `alpha=0.35,minimalistic=True`.
+
+    Raises:
+        UserError: a part is not name=value, or a value is neither a number nor True or False.
+    """
+    values: dict[str, float | int | bool] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, separator, value = (piece.strip() for piece in part.partition("="))
+        try:
+            if not separator or not name:
+                raise ValueError
+            words = {"true": True, "false": False}
+            values[name] = words[value.lower()] if value.lower() in words else _number(value)
+        except ValueError as error:
+            raise UserError(
+                f"--backbone_kwargs: {part!r} is not name=value with a number, True or False. For example: alpha=0.35."
+            ) from error
+    return values
+
+
+def _number(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def define_flags() -> flags.FlagValues:
+    """Makes every setting's flag, in a set of flags of its own: other packages' flags do not mix with ours."""
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    flags.DEFINE_string("mode", None, "what to do: " + ", ".join(MODES), flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "print the resolved settings as flags and stop", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help and stop", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("version", False, "show the version and stop", flag_values=values)
+    for group, field in _fields():
+        _define_flag(values, group, field)
+    return values
+
+
+def read_flags(values: flags.FlagValues) -> Config:
+    """Builds the Config from parsed flags.
+
+    Raises:
+        UserError: no mode, a flag that the mode does not use, or a value that is not allowed.
+    """
+    if values["mode"].value is None:
+        raise UserError(f"--mode is missing. Allowed: {', '.join(MODES)}. For example: --mode=finetune.")
+    mode = values["mode"].value
+    _check_choice("mode", mode, MODES)
+    given: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
+    for group, field in _fields():
+        flag = values[field.name]
+        if not flag.present:
+            follows_run = field.name == "backbone" and os.path.isdir(str(values["weights"].value))
+            if mode in field.metadata["mode_defaults"] and not follows_run:
+                given[group][field.name] = field.metadata["mode_defaults"][mode]
+            continue
+        if mode not in field.metadata["modes"]:
+            used_by = ", ".join(field.metadata["modes"])
+            raise UserError(f"--{field.name} is not used by --mode={mode}. It belongs to: {used_by}. Leave it out.")
+        given[group][field.name] = tuple(flag.value) if isinstance(flag.value, list) else flag.value
+    return Config(mode=mode, **{name: _GROUPS[name](**values) for name, values in given.items()})
+
+
+def help_text() -> str:
+    """All flags by group, with their defaults and the modes that use them."""
+    lines = [
+        "tl_keras: transfer learning for image classification, from labelled images to TensorFlow Serving.",
+        "",
+        "  python -m tl_keras.main --mode=MODE [--flag=value ...] [--flagfile=flags/X.flags]",
+        "",
+        f"  --mode: {', '.join(MODES)}",
+        "  --dry_run: print the resolved settings as flags and stop",
+        "  --version, --help",
+    ]
+    for name, group in _GROUPS.items():
+        lines += ["", f"{name}: {(group.__doc__ or '').rstrip('.')}"]
+        for field in dataclasses.fields(group):
+            lines.append(_help_line(field))
+    return "\n".join(lines)
+
+
+def _help_line(field: dataclasses.Field[Any]) -> str:
+    choices = field.metadata["choices"]
+    allowed = f" [{', '.join(choices)}]" if choices else ""
+    default = "" if field.default in {None, (), ""} else f" (default: {field.default})"
+    return f"  --{field.name}{allowed}: {field.metadata['help']}{default}; {', '.join(field.metadata['modes'])}"
+
+
+def _fields() -> list[tuple[str, dataclasses.Field[Any]]]:
+    return [(name, field) for name, group in _GROUPS.items() for field in dataclasses.fields(group)]
+
+
+def _define_flag(values: flags.FlagValues, group: str, field: dataclasses.Field[Any]) -> None:
+    kind = typing.get_type_hints(_GROUPS[group])[field.name]
+    text, default = field.metadata["help"], typing.cast(Any, field.default)
+    if kind is bool:
+        flags.DEFINE_boolean(field.name, default, text, flag_values=values)
+    elif kind == tuple[str, ...]:
+        flags.DEFINE_list(field.name, None, text, flag_values=values)
+    elif int in {kind, *typing.get_args(kind)}:
+        flags.DEFINE_integer(field.name, default, text, flag_values=values)
+    elif float in {kind, *typing.get_args(kind)}:
+        flags.DEFINE_float(field.name, default, text, flag_values=values)
+    else:
+        flags.DEFINE_string(field.name, default, text, flag_values=values)
+
+
+def _as_flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no{name}"
+    if isinstance(value, tuple):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(value)
+        return f"--{name}={text.getvalue()}"
+    return f"--{name}={value}"
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`Did you mean: a, b? ` for the known names most like `name`, ignoring case; empty where none is."""
+    by_lower = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return f"Did you mean: {', '.join(by_lower[word] for word in found)}? " if found else ""
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"--{name}={value} is not known. {nearest(value, choices)}Allowed: {', '.join(choices)}.")
+
+
+def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
+    allowed = field.metadata
+    if value is None:
+        return
+    if allowed["choices"]:
+        _check_choice(field.name, value, allowed["choices"])
+    if isinstance(value, str) and not value and field.default != "":
+        raise UserError(f"--{field.name} is empty. Give it a value, or leave it out.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_range(field.name, value, allowed["minimum"], allowed["maximum"])
+
+
+def _check_range(name: str, value: float, minimum: float | None, maximum: float | None) -> None:
+    low, high = -math.inf if minimum is None else minimum, math.inf if maximum is None else maximum
+    if not low <= value <= high or not math.isfinite(value):
+        bounds = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
+        raise UserError(f"--{name}={value} is out of range. Allowed: {bounds}.")
+
+
+def _check_together(config: Config) -> None:
+    data, training = config.data, config.training
+    parse_kwargs(config.backbone.backbone_kwargs)
+    for name in ("learning_rate", "backbone_learning_rate"):
+        value = getattr(training, name)
+        if not 0 < value <= 1000:
+            raise UserError(f"--{name}={value} is out of range. Allowed: above 0, up to 1000.")
+    if data.val_fraction + (data.test_fraction or 0) >= 0.95:
+        raise UserError(
+            f"--val_fraction={data.val_fraction} and --test_fraction={data.test_fraction} leave nothing to train on. "
+            "Together they may take less than 0.95."
+        )
+    if training.warmup_epochs > training.epochs:
+        raise UserError(
+            f"--warmup_epochs={training.warmup_epochs:g} is more than --epochs={training.epochs}. Give fewer."
+        )
+    if config.mode in _READ and not config.read.classifier:
+        raise UserError(
+            f"--classifier is missing. --mode={config.mode} reads a run folder or an exported version folder: "
+            "--classifier=runs/NAME or --classifier=saved_models/NAME/1."
+        )
+    if config.mode == "predict" and not config.read.images:
+        raise UserError("--images is missing. Give files, folders or globs, comma-separated: --images=photo.jpg.")
+    if config.run.model_name and (
+        os.sep in config.run.model_name or config.run.model_name.startswith(".") or "/" in config.run.model_name
+    ):
+        raise UserError(f"--model_name={config.run.model_name} is not a name. It may not hold '/' or begin with '.'.")

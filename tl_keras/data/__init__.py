@@ -1,0 +1,1 @@
+"""Data: sources of labelled images, their splits, decoding and resizing."""

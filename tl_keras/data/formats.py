@@ -1,0 +1,50 @@
+"""What kind of file some bytes are, told by their content."""
+
+from __future__ import annotations
+
+_CONVERT = "convert it, for example with ImageMagick: magick IN OUT.jpg"
+_READABLE = {"jpeg", "png", "gif", "bmp", "webp"}
+_HEIF_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF"}
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "BigTIFF"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"8BPS", "Photoshop"),
+    (b"%PDF", "PDF"),
+    (b"\0\0\x01\0", "icon"),
+)
+
+
+def name_format(content: bytes) -> str:
+    """The format's name: in lower case where TensorFlow reads it, `unknown` where nothing fits."""
+    for signature, name in _SIGNATURES:
+        if content.startswith(signature):
+            return name
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        is_animated = content[12:16] == b"VP8X" and len(content) > 20 and content[20] & 0x02
+        return "animated WebP" if is_animated else "webp"
+    if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
+        return _HEIF_BRANDS[content[8:12]]
+    if content.lstrip()[:5].lower() in {b"<?xml", b"<svg ", b"<!doc", b"<html"}:
+        return "SVG or HTML text"
+    return "unknown"
+
+
+def explain_unreadable(content: bytes) -> str:
+    """Why TensorFlow can't read such a file, and the way to convert it; empty where its format is one it reads."""
+    if not content:
+        return "empty or unreadable file"
+    name = name_format(content)
+    if name in _READABLE:
+        return ""
+    if name == "unknown":
+        return "not an image: JPEG, PNG, GIF, BMP and WebP are read"
+    return f"{name} is not read by TensorFlow: {_CONVERT}"

@@ -1,0 +1,300 @@
+"""Where labelled images come from: a folder of class folders, a CSV manifest, the digits, any TFDS data set."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import posixpath
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from tl_keras.config import nearest
+from tl_keras.errors import UserError
+
+_SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "gif", "bmp", "webp"),
+        # TensorFlow reads none of these; each is found, named, and told how to be converted
+        *("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ico", "svg", "psd", "raw", "dng"),
+    )
+)
+_READERS = 4
+_READ_AHEAD = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Labelled images that have not been read yet.
+
+    Attributes:
+        name: for the run folder and the exported model.
+        ids: n ids, each once.
+        labels: int32 `(n,)`, index into `class_names`.
+        class_names: in order of name, over all splits together.
+        splits: int8 `(n,)`, as the source has them: 0 train, 1 val, 2 test.
+        read: gives (position, encoded bytes) for the positions asked for; an unreadable file gives b"".
+        origin: what a user is told about the data.
+    """
+
+    name: str
+    ids: Sequence[str]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    splits: np.ndarray
+    read: Callable[[Iterable[int]], Iterator[tuple[int, bytes]]]
+    origin: str = ""
+
+
+def load_source(dataset: str, *, data_dir: str | None, classes: Sequence[str] = ()) -> Source:
+    """Finds the labelled images that `--dataset` names, without reading their pixels.
+
+    Args:
+        dataset: `folder:PATH`, `csv:PATH`, `digits`, or a TFDS data set.
+        data_dir: where TFDS keeps its data.
+        classes: only these, if any.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: it can't be found, reached or understood; the text says what to do.
+    """
+    kind, separator, path = dataset.partition(":")
+    if kind in _LOCAL and separator:
+        source = _LOCAL[kind](path)
+    elif dataset == "digits":
+        source = _load_digits()
+    else:
+        from tl_keras.data import tfds_source  # TFDS may be broken here, which is no matter to the other sources
+
+        source = Source(**tfds_source.load(dataset, data_dir=data_dir))
+    return _only(source, classes) if classes else source
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Files below a folder that have an image's suffix, in order of name; hidden ones are left out, links are followed.
+
+    Raises:
+        UserError: the folder can't be read.
+    """
+    found: list[Path] = []
+    _walk(folder, {os.path.realpath(folder)}, found)
+    return sorted(found)
+
+
+def read_files(paths: Sequence[str], positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """Reads files a little ahead of whoever consumes them; one that can't be read gives b""."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: list[tuple[int, object]] = []
+        for position in positions:
+            waiting.append((int(position), pool.submit(_read_file, paths[position])))
+            if len(waiting) >= _READ_AHEAD:
+                first, future = waiting.pop(0)
+                yield first, future.result()  # type: ignore[attr-defined]
+        for first, future in waiting:
+            yield first, future.result()  # type: ignore[attr-defined]
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def _load_folder(text: str) -> Source:
+    root = Path(text).expanduser()
+    _check_folder(root, "--dataset=folder:")
+    folders = _subfolders(root)
+    by_split = {folder.name: folder for folder in folders if folder.name.lower() in _SPLIT_NAMES}
+    if by_split and len(by_split) == len(folders):
+        labelled = [
+            (path, _SPLIT_NAMES[name.lower()], label.name)
+            for name, split in sorted(by_split.items())
+            for label in _subfolders(split)
+            for path in list_images(label)
+        ]
+    else:
+        labelled = [(path, 0, label.name) for label in folders for path in list_images(label)]
+    if not labelled:
+        raise UserError(
+            f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
+        )
+    ids = [_as_id(path.relative_to(root).as_posix()) for path, _, _ in labelled]
+    return _from_files(
+        _name_of(root),
+        ids,
+        paths=[str(path) for path, _, _ in labelled],
+        class_of=[_as_id(label) for _, _, label in labelled],
+        splits=[split for _, split, _ in labelled],
+    )
+
+
+def _load_csv(text: str) -> Source:
+    manifest = Path(text).expanduser()
+    rows = _read_manifest(manifest)
+    ids, paths, class_of, splits = [], [], [], []
+    for number, row in enumerate(rows, start=2):
+        path, label = (row.get("path") or "").strip(), (row.get("label") or "").strip()
+        split = (row.get("split") or "train").strip().lower()
+        if not path or not label:
+            raise UserError(f"{manifest} line {number} has no {'label' if path else 'path'}. Fill it in or delete it.")
+        if split not in _SPLIT_NAMES:
+            raise UserError(f"{manifest} line {number}: split {split!r} is not known. Allowed: train, val, test.")
+        path = path if os.path.exists(manifest.parent / path) else path.replace("\\", "/")
+        ids.append(_as_id(posixpath.normpath(path)))
+        paths.append(str(manifest.parent / path))
+        class_of.append(_as_id(label))
+        splits.append(_SPLIT_NAMES[split])
+    if not ids:
+        raise UserError(f"{manifest} has no rows. Expected a line path,label[,split], then one line an image.")
+    missing = [path for path in paths if not os.path.exists(path)]
+    if len(missing) == len(paths):
+        raise UserError(
+            f"none of the {len(paths)} files in {manifest} exists, the first is {missing[0]}. Paths are taken from "
+            "the manifest's own folder."
+        )
+    return _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=class_of, splits=splits)
+
+
+def _read_manifest(manifest: Path) -> list[dict[str, str]]:
+    try:
+        raw = manifest.read_bytes()
+    except OSError as error:
+        raise UserError(f"--dataset=csv:{manifest} can't be read: {error.strerror}. Check the path.") from error
+    encoding = "utf-16" if raw[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig"  # Excel writes either mark
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{manifest} is not UTF-8: {error}. Save it as 'CSV UTF-8'.") from error
+    lines = text.splitlines()
+    header = lines[0] if lines else ""
+    delimiter = max(",;\t", key=header.count)  # Excel writes ';' where ',' is the decimal mark
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    columns = [name.strip().lower() for name in reader.fieldnames or []]
+    if not {"path", "label"} <= set(columns):
+        raise UserError(f"{manifest} begins with {header[:80]!r}. Expected the columns path,label[,split].")
+    reader.fieldnames = columns
+    return list(reader)
+
+
+def _load_digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+
+    def read(positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        import tensorflow as tf
+
+        for position in positions:
+            pixels = np.round(digits.images[position] * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+            yield int(position), tf.io.encode_png(pixels).numpy()
+
+    return Source(
+        name="digits",
+        ids=[f"digits/{number:04d}" for number in range(len(digits.target))],
+        labels=digits.target.astype(np.int32),
+        class_names=tuple("0123456789"),
+        splits=np.zeros(len(digits.target), np.int8),
+        read=read,
+        origin="scikit-learn's digits: 8 x 8 pixels, grey",
+    )
+
+
+def _from_files(name: str, ids: list[str], *, paths: list[str], class_of: list[str], splits: list[int]) -> Source:
+    seen: dict[str, str] = {}
+    for one_id, path in zip(ids, paths, strict=True):
+        if one_id in seen:
+            raise UserError(
+                f"two images have the id {one_id}: {seen[one_id]} and {path}. An id may stand for one image only; "
+                "remove or rename one."
+            )
+        seen[one_id] = path
+    class_names = tuple(sorted(set(class_of)))
+    numbers = {label: number for number, label in enumerate(class_names)}
+    return Source(
+        name=name,
+        ids=ids,
+        labels=np.array([numbers[label] for label in class_of], np.int32),
+        class_names=class_names,
+        splits=np.array(splits, np.int8),
+        read=lambda positions: read_files(paths, positions),
+    )
+
+
+def _only(source: Source, classes: Sequence[str]) -> Source:
+    """The source with only some classes, in order of name."""
+    wanted = [_as_id(name.strip()) for name in classes]
+    for name in wanted:
+        if name not in source.class_names:
+            known = ", ".join(source.class_names[:10]) + (", ..." if len(source.class_names) > 10 else "")
+            raise UserError(
+                f"--classes: the data has no class {name!r}. {nearest(name, source.class_names)}It has: {known}."
+            )
+    kept_names = tuple(sorted(set(wanted)))
+    numbers = np.full(len(source.class_names), -1, np.int32)
+    for new, name in enumerate(kept_names):
+        numbers[source.class_names.index(name)] = new
+    kept = np.flatnonzero(numbers[source.labels] >= 0)
+    new_positions = {int(position): new for new, position in enumerate(kept)}
+
+    def read(positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        for position, content in source.read(kept[np.asarray(list(positions), np.int64)]):
+            yield new_positions[position], content
+
+    return dataclasses.replace(
+        source,
+        ids=[source.ids[position] for position in kept.tolist()],
+        labels=numbers[source.labels[kept]],
+        class_names=kept_names,
+        splits=source.splits[kept],
+        read=read,
+    )
+
+
+def _walk(folder: Path, parents: set[str], found: list[Path]) -> None:
+    for path in _children(folder):
+        if path.is_dir():
+            real = os.path.realpath(path)
+            if real not in parents:  # a link to a folder above would never end
+                _walk(path, parents | {real}, found)
+        elif path.suffix.lower() in _SUFFIXES:
+            found.append(path)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in _children(folder) if path.is_dir()]
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"the folder {folder} can't be read: {error.strerror}. Check its permissions.") from error
+
+
+def _check_folder(folder: Path, flag: str) -> None:
+    if not folder.exists():
+        raise UserError(f"{flag}{folder} does not exist. Check the path.")
+    if not folder.is_dir():
+        raise UserError(f"{flag}{folder} is not a folder. Give the folder that holds one folder a class.")
+
+
+def _as_id(text: str) -> str:
+    """One spelling of a name on every system: macOS writes accents apart (Unicode NFD), others together (NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _name_of(path: Path) -> str:
+    name = path.resolve().name or "data"
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "data"
+
+
+_LOCAL: dict[str, Callable[[str], Source]] = {"folder": _load_folder, "csv": _load_csv}

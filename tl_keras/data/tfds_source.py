@@ -1,0 +1,196 @@
+"""Any classification set of TensorFlow Datasets, by name."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tl_keras.config import nearest
+from tl_keras.data.splits import UNUSED
+from tl_keras.errors import UserError
+
+_REACH_SECONDS = 10.0
+_SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "valid": 1, "dev": 1, "test": 2}
+
+
+def load(name: str, *, data_dir: str | None) -> dict[str, Any]:
+    """Loads a data set, downloading and preparing it where it is not there yet.
+
+    Args:
+        name: `name` or `name/config:version`.
+        data_dir: where TFDS keeps its data.
+
+    Returns:
+        The fields of a `Source`.
+
+    Raises:
+        UserError: TFDS can't be imported, has no such set, or can't fetch it; it is no classification set.
+    """
+    tfds = import_tfds()
+    builder = _build(tfds, name, data_dir)
+    image_key, label_key = _keys(builder, name)
+    _prepare(tfds, builder)
+    splits = [split for split in builder.info.splits if split in _SPLIT_NAMES]
+    if "train" not in splits:
+        found = ", ".join(builder.info.splits) or "none"
+        raise UserError(f"the TFDS data set {name} has no train split (it has: {found}). Choose another.")
+    names = list(builder.info.features[label_key].names)
+    order = sorted(range(len(names)), key=lambda number: names[number])  # classes are in order of name, everywhere
+    renumber = np.empty(len(names), np.int32)
+    renumber[order] = np.arange(len(names), dtype=np.int32)
+    ids, labels, given = _scan(tfds, builder, splits, label_key)
+    return {
+        "name": builder.info.name,
+        "ids": ids,
+        "labels": renumber[labels],
+        "class_names": tuple(names[number] for number in order),
+        "splits": given,
+        "read": _Reader(tfds, builder, splits, image_key, label_key),
+        "origin": f"TensorFlow Datasets {builder.info.full_name}",
+    }
+
+
+def import_tfds() -> Any:
+    """Imports TFDS, which fails on some machines.
+
+    Raises:
+        UserError: it can't be imported, with the cause.
+    """
+    try:
+        import tensorflow_datasets as tfds
+
+        tfds.core.DatasetBuilder  # noqa: B018 (TFDS imports lazily: a broken protobuf shows only now)
+    except Exception as error:  # whatever its own imports raise
+        raise UserError(
+            f"TensorFlow Datasets can't be imported: {type(error).__name__}: {error}. Try: pip install --upgrade "
+            "tensorflow-datasets protobuf importlib_resources. folder:PATH and csv:PATH work without it."
+        ) from error
+    return tfds
+
+
+class _Reader:
+    """Reads encoded images in the order in which TFDS stores them."""
+
+    def __init__(self, tfds: Any, builder: Any, splits: list[str], image_key: str, label_key: str) -> None:
+        self._load = lambda: _iterate(tfds, builder, splits, {image_key, label_key}, {image_key})
+        self._image_key = image_key
+
+    def __call__(self, positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        wanted = {int(position) for position in positions}
+        if not wanted:
+            return
+        last = max(wanted)
+        for position, (_, example) in enumerate(self._load()):
+            if position in wanted:
+                yield position, example[self._image_key]
+            if position == last:
+                return
+
+
+def _build(tfds: Any, name: str, data_dir: str | None) -> Any:
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        if os.path.exists(name):
+            advice = f"For a folder of your own: --dataset=folder:{name}."
+        else:
+            advice = "See https://www.tensorflow.org/datasets/catalog, or give folder:PATH, csv:PATH or digits."
+        raise UserError(
+            f"--dataset={name} is not a data set of TFDS. {nearest(name.split('/')[0], known)}{advice}"
+        ) from error
+    except (ValueError, AssertionError, OSError, ImportError) as error:
+        raise UserError(f"--dataset={name}: TFDS can't load it: {_first_line(error)}. Check its name.") from error
+
+
+def _keys(builder: Any, name: str) -> tuple[str, str]:
+    keys = builder.info.supervised_keys
+    features = builder.info.features
+    if keys is None and "image" in features and "label" in features:
+        keys = ("image", "label")  # a set with boxes as well, as stanford_dogs, names none
+    if keys is None or len(keys) != 2 or not hasattr(features.get(keys[1]), "names"):
+        raise UserError(
+            f"--dataset={name} is not a classification set: it has no image with one label. Choose another."
+        )
+    if type(features[keys[0]]).__name__ != "Image":
+        raise UserError(f"--dataset={name} is not a set of images: its input is {type(features[keys[0]]).__name__}.")
+    return keys[0], keys[1]
+
+
+def _prepare(tfds: Any, builder: Any) -> None:
+    if builder.data_path.exists():
+        return
+    manual = os.path.join(os.path.expanduser(str(builder._data_dir_root)), "downloads", "manual")
+    missing = {
+        url: info.filename
+        for url, info in builder.url_infos.items()
+        if not os.path.exists(os.path.join(manual, info.filename))
+    }
+    _check_reachable(builder.info.name, missing, manual)
+    config = tfds.download.DownloadConfig(manual_dir=manual if os.path.isdir(manual) else None)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:  # TFDS raises the exceptions of every library it uses
+        raise UserError(
+            f"TFDS could not prepare {builder.info.name}: {type(error).__name__}: {_first_line(error)}. "
+            f"{_advice(missing, manual)}"
+        ) from error
+
+
+def _check_reachable(name: str, urls: dict[str, str], manual: str) -> None:
+    """Asks the server of the first missing file for a sign of life: TFDS itself tries for over three minutes."""
+    for url in list(urls)[:1]:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # it answers; what it says is TFDS's to judge
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"{name} can't be downloaded: {url} can't be reached ({reason}). {_advice(urls, manual)}"
+            ) from error
+
+
+def _advice(urls: dict[str, str], manual: str) -> str:
+    if not urls:
+        return "Check the network, or use another --data_dir that has it."
+    return (
+        f"Download {', '.join(urls)} on a machine that reaches it, put the files into {manual} and run again; or give "
+        "a --data_dir that has the set."
+    )
+
+
+def _iterate(
+    tfds: Any, builder: Any, splits: list[str], fields: set[str], encoded: set[str]
+) -> Iterator[tuple[str, Any]]:
+    """Examples in stored order, images as encoded bytes, only the fields asked for."""
+    read_config = tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=True, try_autocache=False)
+    decoders = tfds.decode.PartialDecoding(
+        dict.fromkeys(fields, True), decoders={key: tfds.decode.SkipDecoding() for key in encoded}
+    )
+    for split in splits:
+        data = builder.as_dataset(split=split, shuffle_files=False, decoders=decoders, read_config=read_config)
+        for example in data.as_numpy_iterator():
+            yield split, example
+
+
+def _scan(tfds: Any, builder: Any, splits: list[str], label_key: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    ids: list[str] = []
+    labels: Any = []
+    given: Any = []
+    for split, example in _iterate(tfds, builder, splits, {label_key}, set()):
+        ids.append(example["tfds_id"].decode())
+        labels.append(int(example[label_key]))
+        given.append(_SPLIT_NAMES[split])
+    labels, given = np.array(labels, np.int32), np.array(given, np.int8)
+    given[labels < 0] = UNUSED  # a hidden test split has the label -1
+    return ids, labels, given
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

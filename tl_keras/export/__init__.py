@@ -1,0 +1,1 @@
+"""Export: a classifier as a SavedModel for TensorFlow Serving, compared with what was evaluated."""

@@ -1,0 +1,142 @@
+"""Loads an exported model as TF Serving does, in a fresh process without Keras, and compares its answers.
+
+As a program (`python -m tl_keras.export.parity`) it is that process: it reads a line of JSON, answers with one.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tl_keras.errors import UserError
+
+_BATCH_SIZES = (1, 8)
+_SECONDS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How well an exported model agrees with what was evaluated.
+
+    Attributes:
+        count: images compared.
+        decisions: share of images with the same best class.
+        largest_difference: of any probability.
+        batch_difference: largest difference of any probability between two batch sizes.
+    """
+
+    count: int
+    decisions: float
+    largest_difference: float
+    batch_difference: float
+
+
+class ParityProcess:
+    """A fresh Python that loads TensorFlow while the model is still being written."""
+
+    def __enter__(self) -> ParityProcess:
+        """Starts it."""
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "CUDA_VISIBLE_DEVICES": "-1",  # this process may hold all of the GPU's memory
+        }
+        self._stderr = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tl_keras.export.parity"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends it."""
+        with contextlib.suppress(OSError):
+            self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def compare(self, folder: Path, samples: Sequence[bytes], expected: np.ndarray) -> Agreement:
+        """Runs images through the model there, in two batch sizes.
+
+        Args:
+            folder: the exported model.
+            samples: m encoded images.
+            expected: their probabilities, float32 `(m, classes)`.
+
+        Returns:
+            The agreement.
+
+        Raises:
+            UserError: the model can't be loaded, or finds an image invalid that was evaluated.
+        """
+        question = {"folder": str(folder), "images": [base64.b64encode(sample).decode() for sample in samples]}
+        try:
+            answer, _ = self._process.communicate(json.dumps(question).encode() + b"\n", timeout=_SECONDS)
+            found = json.loads(answer)
+        except (subprocess.TimeoutExpired, ValueError, OSError) as error:
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"the exported model can't be loaded as TF Serving loads it: {lines[-1][:300]}. Nothing was exported."
+            ) from error
+        first, second = (np.array(batches, np.float32) for batches in found["probabilities"])
+        return _compare(expected, first, second, all_valid=bool(found["valid"]))
+
+
+def _compare(expected: np.ndarray, first: np.ndarray, second: np.ndarray, *, all_valid: bool) -> Agreement:
+    if not all_valid:
+        raise UserError("the exported model finds images invalid that were evaluated. Nothing was exported.")
+    return Agreement(
+        count=len(expected),
+        decisions=float(np.mean(expected.argmax(1) == first.argmax(1))),
+        largest_difference=float(np.abs(expected - first).max()),
+        batch_difference=float(np.abs(first - second).max()),
+    )
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Loads the model through a TF1 session and runs its signature, as TF Serving's C++ does."""
+    import tensorflow as tf
+
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        meta = tf.compat.v1.saved_model.load(session, ["serve"], question["folder"])
+        signature = meta.signature_def["serving_default"]
+        feed = signature.inputs["image_bytes"].name
+        fetches = [signature.outputs[name].name for name in ("probabilities", "valid")]
+        images = [base64.b64decode(image) for image in question["images"]]
+        probabilities, valid = [], True
+        for size in _BATCH_SIZES:
+            parts = [session.run(fetches, {feed: images[i : i + size]}) for i in range(0, len(images), size)]
+            probabilities.append(np.concatenate([part[0] for part in parts]).tolist())
+            valid = valid and all(bool(part[1].all()) for part in parts)
+    return {"probabilities": probabilities, "valid": valid}
+
+
+def _main() -> None:
+    sys.modules["keras"] = None  # type: ignore[assignment]  # whoever imports Keras fails, as in TF Serving
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf  # noqa: F401 (loaded while the question is being prepared)
+
+    answer = json.dumps(_answer(json.loads(sys.stdin.readline())))
+    sys.stdout.write(answer)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,134 @@
+"""Writes `saved_models/NAME/VERSION/`, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tl_keras.classifier import Classifier, Servable
+from tl_keras.errors import UserError
+from tl_keras.export.parity import Agreement, ParityProcess
+from tl_keras.run import disk_errors
+
+AGREE_AT_LEAST = 0.99
+_DIFFERENCE_AT_MOST = {"float32": 1e-3, "TensorFloat-32": 2e-2, "bfloat16": 0.5, "float16": 0.5}
+_TRIES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Where the model is, and how well it agrees with the classifier that was evaluated."""
+
+    path: Path
+    agreement: Agreement
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        return {"path": str(self.path), **dataclasses.asdict(self.agreement)}
+
+
+def describe_request(path: Path) -> str:
+    """A `curl` line that asks TF Serving, once it serves this model, about one photograph."""
+    body = """'{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}'"""
+    return f"echo {body} | curl -d @- http://localhost:8501/v1/models/{path.parent.name}:predict"
+
+
+def export_saved_model(
+    classifier: Classifier,
+    *,
+    export_dir: str,
+    name: str,
+    samples: Sequence[bytes],
+    expected: np.ndarray,
+    precision: str,
+    show: Callable[[str], None],
+) -> Exported:
+    """Writes the next free version and checks what was written before it gets its name.
+
+    Args:
+        classifier: what was evaluated.
+        export_dir: the folder of all models.
+        name: the model's name.
+        samples: m encoded images, m at least 1.
+        expected: their probabilities as evaluated, float32 `(m, classes)`.
+        precision: of the trunk that gave them; what it may explain of a difference.
+        show: shows a line.
+
+    Returns:
+        The version folder, and the agreement.
+
+    Raises:
+        UserError: the folder can't be written, or what was written answers otherwise than what was evaluated.
+    """
+    with ParityProcess() as parity, disk_errors(f"the model folder {export_dir}"):
+        parent = Path(export_dir) / name
+        parent.mkdir(parents=True, exist_ok=True)
+        # a name that is no number: TF Serving ignores it
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+        try:
+            _write(classifier, unfinished)
+            agreement = parity.compare(unfinished, samples, expected)
+            show(
+                f"export: {agreement.count} images through the exported model in a fresh process: decisions agree in "
+                f"{agreement.decisions:.3f}, largest difference of a probability {agreement.largest_difference:.1e}"
+            )
+            check_agreement(agreement, precision)
+            unfinished.chmod(0o755)
+            return Exported(_take_version(unfinished, parent), agreement)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_agreement(agreement: Agreement, precision: str) -> None:
+    """Refuses a model that answers otherwise than the classifier that was evaluated.
+
+    Raises:
+        UserError: by more than the precision explains.
+    """
+    if agreement.batch_difference > _DIFFERENCE_AT_MOST["float32"]:
+        raise UserError(
+            f"the exported model answers otherwise in another batch size (by {agreement.batch_difference:.1e}). "
+            "Nothing was exported; please report this with the run folder."
+        )
+    if precision == "float32" and tf.config.list_physical_devices("GPU"):
+        precision = "TensorFloat-32"
+    if agreement.largest_difference > _DIFFERENCE_AT_MOST[precision] or agreement.decisions < AGREE_AT_LEAST:
+        advice = "Run again with --precision=float32" if precision != "float32" else "Please report this"
+        raise UserError(
+            f"the exported model is not what was evaluated: decisions agree in {agreement.decisions:.3f} (needed: "
+            f"{AGREE_AT_LEAST}), largest difference {agreement.largest_difference:.1e} (allowed in {precision}: "
+            f"{_DIFFERENCE_AT_MOST[precision]:.0e}). Nothing was exported. {advice}; the run folder is kept."
+        )
+
+
+def _write(classifier: Classifier, folder: Path) -> None:
+    servable = Servable(classifier)
+    try:
+        tf.saved_model.save(servable, str(folder), signatures=servable.endpoints)
+    except tf.errors.OpError as error:
+        raise OSError(None, error.message) from error
+    assets = folder / "assets"
+    assets.mkdir(exist_ok=True)
+    (assets / "labels.txt").write_text("".join(f"{label}\n" for label in classifier.labels), encoding="utf-8")
+
+
+def _take_version(unfinished: Path, parent: Path) -> Path:
+    """Renames the folder to the next free number; another export may take one at the same moment."""
+    numbers = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
+    first = max(numbers, default=0) + 1
+    for number in range(first, first + _TRIES):
+        try:
+            os.rename(unfinished, parent / str(number))
+            return parent / str(number)
+        except OSError:
+            if not (parent / str(number)).exists():
+                raise
+    raise UserError(f"{parent} has no free version number after {first}. Clear old versions.")

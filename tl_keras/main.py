@@ -1,0 +1,114 @@
+"""The door: parse the flags, build the Config, call the mode. A user's mistake becomes one line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+
+from tl_keras import __version__, config
+from tl_keras.errors import UserError
+from tl_keras.run import INTERRUPTED
+
+_MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
+_CHATTER = re.compile(
+    r"^(WARNING: All log messages before|[IW]\d{4} |To enable the following instructions|.*failed call to cuInit)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: program name, then flags; the process's own where not given.
+
+    Returns:
+        The exit status: 0, 1 for a user's mistake, 130 where the user interrupted.
+    """
+    try:
+        return _run(list(sys.argv if argv is None else argv))
+    except UserError as error:
+        print(f"tl_keras: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tl_keras: interrupted; what was done is kept", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `predict | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    values = config.define_flags()
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        text = str(error).removeprefix("ERROR:: ").replace(" ?", "?").rstrip(".")
+        raise UserError(f"{text}. `python -m tl_keras.main --help` lists all flags.") from error
+    if values["help"].value:
+        print(config.help_text())
+        return 0
+    if values["version"].value:
+        print(f"tl_keras {__version__}")
+        return 0
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag. Every setting is a flag: --name=value.")
+    settings = config.read_flags(values)
+    if values["dry_run"].value:
+        print(settings.as_flags(), end="")
+        return 0
+    with _quiet_tensorflow():
+        mode = importlib.import_module(_MODULES[settings.mode])
+    return int(mode.run(settings).exit_status)
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """Keeps what TensorFlow's C++ writes to stderr while it is loaded off the screen; errors are shown all the same.
+
+    TF_CPP_MIN_LOG_LEVEL alone does not: its first lines are written before the setting is read (TF 2.21).
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+            _start_devices()
+        except ImportError as error:
+            raise UserError(
+                f"TensorFlow can't be imported: {error}. Try: pip install --force-reinstall tensorflow keras."
+            ) from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            caught.seek(0)
+            for line in caught.read().decode("utf-8", "replace").splitlines():
+                if line.strip() and not _CHATTER.match(line):
+                    print(line, file=sys.stderr)
+
+
+def _start_devices() -> None:
+    """Lets TensorFlow find its devices now, while its messages about them are caught."""
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].config.list_logical_devices()
+
+
+def entry_point() -> None:
+    """The installed command `tl_keras`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,1 @@
+"""One file a mode, read from top to bottom like a recipe."""

@@ -1,0 +1,149 @@
+"""`--mode=evaluate`: a finished classifier on labelled images."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tl_keras.classifier import LoadedClassifier, load
+from tl_keras.config import Config, from_dict, nearest
+from tl_keras.data.examples import Examples, scan, split_source
+from tl_keras.data.sources import Source, load_source
+from tl_keras.data.splits import SPLITS, UNUSED
+from tl_keras.errors import UserError
+from tl_keras.evaluation.metrics import headline
+from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
+from tl_keras.run import Result, RunFolder, Screen, Stopwatch, name_run, read_json
+
+
+def run(config: Config) -> Result:
+    """Scores a classifier on the val and test of its own data, or on all labelled images of another source."""
+    screen, watch = Screen(), Stopwatch()
+    path = Path(str(config.read.classifier))
+    with watch.stage("classifier"):
+        classifier = load(str(path))
+    with watch.stage("data"):
+        source, splits = _load_data(config, path)
+        source = _renumber(source, classifier.labels)
+        folder = RunFolder.create(
+            config.run.run_dir or name_run("evaluate", source.name, path.resolve().name),
+            overwrite=config.run.overwrite,
+            config=config.as_dict(),
+            flags=config.as_flags(),
+        )
+        report = functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
+        limit = config.data.max_broken_fraction
+        examples = scan(source, splits, max_broken_fraction=limit, show_progress=screen.progress, report=report)
+    counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
+    screen.line(f"device: {describe_device()}, engine: tensorflow")
+    screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
+    _warn_of_leaks(examples, path, screen)
+
+    with watch.stage("evaluation"):
+        probabilities, broken = _predict(classifier, examples, screen)
+        if broken:
+            kept = {split: ~np.isin(examples.positions(split), list(broken)) for split in probabilities}
+            probabilities = {split: values[kept[split]] for split, values in probabilities.items()}
+            examples = examples.without(broken, max_broken_fraction=limit, report=report)
+        if examples.broken:
+            screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
+        probabilities = {split: values for split, values in probabilities.items() if len(values)}
+        metrics = write_evaluation(folder, examples, probabilities)
+    metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
+    count = sum(map(len, probabilities.values()))
+    rate = round(count / watch.seconds["evaluation"], 1)
+    metrics["timing"] = {"seconds": dict(watch.seconds), "trunk_images": count, "trunk_images_per_second": rate}
+    folder.write_json("metrics.json", metrics)
+    split = "test" if "test" in metrics else "val"
+    screen.line(f"{headline(split, metrics[split])} · {folder.path}")
+    return Result(run_dir=folder.path, metrics=metrics)
+
+
+def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
+    """The classifier's own data, split as it was; of another source its val and test, or else all of it as test."""
+    if config.data.dataset is None:
+        own = _own_config(path)
+        data = dataclasses.replace(own.data, data_dir=config.data.data_dir or own.data.data_dir)
+        source = load_source(str(data.dataset), data_dir=data.data_dir, classes=config.data.classes or data.classes)
+        splits, _ = split_source(
+            source,
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            shots=None,
+            seed=own.run.seed,
+        )
+    else:
+        source = load_source(config.data.dataset, data_dir=config.data.data_dir, classes=config.data.classes)
+        splits = source.splits.copy()
+        if not (splits >= 1).any():
+            splits[splits == 0] = SPLITS.index("test")
+    splits[splits == 0] = UNUSED
+    if not (splits >= 0).any():
+        raise UserError(f"{source.name} has neither val nor test to evaluate on. Give another --dataset.")
+    return source, splits
+
+
+def _own_config(path: Path) -> Config:
+    if not (path / "config.json").is_file():
+        raise UserError(f"--dataset is missing: {path} does not say what data it was made from. Give --dataset.")
+    return from_dict(read_json(path / "config.json"))
+
+
+def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
+    """The source with the classifier's class numbers.
+
+    Raises:
+        UserError: it has a label that the classifier does not know.
+    """
+    for name in source.class_names:
+        if name not in labels:
+            raise UserError(
+                f"the data has the label {name!r}, which the classifier does not know. {nearest(name, labels)}"
+                "Rename it, or leave it out with --classes."
+            )
+    numbers = np.array([labels.index(name) for name in source.class_names], np.int32)
+    return dataclasses.replace(source, labels=numbers[source.labels], class_names=labels)
+
+
+def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
+    """Says how many of the images the classifier was trained on, by their ids."""
+    manifest = path / "splits.csv"
+    if not manifest.is_file():
+        return
+    with manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        trained = {row["id"] for row in csv.DictReader(file) if row["split"] == "train"}
+    leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
+    if leaked:
+        screen.line(f"warning: the classifier was trained on {leaked:,} of these images; its figures are too good")
+
+
+def _predict(
+    classifier: LoadedClassifier, examples: Examples, screen: Screen
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """Probabilities of every example, split by split, and why some could not be decoded."""
+    probabilities, broken = {}, {}
+    for split in SPLITS[1:]:
+        positions = examples.positions(split)
+        order: list[int] = []
+
+        def contents(positions: np.ndarray = positions, order: list[int] = order) -> Iterator[bytes]:
+            for position, content in examples.source.read(positions):
+                order.append(position)
+                yield content
+
+        rows: dict[int, np.ndarray] = {}
+        for batch in classifier.predict_batches(contents()) if len(positions) else ():
+            for prediction in batch:
+                position = order[len(rows)]
+                rows[position] = prediction["probabilities"]
+                if prediction["error"]:
+                    broken[position] = prediction["error"]
+            screen.progress(f"evaluating {split} {len(rows):,}/{len(positions):,}")
+        if len(positions):
+            probabilities[split] = np.stack([rows[int(position)] for position in positions])
+    return probabilities, broken

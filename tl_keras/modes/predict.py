@@ -1,0 +1,90 @@
+"""`--mode=predict`: any number of images → a CSV, row by row as they are done."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tl_keras.classifier import TOP_K, load
+from tl_keras.config import Config
+from tl_keras.data.sources import list_images, read_files
+from tl_keras.errors import UserError
+from tl_keras.run import Result, Screen, disk_errors
+
+_DIGITS = 6
+
+
+def run(config: Config) -> Result:
+    """Classifies files, folders and globs; a broken image has its reason in `error` and never stops the others."""
+    screen = Screen(sys.stderr)  # standard output may be the CSV
+    paths = _find(config.read.images)
+    classifier = load(str(config.read.classifier))
+    broken = done = 0
+    with _open(config.read.output) as file, disk_errors(str(config.read.output or "standard output")):
+        writer = csv.writer(file, lineterminator="\n")
+        ranks = range(2, min(TOP_K, len(classifier.labels)) + 1)
+        extra = [name for rank in range(2, TOP_K + 1) for name in (f"label_{rank}", f"probability_{rank}")]
+        writer.writerow(["id", "predicted", "probability", *extra, "error"])
+        contents = (content for _, content in read_files(paths, range(len(paths))))
+        for batch in classifier.predict_batches(contents):
+            for prediction in batch:
+                writer.writerow(_row(paths[done], prediction, ranks))
+                broken, done = broken + bool(prediction["error"]), done + 1
+            file.flush()
+            screen.progress(f"predicting {done:,}/{len(paths):,}")
+    note = f", {broken:,} of them broken: see the column error" if broken else ""
+    where = f" · {config.read.output}" if config.read.output else ""
+    screen.line(f"{done:,} images classified{note}{where}")
+    return Result()
+
+
+def _row(path: str, prediction: dict[str, Any], ranks: Sequence[int]) -> list[Any]:
+    if prediction["error"]:
+        return [path, *[""] * (2 * TOP_K), prediction["error"]]
+    row: list[Any] = [path, prediction["predicted"], round(prediction["probability"], _DIGITS)]
+    for rank in ranks:
+        row += [prediction["labels"][rank - 1], round(prediction["scores"][rank - 1], _DIGITS)]
+    return [*row, *[""] * (2 * TOP_K + 1 - len(row)), ""]
+
+
+def _find(patterns: Sequence[str]) -> list[str]:
+    """Files as given; of folders and globs the images in them, in order of name.
+
+    Raises:
+        UserError: one of the patterns finds nothing.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [str(file) for file in list_images(path)]
+        elif path.exists():
+            matches = [str(path)]
+        else:
+            matches = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+        if not matches:
+            raise UserError(f"--images={pattern} finds no image. Give files, folders or globs, comma-separated.")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def _open(output: str | None) -> Iterator[TextIO]:
+    if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
+        yield sys.stdout
+        return
+    with disk_errors(output):
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(output + ".unfinished")
+        with unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
+        unfinished.replace(output)

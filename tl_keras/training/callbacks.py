@@ -1,0 +1,156 @@
+"""What happens beside Keras's `fit`: a line an epoch, the best epoch, a stop on NaN and on Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from tl_keras.errors import UserError
+
+HISTORY_HEADER = ("stage", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
+
+
+class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
+    """Shows each epoch, and keeps it as a row of `history.csv`."""
+
+    def __init__(
+        self,
+        stage: str,
+        epochs: int,
+        show: Callable[[str], None],
+        show_progress: Callable[[str], None],
+        keep: Callable[[tuple[Any, ...]], None],
+    ) -> None:
+        """Args: keep: is given each row of `HISTORY_HEADER`'s columns."""
+        super().__init__()
+        self._stage, self._epochs, self._show, self._show_progress, self._keep = (
+            stage,
+            epochs,
+            show,
+            show_progress,
+            keep,
+        )
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Starts the clock."""
+        del logs
+        self._epoch, self._start = epoch, time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Shows how far the epoch is."""
+        steps = self.params.get("steps") or 0
+        loss = float((logs or {}).get("loss", math.nan))
+        self._show_progress(
+            f"{self._stage} epoch {self._epoch + 1}/{self._epochs} step {batch + 1}/{steps} loss {loss:.4f}"
+        )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Shows the epoch and keeps its row."""
+        seconds = time.perf_counter() - self._start
+        values = {name: float(value) for name, value in (logs or {}).items()}
+        rate = float(np.array(self.model.optimizer.learning_rate))
+        self._show(
+            f"{self._stage} epoch {epoch + 1}/{self._epochs}: loss {values['loss']:.4f} accuracy "
+            f"{values['accuracy']:.3f}, val loss {values['val_loss']:.4f} accuracy {values['val_accuracy']:.3f}, "
+            f"{seconds:.1f} s"
+        )
+        numbers = [round(values[name], 6) for name in ("loss", "accuracy", "val_loss", "val_accuracy")]
+        self._keep((self._stage, epoch + 1, *numbers, f"{rate:.3g}", round(seconds, 2)))
+
+
+class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps the weights of the epoch with the best val accuracy; the lower val loss decides among equals.
+
+    Keras's ModelCheckpoint takes the first among equals, which on a small val is an epoch that has hardly learnt.
+    """
+
+    def __init__(self, path: Path, patience: int | None, score: tuple[float, float] | None = None) -> None:
+        """Args: path: the checkpoint.
+
+        patience: epochs without a better accuracy that end the stage.
+        score: val accuracy and negative val loss that the model has already.
+        """
+        super().__init__()
+        self.path, self.epoch, self.score = path, 0, score or (-1.0, 0.0)
+        self._patience, self._waited, self._begins_with_score = patience, 0, score is not None
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Keeps the weights that the model has already."""
+        del logs
+        if self._begins_with_score:
+            self.model.optimizer.build(self.model.trainable_variables)  # the file holds its state too
+            self.model.save_weights(self.path)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Compares the epoch with the best so far."""
+        values = logs or {}
+        score = (float(values["val_accuracy"]), -float(values["val_loss"]))
+        self._waited = 0 if score[0] > self.score[0] else self._waited + 1
+        if score > self.score:
+            self.score, self.epoch = score, epoch + 1
+            self.model.save_weights(self.path)
+        if self._patience is not None and self._waited >= self._patience:
+            self.model.stop_training = True
+
+    def restore(self) -> None:
+        """Gives the model the best epoch's weights."""
+        if self.path.exists():
+            self.model.load_weights(self.path)
+
+
+class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
+    """Stops a run whose loss is no number any more."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Remembers the epoch."""
+        del logs
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Looks at the loss.
+
+        Raises:
+            UserError: it is NaN or infinite.
+        """
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} in epoch {self._epoch + 1}, step {batch + 1}. Try a smaller --learning_rate "
+                "or --backbone_learning_rate, --warmup_epochs=1, or --optimizer=adamw; check that --weights fit."
+            )
+
+
+class StopOnInterrupt(keras.callbacks.Callback):  # type: ignore[misc]
+    """The first Ctrl-C ends training after the step under way; the second ends the process."""
+
+    interrupted = False
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Takes over SIGINT."""
+        del logs
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Ends the epoch where Ctrl-C was pressed; Keras still evaluates it on val."""
+        del batch, logs
+        if self.interrupted:
+            self.model.stop_training = True
+
+    def give_back(self) -> None:
+        """Gives SIGINT back to whoever had it."""
+        if hasattr(self, "_previous"):
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del number, frame
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

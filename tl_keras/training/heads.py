@@ -1,0 +1,76 @@
+"""The Keras head: what is trained on embeddings."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_VARIANCE_FLOOR = 1e-3  # of the mean variance: a unit that is all but constant in train must not explode on test
+
+
+def measure_embeddings(batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each dimension, in one pass (Chan, Golub & LeVeque 1979, pairwise).
+
+    Args:
+        batches: of embeddings, float32 `(b, dim)`, and labels.
+
+    Returns:
+        Mean and variance, float32 `(dim,)` each.
+    """
+    count, mean, squares = 0, np.zeros(1), np.zeros(1)
+    for embeddings, _ in batches.as_numpy_iterator():
+        values = embeddings.astype(np.float64)
+        delta = values.mean(0) - mean
+        total = count + len(values)
+        squares = squares + ((values - values.mean(0)) ** 2).sum(0) + delta**2 * count * len(values) / total
+        mean, count = mean + delta * len(values) / total, total
+    return mean.astype(np.float32), (squares / count).astype(np.float32)
+
+
+def build_head(
+    dim: int,
+    num_classes: int,
+    *,
+    dropout: float,
+    standardize: tuple[np.ndarray, np.ndarray] | None,
+) -> keras.Model:
+    """A linear head.
+
+    It starts at zero: a linear softmax has one minimum, and what a random start does to it differs by the seed alone.
+
+    Args:
+        dim: size of an embedding.
+        num_classes: classes.
+        dropout: before the dense layer.
+        standardize: mean and variance of train, float32 `(dim,)` each; None leaves embeddings as they are.
+
+    Returns:
+        Embeddings, float32 `(b, dim)` → logits, float32 `(b, num_classes)`.
+    """
+    inputs = outputs = keras.Input((dim,), name="embeddings")
+    if standardize is not None:
+        mean, variance = standardize
+        floor = max(_VARIANCE_FLOOR * float(variance.mean()), 1e-12)
+        layer = keras.layers.Normalization(mean=mean, variance=variance + floor, name="standardize")
+        outputs = layer(outputs)
+    if dropout:
+        outputs = keras.layers.Dropout(dropout, name="dropout")(outputs)
+    outputs = keras.layers.Dense(num_classes, kernel_initializer="zeros", name="logits")(outputs)
+    return keras.Model(inputs, outputs, name="head")
+
+
+def attach(head: keras.Model, backbone: keras.Model) -> keras.Model:
+    """Head behind backbone (or tail), as one flat graph; all layers are shared.
+
+    Args:
+        head: embeddings → logits.
+        backbone: anything → embeddings.
+
+    Returns:
+        The backbone's input → logits.
+    """
+    outputs = backbone.output
+    for layer in head.layers[1:]:
+        outputs = layer(outputs)
+    return keras.Model(backbone.input, outputs, name=backbone.name)
