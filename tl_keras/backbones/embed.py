@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tl_keras.backbones.engines import PixelEngine, Precision, TensorFlowEngine, choose_precision
-from tl_keras.backbones.store import EmbeddingStore, check_space
+from tl_keras.backbones.store import EmbeddingStore, check_space, make_folder
 
 VIEWS = ("", "flip")  # as the image is, mirrored
 BATCH_SIZE = 32  # of the trunk, whatever the batch of training
@@ -89,6 +89,7 @@ def embed(
         UserError: the disk is or will be full, or the store can't be used.
     """
     start = time.perf_counter()
+    make_folder(store_dir)
     address = {**address, **_identify(trunk)}
     chosen, engine = _choose_engine(trunk, wanted[0], images, precision, Path(store_dir), address)
     store = EmbeddingStore(store_dir, {**address, "precision": chosen.name})
@@ -100,7 +101,7 @@ def embed(
         f"trunk: {address['cut']}, {chosen.name} ({chosen.reason}); {total:,} images to compute, "
         f"{sum(map(len, wanted.values())) - total:,} in the store, {total * sample_bytes / 1e6:,.0f} MB to write"
     )
-    done = 0
+    done, computing_since = 0, time.perf_counter()
     for view, positions in missing.items():
         for arrived, pixels in images(positions) if len(positions) else ():
             engine = engine or _build_engine(trunk, chosen.name, batch_size=min(BATCH_SIZE, len(positions)))
@@ -109,7 +110,7 @@ def embed(
                 embeddings = _as_stored(engine.run(pixels[part]), chosen.name)
                 store.write([_key(digests[position], view) for position in arrived[part]], embeddings)
             done += len(arrived)
-            rate = done / (time.perf_counter() - start)
+            rate = done / (time.perf_counter() - computing_since)
             show_progress(
                 f"trunk: {done:,}/{total:,} images, {rate:,.0f} images/s, {(total - done) / rate:,.0f} s left"
             )

@@ -8,8 +8,10 @@ lets several processes read and write at once and leaves a killed one's file who
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -44,8 +46,7 @@ class EmbeddingStore:
         text = json.dumps(address, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{address.get('backbone', 'trunk')}-{name}.sqlite"
-        with disk_errors(f"the embedding store {folder} (--store_dir)"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with self._errors():
             # used from tf.data's threads, one at a time
             self._connection = sqlite3.connect(
@@ -132,6 +133,18 @@ class EmbeddingStore:
             yield
         except sqlite3.Error as error:
             raise UserError(_explain(error, self.path)) from error
+
+
+def make_folder(folder: str) -> None:
+    """Makes the folder of all stores where it does not exist.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    with disk_errors(f"the embedding store {folder} (--store_dir)"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def check_space(folder: str, *, count: int, bytes_each: int, bytes_there: int = 0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,9 @@ class _Reader:
     """Reads encoded images in the order in which TFDS stores them."""
 
     def __init__(self, tfds: Any, builder: Any, splits: list[str], image_key: str, label_key: str) -> None:
-        self._load = lambda: _iterate(tfds, builder, splits, {image_key, label_key}, {image_key})
+        self._load: Callable[[], Iterator[tuple[str, Any]]] = lambda: _iterate(
+            tfds, builder, splits, {image_key, label_key}, {image_key}
+        )
         self._image_key = image_key
 
     def __call__(self, positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
@@ -113,7 +115,7 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
     features = builder.info.features
     if keys is None and "image" in features and "label" in features:
         keys = ("image", "label")  # a set with boxes as well, as stanford_dogs, names none
-    if keys is None or len(keys) != 2 or not hasattr(features.get(keys[1]), "names"):
+    if keys is None or len(keys) != 2 or keys[1] not in features or not hasattr(features[keys[1]], "names"):
         raise UserError(
             f"--dataset={name} is not a classification set: it has no image with one label. Choose another."
         )

@@ -1,0 +1,74 @@
+"""Images that a test makes, and a small run that many tests read."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
+SMALL = ("--backbone=SmallConvNet", "--image_size=16", "--weights=none")
+
+
+def make_image(
+    seed: int, colour: tuple[int, int, int] = (128, 128, 128), size: tuple[int, int] = (24, 20)
+) -> np.ndarray:
+    """Noise around a colour, uint8 (height, width, 3)."""
+    noise = np.random.default_rng(seed).normal(0, 40, (*size, 3))
+    return np.clip(noise + colour, 0, 255).astype(np.uint8)
+
+
+def write_image(path: Path, pixels: np.ndarray, **options: object) -> Path:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def write_colour_folder(root: Path, each: int, first: int = 0) -> Path:
+    """`root/CLASS/N.jpg`, so many a class; the same number gives the same image."""
+    for name, colour in COLOURS.items():
+        for number in range(first, first + each):
+            seed = zlib.crc32(f"{name}{number}".encode())
+            write_image(root / name / f"{number:03d}.jpg", make_image(seed, colour), quality=95)
+    return root
+
+
+def run_main(*arguments: str) -> int:
+    from tl_keras.main import main
+
+    return main(["tl_keras", *arguments])
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colour_folder(tmp_path_factory.mktemp("colours") / "colours", each=30)
+
+
+@pytest.fixture(scope="session")
+def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, colour_folder: Path, store_dir: Path) -> tuple[Path, Path]:
+    """A run on three colours, and its exported model."""
+    root = tmp_path_factory.mktemp("trained")
+    status = run_main(
+        "--mode=finetune",
+        f"--dataset=folder:{colour_folder}",
+        *SMALL,
+        "--epochs=6",
+        "--learning_rate=0.05",
+        f"--run_dir={root / 'run'}",
+        f"--store_dir={store_dir}",
+        f"--export_dir={root / 'models'}",
+    )
+    assert status == 0
+    return root / "run", next((root / "models").glob("*/1"))

@@ -1,0 +1,143 @@
+"""What every row of the zoo promises: Keras's own preprocessing, cuts that change nothing, a graph that saves."""
+
+import inspect
+import re
+
+import keras
+import numpy as np
+import pytest
+from sklearn.datasets import load_sample_images
+
+from tl_keras.backbones.cut import cut, list_cuts
+from tl_keras.backbones.zoo import BACKBONES, build_backbone
+
+# One of each family; the others are the same code with other numbers.
+FAST = {
+    "VGG16",
+    "ResNet50",
+    "ResNet50V2",
+    "InceptionV3",
+    "Xception",
+    "DenseNet121",
+    "MobileNet",
+    "MobileNetV2",
+    "MobileNetV3Small",
+    "NASNetMobile",
+    "EfficientNetB0",
+    "EfficientNetV2B0",
+    "ConvNeXtTiny",
+    "SmallConvNet",
+}
+PRESETS = [
+    pytest.param(preset, id=name, marks=() if name in FAST else pytest.mark.slow) for name, preset in BACKBONES.items()
+]
+KERAS_PRESETS = [param for param in PRESETS if param.values[0].imagenet]
+
+
+class Built:
+    """A preset's backbone at the smallest size, two photographs, and what it makes of them."""
+
+    def __init__(self, preset):
+        size = preset.min_image_size
+        self.preset = preset
+        self.backbone = build_backbone(preset, weights="none", image_size=size)
+        photographs = np.stack(load_sample_images().images)[:, ::4, ::4][:, 10 : 10 + size, 40 : 40 + size]
+        self.images = photographs.astype("float32")
+        self.embeddings = self.backbone(self.images).numpy()
+
+
+@pytest.fixture(scope="module")
+def built(request):
+    keras.utils.set_random_seed(0)
+    yield Built(request.param)
+    keras.backend.clear_session()
+
+
+def assert_same(actual, expected):
+    """Equal but for the rounding of another order of operations, in proportion to the values' own size."""
+    assert np.std(expected) > 0
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def keras_functions(name):
+    """The network's constructor and `preprocess_input`, as keras.applications has them."""
+    constructor = getattr(keras.applications, name)
+    return constructor, inspect.getmodule(constructor).preprocess_input
+
+
+def test_no_network_of_keras_is_missing():
+    networks = {name for name in dir(keras.applications) if inspect.isfunction(getattr(keras.applications, name))}
+    assert {name for name, preset in BACKBONES.items() if preset.imagenet} == networks
+    assert set(BACKBONES) - networks == {"SmallConvNet"}
+
+
+@pytest.mark.parametrize("built", PRESETS, indirect=True)
+def test_graph_is_flat_and_named(built):
+    backbone = built.backbone
+    names = [layer.name for layer in backbone.layers]
+    # ConvNeXt's own stem and downsampling layers are Sequentials of two layers: its weights files are made so.
+    assert all(type(layer) is keras.Sequential for layer in backbone.layers if isinstance(layer, keras.Model))
+    assert all(
+        layer.name.startswith("convnext") and len(layer.layers) == 2
+        for layer in backbone.layers
+        if isinstance(layer, keras.Sequential)
+    )
+    assert backbone.name == built.preset.name
+    assert names[0] == backbone.inputs[0].name == "images"
+    assert ("preprocessing" in names) == (built.preset.preprocessing != "inside")
+    assert isinstance(backbone.get_layer("embedding_pool"), keras.layers.GlobalAveragePooling2D)
+    assert names[-1] == "embedding_pool" or names[-2] == "embedding_pool" and "ConvNeXt" in backbone.name
+    assert backbone.inputs[0].dtype == "float32"
+    assert backbone.output_shape == (None, built.embeddings.shape[1])
+
+
+@pytest.mark.parametrize("built", KERAS_PRESETS, indirect=True)
+def test_embeddings_are_those_of_keras_applications(built):
+    constructor, preprocess_input = keras_functions(built.preset.name)
+    size = built.preset.min_image_size
+    network = constructor(include_top=False, weights=None, pooling="avg", input_shape=(size, size, 3))
+    network.set_weights(built.backbone.get_weights())
+    assert_same(built.embeddings, network(preprocess_input(built.images.copy())).numpy())
+
+
+@pytest.mark.parametrize("built", PRESETS, indirect=True)
+def test_tail_of_trunk_is_the_backbone_at_each_documented_cut(built):
+    cuts = list_cuts(built.backbone)
+    assert [name for name in cuts if name in built.preset.cuts] == list(built.preset.cuts)
+    for at in built.preset.cuts:
+        trunk, tail = cut(built.backbone, at=at)
+        assert_same(tail(trunk(built.images)).numpy(), built.embeddings)
+
+
+@pytest.mark.parametrize("built", PRESETS, indirect=True)
+def test_saved_backbone_loads_and_gives_the_same(built, tmp_path):
+    built.backbone.save(tmp_path / "backbone.keras")
+    loaded = keras.saving.load_model(tmp_path / "backbone.keras")
+    assert [operation.name for operation in loaded.operations] == [
+        operation.name for operation in built.backbone.operations
+    ]
+    assert_same(loaded(built.images).numpy(), built.embeddings)
+
+
+@pytest.mark.parametrize("preset", KERAS_PRESETS)
+def test_image_size_is_the_networks_own(preset, monkeypatch):
+    constructor, _ = keras_functions(preset.name)
+    size = constructor(weights=None, classes=2).input_shape[1]
+    if size is None:  # MobileNetV3 takes any size by default; its weights file is named after the one it was made for
+        monkeypatch.setattr("keras.src.utils.file_utils.urlretrieve", refuse)
+        with pytest.raises(ConnectionError) as error:
+            constructor(weights="imagenet")
+        size = int(re.search(r"_(\d{3})_", str(error.value))[1])
+    assert size == preset.image_size
+
+
+def refuse(url, *_):
+    raise ConnectionError(url)
+
+
+@pytest.mark.parametrize("preset", KERAS_PRESETS)
+def test_smallest_image_size_is_the_networks_own(preset):
+    constructor, _ = keras_functions(preset.name)
+    size = preset.min_image_size - 1
+    with pytest.raises(ValueError, match=f"at least {preset.min_image_size}"):
+        constructor(include_top=False, weights=None, input_shape=(size, size, 3))

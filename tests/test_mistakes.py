@@ -1,0 +1,339 @@
+"""Mistakes that a user makes, and the one line that each gets."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, make_image, run_main, write_colour_folder, write_image
+
+TRAIN = "--mode=finetune"
+COLOURS = "--dataset=folder:{colours}"
+NET = " ".join(SMALL)
+
+
+def nothing(tmp: Path) -> None:
+    pass
+
+
+def manifest(text: str | bytes) -> Callable[[Path], None]:
+    def prepare(tmp: Path) -> None:
+        write_image(tmp / "a.png", make_image(1))
+        write_image(tmp / "b.png", make_image(2))
+        (tmp / "m.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return prepare
+
+
+def one_class(tmp: Path) -> None:
+    write_image(tmp / "one" / "cats" / "a.jpg", make_image(1))
+
+
+def val_alone_has_a_class(tmp: Path) -> None:
+    for number in range(3):
+        for place in ("train/a", "train/b", "val/a", "val/b", "val/c"):
+            write_image(tmp / "data" / place / f"{number}.jpg", make_image(number))
+
+
+def half_broken(tmp: Path) -> None:
+    write_colour_folder(tmp / "data", each=10)
+    for number in range(5):
+        (tmp / "data" / "red" / f"{number:03d}.jpg").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 20)
+
+
+def truncated(tmp: Path) -> None:
+    write_colour_folder(tmp / "data", each=10)
+    for number in range(5):
+        path = tmp / "data" / "red" / f"{number:03d}.jpg"
+        path.write_bytes(path.read_bytes()[:500])
+
+
+def a_file(tmp: Path) -> None:
+    (tmp / "file").write_text("not a folder")
+
+
+def empty_folder(tmp: Path) -> None:
+    (tmp / "empty").mkdir()
+
+
+def full_run_dir(tmp: Path) -> None:
+    (tmp / "run").mkdir()
+    (tmp / "run" / "thesis.txt").write_text("precious")
+
+
+def text_weights(tmp: Path) -> None:
+    (tmp / "w.h5").write_text("not HDF5")
+
+
+def other_weights(tmp: Path) -> None:
+    import keras
+
+    network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    network.save_weights(tmp / "other.weights.h5")
+
+
+def damaged_run(tmp: Path) -> None:
+    (tmp / "run" / "classifier").mkdir(parents=True)
+    (tmp / "run" / "classifier" / "classifier.json").write_text('{"labels": ["a", "b"]}')
+    (tmp / "run" / "classifier" / "network.keras").write_bytes(b"no zip")
+
+
+MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
+    # the command line
+    ("no mode", "", nothing, "--mode is missing. Allowed: finetune,"),
+    ("unknown mode", "--mode=finetun", nothing, "--mode=finetun is not known. Did you mean: finetune?"),
+    ("unknown flag", f"{TRAIN} --epoch=3", nothing, "Unknown command line flag 'epoch'. Did you mean: epochs?"),
+    ("another mode's flag", "--mode=predict --epochs=3", nothing, "--epochs is not used by --mode=predict."),
+    ("no number", f"{TRAIN} --epochs=ten", nothing, "flag --epochs=ten: invalid literal"),
+    ("too small", f"{TRAIN} --epochs=0", nothing, "--epochs=0 is out of range. Allowed: 1 or more."),
+    ("too large", f"{TRAIN} --dropout=2", nothing, "--dropout=2.0 is out of range. Allowed: 0 to 0.95."),
+    ("not a number", f"{TRAIN} --momentum=nan", nothing, "--momentum=nan is out of range."),
+    ("no step", f"{TRAIN} --learning_rate=0", nothing, "--learning_rate=0.0 is out of range. Allowed: above 0"),
+    ("unknown choice", f"{TRAIN} --optimizer=adan", nothing, "--optimizer=adan is not known. Did you mean: adam,"),
+    ("empty", f"{TRAIN} --dataset=", nothing, "--dataset is empty."),
+    ("all carved", f"{TRAIN} --val_fraction=0.5 --test_fraction=0.6", nothing, "leave nothing to train on"),
+    ("warm-up", f"{TRAIN} --warmup_epochs=20", nothing, "--warmup_epochs=20 is more than --epochs=10."),
+    ("no flag file", "--flagfile={tmp}/nope.flags", nothing, "Unable to open flagfile"),
+    ("a stray word", f"{TRAIN} digits", nothing, "'digits' is not a flag."),
+    ("bad name", f"{TRAIN} --model_name=a/b", nothing, "--model_name=a/b is not a name."),
+    ("no classifier", "--mode=export", nothing, "--classifier is missing."),
+    ("no images", "--mode=predict --classifier={run}", nothing, "--images is missing."),
+    # data
+    ("no folder", f"{TRAIN} --dataset=folder:{{tmp}}/nope {NET}", nothing, "nope does not exist. Check the path."),
+    ("a file", f"{TRAIN} --dataset=folder:{{tmp}}/file {NET}", a_file, "is not a folder. Give the folder that holds"),
+    ("empty folder", f"{TRAIN} --dataset=folder:{{tmp}}/empty {NET}", empty_folder, "no images in"),
+    ("one class", f"{TRAIN} --dataset=folder:{{tmp}}/one {NET}", one_class, "only one class: cats."),
+    (
+        "class only in val",
+        f"{TRAIN} --dataset=folder:{{tmp}}/data {NET}",
+        val_alone_has_a_class,
+        "train has no example of c,",
+    ),
+    ("unknown class", f"{TRAIN} {COLOURS} --classes=red,gren {NET}", nothing, "no class 'gren'. Did you mean: green"),
+    ("too many shots", f"{TRAIN} {COLOURS} --shots=99 {NET}", nothing, "--shots=99 is more than a class has"),
+    ("no val", f"{TRAIN} {COLOURS} --val_fraction=0 {NET}", nothing, "val has no example"),
+    ("HEIC", f"{TRAIN} --dataset=folder:{{tmp}}/data {NET}", half_broken, "HEIC is not read by TensorFlow: convert it"),
+    ("truncated", f"{TRAIN} --dataset=folder:{{tmp}}/data {NET}", truncated, "5 of 30 images are broken, more than"),
+    ("no manifest", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", nothing, "m.csv can't be read: No such file"),
+    (
+        "no columns",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
+        manifest("a.png,x\n"),
+        "Expected the columns path,label",
+    ),
+    ("no rows", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", manifest("path,label\n"), "m.csv has no rows."),
+    ("no label", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", manifest("path,label\na.png,\n"), "line 2 has no label"),
+    (
+        "unknown split",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
+        manifest("path,label,split\na.png,x,dev\n"),
+        "line 2: split 'dev' is not known. Allowed: train, val, test.",
+    ),
+    (
+        "one id twice",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
+        manifest("path,label\na.png,x\n./a.png,y\n"),
+        "two images have the id a.png",
+    ),
+    (
+        "no file exists",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
+        manifest("path,label\nx/a.png,x\n"),
+        "none of the 1 files in",
+    ),
+    ("not UTF-8", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", manifest(b"path,label\n\xe9.png,x\n"), "is not UTF-8"),
+    ("unknown TFDS set", f"{TRAIN} --dataset=stanford_dogz {NET}", nothing, "Did you mean: stanford_dogs"),
+    ("a text set", f"{TRAIN} --dataset=glue/cola --data_dir={{tmp}} {NET}", nothing, "is not a"),
+    # backbone
+    (
+        "unknown backbone",
+        f"{TRAIN} {COLOURS} --backbone=ResNet5",
+        nothing,
+        "Unknown backbone 'ResNet5'. Nearest: ResNet50",
+    ),
+    ("bad kwargs", f"{TRAIN} --backbone_kwargs=alpha", nothing, "'alpha' is not name=value"),
+    ("unknown kwarg", f"{TRAIN} {COLOURS} --backbone_kwargs=beta=1 {NET}", nothing, "takes no argument beta=1"),
+    (
+        "tiny images",
+        f"{TRAIN} {COLOURS} --backbone=VGG16 --weights=none --image_size=8",
+        nothing,
+        "VGG16 does not take images of 8",
+    ),
+    ("no weights file", f"{TRAIN} {COLOURS} --weights={{tmp}}/w.h5", nothing, "is no weights file."),
+    ("text as weights", f"{TRAIN} {COLOURS} --backbone=SmallConvNet --weights={{tmp}}/w.h5", text_weights, "w.h5"),
+    (
+        "another network's weights",
+        f"{TRAIN} {COLOURS} --backbone=SmallConvNet --weights={{tmp}}/other.weights.h5",
+        other_weights,
+        "conv1",
+    ),
+    ("weights we have not", f"{TRAIN} {COLOURS} --backbone=SmallConvNet", nothing, "has no ImageNet weights"),
+    (
+        "a run of another network",
+        f"{TRAIN} {COLOURS} --weights={{run}} --backbone=VGG16",
+        nothing,
+        "is a SmallConvNet of 16 pixels; it can't become VGG16",
+    ),
+    ("unknown part", f"{TRAIN} {COLOURS} {NET} --trainable=tail", nothing, "--trainable='tail' is not understood."),
+    (
+        "no such layer",
+        f"{TRAIN} {COLOURS} {NET} --trainable=from:conv9",
+        nothing,
+        "has no layer 'conv9'. Nearest: conv",
+    ),
+    (
+        "too many layers",
+        f"{TRAIN} {COLOURS} {NET} --trainable=last:99",
+        nothing,
+        "asks for more layers than SmallConvNet has",
+    ),
+    (
+        "float16 here",
+        f"{TRAIN} {COLOURS} {NET} --precision=float16 --run_dir={{tmp}}/r",
+        nothing,
+        "float16 needs a GPU",
+    ),
+    # places
+    ("a full run folder", f"{TRAIN} {COLOURS} {NET} --run_dir={{tmp}}/run --overwrite", full_run_dir, "exists already"),
+    (
+        "no run folder",
+        f"{TRAIN} {COLOURS} {NET} --run_dir={{tmp}}/file/run",
+        a_file,
+        "file/run can't be written: Not a directory",
+    ),
+    (
+        "no store",
+        f"{TRAIN} {COLOURS} {NET} --run_dir={{tmp}}/r --store_dir={{tmp}}/file/s",
+        a_file,
+        "(--store_dir) can't be written",
+    ),
+    (
+        "no model folder",
+        "--mode=export --classifier={run} --export_dir={tmp}/file",
+        a_file,
+        "the model folder",
+    ),
+    # training
+    (
+        "the loss explodes",
+        f"{TRAIN} {COLOURS} {NET} --trainable=all --optimizer=sgd --learning_rate=1000 --run_dir={{tmp}}/r",
+        nothing,
+        "Try a smaller --learning_rate",
+    ),
+    # finished classifiers
+    ("no run", "--mode=export --classifier={tmp}/nope", nothing, "nope does not exist. Give a run folder"),
+    (
+        "no classifier in it",
+        "--mode=predict --classifier={tmp} --images={run}/labels.txt",
+        nothing,
+        "holds no classifier.",
+    ),
+    ("damaged", "--mode=export --classifier={tmp}/run", damaged_run, "is damaged"),
+    ("exported already", "--mode=export --classifier={model}", nothing, "is an exported model; here a run folder"),
+    ("whose data?", "--mode=evaluate --classifier={model}", nothing, "--dataset is missing"),
+    (
+        "unknown label",
+        "--mode=evaluate --classifier={run} --dataset=digits",
+        nothing,
+        "the label '0', which the classifier does",
+    ),
+    ("no match", "--mode=predict --classifier={run} --images={tmp}/*.jpg", nothing, "*.jpg finds no image."),
+]
+
+
+def the_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("tl_keras: error: ")
+    return error[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prepare", "text"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES]
+)
+def test_a_mistake_gets_one_line(
+    arguments, prepare, text, trained, colour_folder, store_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(store_dir))
+    prepare(tmp_path)
+    places = {"tmp": tmp_path, "colours": colour_folder, "run": trained[0], "model": trained[1]}
+    capsys.readouterr()
+    assert run_main(*arguments.format(**places).split()) == 1
+    assert text in the_line(capsys)
+
+
+def test_there_are_thirty_and_more():
+    assert len(MISTAKES) >= 30
+
+
+def test_the_same_files_under_two_spellings_of_one_name_are_one_id(tmp_path, capsys):
+    for name in ("é.png", "e\u0301.png"):  # composed and decomposed
+        write_image(tmp_path / "data" / "a" / name, make_image(1))
+    write_image(tmp_path / "data" / "b" / "1.png", make_image(2))
+    assert run_main(TRAIN, f"--dataset=folder:{tmp_path / 'data'}", *SMALL) == 1
+    assert "two images have the id a/é.png" in the_line(capsys)
+
+
+def test_a_disk_that_is_too_small_is_foreseen(colour_folder, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    assert run_main(TRAIN, *arguments, f"--store_dir={tmp_path / 'store'}") == 1
+    assert "GB free. Give a --store_dir on a larger disk" in the_line(capsys)
+
+
+def test_the_network_is_missed_at_once_and_by_name(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    assert run_main(TRAIN, f"--data_dir={tmp_path}", *SMALL) == 1
+    line = the_line(capsys)
+    assert "stanford_dogs can't be downloaded" in line
+    assert "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar" in line
+    assert f"put the files into {tmp_path}/downloads/manual" in line
+
+
+def test_weights_that_cannot_be_fetched_are_named_before_anything_is_computed(
+    colour_folder, tmp_path, capsys, monkeypatch
+):
+    import keras
+
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(keras.src.utils.file_utils, "urlretrieve", refuse)
+    assert run_main(TRAIN, f"--dataset=folder:{colour_folder}", f"--run_dir={tmp_path / 'run'}") == 1
+    line = the_line(capsys)
+    assert "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5" in line
+    assert "https://storage.googleapis.com/" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_tfds_that_cannot_be_imported_leaves_folders_usable(colour_folder, store_dir, tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert run_main(TRAIN, "--dataset=mnist", *SMALL) == 1
+    line = the_line(capsys)
+    assert "TensorFlow Datasets can't be imported" in line
+    assert "folder:PATH and csv:PATH work without it" in line
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, "--epochs=1", "--noexport", f"--store_dir={store_dir}"]
+    assert run_main(TRAIN, *arguments, f"--run_dir={tmp_path / 'run'}") == 0
+
+
+def test_an_unwritable_home_is_said(colour_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    assert run_main(TRAIN, *arguments) == 1
+    assert "the embedding store /dev/null/cache/tl_keras (--store_dir) can't be written" in the_line(capsys)
