@@ -29,7 +29,7 @@ from tl_keras.training.heads import attach
 from tl_keras.training.stages import Task, fit_head, fit_tail, new_head
 
 _PREDICT_BATCH = 128
-_PARITY_IMAGES = {"float32": 16, "bfloat16": 128, "float16": 128}  # enough to see one decision in a hundred
+_PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
 _KEPT_SAMPLES = 16
 
 
