@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,26 +13,32 @@ from tests.conftest import run_main
 ROOT = Path(__file__).parent.parent
 
 
+def run_step(root: Path, step: str, *extra: str) -> float:
+    places = [f"--run_dir={root / step}", f"--store_dir={root / 'store'}"]
+    assert run_main(f"--flagfile={ROOT / 'flags' / step}.flags", *places, *extra) == 0
+    return json.loads((root / step / "metrics.json").read_text())["test"]["accuracy"]
+
+
 @pytest.fixture(scope="module")
-def accuracies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("quickstart")
-    pretrained = root / "quickstart_pretrain"
-    results = {}
-    for step in ("quickstart_pretrain", "quickstart", "quickstart_scratch"):
-        extra = [f"--weights={pretrained}"] if step == "quickstart" else []
-        places = [f"--run_dir={root / step}", f"--store_dir={root / 'store'}", f"--export_dir={root / 'models'}"]
-        assert run_main(f"--flagfile={ROOT / 'flags' / step}.flags", *extra, *places) == 0
-        results[step] = json.loads((root / step / "metrics.json").read_text())["test"]["accuracy"]
-    return results
+    assert run_step(root, "quickstart_pretrain") > 0.95
+    return root
 
 
-def test_the_first_digits_are_learnt(accuracies):
-    assert accuracies["quickstart_pretrain"] > 0.95
+def test_the_three_steps_reach_what_their_flag_files_say(pretrained):
+    weights = f"--weights={pretrained / 'quickstart_pretrain'}"
+    assert 0.60 <= run_step(pretrained, "quickstart", weights, f"--export_dir={pretrained / 'models'}") <= 0.75
+    assert 0.50 <= run_step(pretrained, "quickstart_scratch") <= 0.70
+    assert (pretrained / "models" / "digits-SmallConvNet" / "1" / "saved_model.pb").is_file()
 
 
-def test_the_transfer_is_better_than_scratch(accuracies):
-    assert 0.78 <= accuracies["quickstart"] <= 0.95
-    assert accuracies["quickstart"] > accuracies["quickstart_scratch"] + 0.03
+@pytest.mark.slow
+def test_the_transfer_is_better_than_scratch(pretrained):
+    weights = [f"--weights={pretrained / 'quickstart_pretrain'}", "--noexport"]
+    transferred = [run_step(pretrained, "quickstart", *weights, f"--seed={seed}") for seed in range(5)]
+    scratch = [run_step(pretrained, "quickstart_scratch", f"--seed={seed}") for seed in range(5)]
+    assert statistics.mean(transferred) > statistics.mean(scratch) + 0.03
 
 
 def test_the_scripts_run_what_the_readme_says():

@@ -107,7 +107,7 @@ def test_unknown_backbone_is_told_the_nearest():
     with pytest.raises(UserError) as error:
         find_preset("efficientnet_b0")
     assert str(error.value) == (
-        "Unknown backbone 'efficientnet_b0'. Nearest: EfficientNetB0, EfficientNetB7, EfficientNetB6. "
+        "Unknown backbone 'efficientnet_b0'. Nearest: EfficientNetB0, EfficientNetV2B0, EfficientNetB7. "
         "Use a network of keras.applications, or SmallConvNet."
     )
 

@@ -18,8 +18,8 @@ from tensorflow.python.framework.convert_to_constants import (  # the documented
 from tl_keras.errors import UserError
 from tl_keras.run import write_atomically
 
-FASTER_AT_LEAST = 1.3  # benchmarks/precision.py: below that, bfloat16's loss of accuracy buys nothing
-COSINE_AT_LEAST = 0.995  # benchmarks/precision.py: at 0.990 a probe lost 1 to 2 points
+FASTER_AT_LEAST = 1.3  # benchmarks/trunk.py, precision: below that, bfloat16's loss of accuracy buys nothing
+COSINE_AT_LEAST = 0.995  # SERVING_FACTS-like measurement: at 0.990 a probe lost 1 to 2 points
 _WORTH_SECONDS = 5.0  # a trunk that is done sooner is not worth a comparison
 _GREW = 10  # so many times the images: the question is asked again
 _TIMED_RUNS = 2
