@@ -35,7 +35,7 @@ def main(folder: str, backbone: str, weights: str, epochs: str, test_folder: str
     outputs = keras.layers.Dense(classes)(keras.layers.GlobalAveragePooling2D()(outputs))
     model = keras.Model(inputs, outputs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(), loss, ["accuracy"], jit_compile=False)  # with XLA it is slower still
+    model.compile(keras.optimizers.Adam(), loss, metrics=["accuracy"], jit_compile=False)  # with XLA it is slower still
     start = time.perf_counter()
     history = model.fit(train, validation_data=val, epochs=int(epochs), verbose=0)
     seconds = time.perf_counter() - start

@@ -134,7 +134,8 @@ inputs = keras.Input((224, 224, 3))
 outputs = base(keras.applications.resnet50.preprocess_input(inputs), training=False)
 outputs = keras.layers.Dense(5)(keras.layers.GlobalAveragePooling2D()(outputs))
 model = keras.Model(inputs, outputs)
-model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"], jit_compile=False)
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+model.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
 seconds = []
 class Clock(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None): self.start = time.perf_counter()

@@ -41,6 +41,11 @@ def val_alone_has_a_class(tmp: Path) -> None:
             write_image(tmp / "data" / place / f"{number}.jpg", make_image(number))
 
 
+def splits_and_more(tmp: Path) -> None:
+    for place in ("train/a", "train/b", "val/a", "val/b", "unlabelled"):
+        write_image(tmp / "data" / place / "1.jpg", make_image(1))
+
+
 def half_broken(tmp: Path) -> None:
     write_colour_folder(tmp / "data", each=10)
     for number in range(5):
@@ -115,6 +120,12 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         val_alone_has_a_class,
         "train has no example of c,",
     ),
+    (
+        "a folder beside the splits",
+        f"{TRAIN} --dataset=folder:{{tmp}}/data {NET}",
+        splits_and_more,
+        "has splits (train, val) and other folders beside them (unlabelled). Move the others away",
+    ),
     ("unknown class", f"{TRAIN} {COLOURS} --classes=red,gren {NET}", nothing, "no class 'gren'. Did you mean: green"),
     ("too many shots", f"{TRAIN} {COLOURS} --shots=99 {NET}", nothing, "--shots=99 is more than a class has"),
     ("no val", f"{TRAIN} {COLOURS} --val_fraction=0 {NET}", nothing, "val has no example"),
@@ -146,6 +157,12 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
         manifest("path,label\nx/a.png,x\n"),
         "none of the 1 files in",
+    ),
+    (
+        "a label of two lines",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
+        manifest('path,label\na.png,"x\ny"\nb.png,z\n'),
+        "the class name 'x\\ny' has a line break",
     ),
     ("not UTF-8", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", manifest(b"path,label\n\xe9.png,x\n"), "is not UTF-8"),
     ("unknown TFDS set", f"{TRAIN} --dataset=stanford_dogz {NET}", nothing, "Did you mean: stanford_dogs"),

@@ -310,7 +310,7 @@ def read_labels(path: Path) -> list[str]:
         UserError: it has none.
     """
     try:
-        return (path / "assets" / "labels.txt").read_text(encoding="utf-8").splitlines()
+        return (path / "assets" / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"{path} has no assets/labels.txt: it was not exported by tl_keras.") from error
 

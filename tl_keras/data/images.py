@@ -8,6 +8,7 @@ byte; EXIF orientation is honoured in JPEG, PNG and WebP.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -121,7 +122,7 @@ def explain_broken(image_bytes: bytes, *, image_size: int, resize: str) -> str:
         decode(tf.constant(image_bytes), image_size=image_size, resize=resize)
     except tf.errors.OpError as error:
         reason = (error.message or "unknown error").splitlines()[0]
-        reason = reason.split("} }} ")[-1].removeprefix("{{function_node __wrapped__").strip()
+        reason = re.sub(r"\{\{.*?\}\} +", "", reason).strip()  # the node's name, which means nothing to a user
         return f"can't be decoded: {reason.split(' [Op:')[0][:160]}"
     return ""
 

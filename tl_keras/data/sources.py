@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 import posixpath
 import unicodedata
@@ -27,6 +28,7 @@ _SUFFIXES = frozenset(
 )
 _READERS = 4
 _READ_AHEAD = 64
+_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,13 @@ def _load_folder(text: str) -> Source:
     _check_folder(root, "--dataset=folder:")
     folders = _subfolders(root)
     by_split = {folder.name: folder for folder in folders if folder.name.lower() in _SPLIT_NAMES}
-    if by_split and len(by_split) == len(folders):
+    if by_split and any(map(_subfolders, by_split.values())):  # a class may be called "train": it has no folders
+        others = [folder.name for folder in folders if folder.name not in by_split]
+        if others:
+            raise UserError(
+                f"{root} has splits ({', '.join(sorted(by_split))}) and other folders beside them "
+                f"({', '.join(others[:_NAMED])}). Move the others away, or say with csv:PATH what is what."
+            )
         labelled = [
             (path, _SPLIT_NAMES[name.lower()], label.name)
             for name, split in sorted(by_split.items())
@@ -174,10 +182,9 @@ def _read_manifest(manifest: Path) -> list[dict[str, str]]:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{manifest} is not UTF-8: {error}. Save it as 'CSV UTF-8'.") from error
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
+    header = text.partition("\n")[0].strip()
     delimiter = max(",;\t", key=header.count)  # Excel writes ';' where ',' is the decimal mark
-    reader = csv.DictReader(lines, delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [name.strip().lower() for name in reader.fieldnames or []]
     if not {"path", "label"} <= set(columns):
         raise UserError(f"{manifest} begins with {header[:80]!r}. Expected the columns path,label[,split].")
@@ -218,6 +225,9 @@ def _from_files(name: str, ids: list[str], *, paths: list[str], class_of: list[s
             )
         seen[one_id] = path
     class_names = tuple(sorted(set(class_of)))
+    for label in class_names:
+        if not label.isprintable():  # labels.txt has one a line
+            raise UserError(f"the class name {label!r} has a line break or control character. Rename it.")
     numbers = {label: number for number, label in enumerate(class_names)}
     return Source(
         name=name,
