@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from tl_keras.classifier import Classifier
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -38,6 +42,23 @@ def write_colour_folder(root: Path, each: int, first: int = 0) -> Path:
             seed = zlib.crc32(f"{name}{number}".encode())
             write_image(root / name / f"{number:03d}.jpg", make_image(seed, colour), quality=95)
     return root
+
+
+def build_classifier(labels: tuple[str, ...], size: int = 12) -> Classifier:
+    """A small network that has learnt nothing, but answers differently to images of different colours."""
+    import keras
+
+    from tl_keras.classifier import Classifier
+
+    keras.utils.set_random_seed(len(labels))
+    images = keras.Input((size, size, 3))
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
+    x = keras.layers.Conv2D(6, 3, name="conv")(x)
+    x = keras.layers.BatchNormalization(name="bn")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    start = keras.initializers.RandomNormal(stddev=1.5, seed=1)
+    network = keras.Model(images, keras.layers.Dense(len(labels), kernel_initializer=start, name="logits")(x))
+    return Classifier(network, "toy-Net", labels, "Net", "pool", "squash")
 
 
 def run_main(*arguments: str) -> int:

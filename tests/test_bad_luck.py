@@ -35,6 +35,7 @@ def test_spaces_and_chinese_in_every_path(tmp_path):
     assert metrics["timing"]["trunk_images"] == 36
     assert (root / "run" / "labels.txt").read_text(encoding="utf-8").splitlines() == ["blue", "green", "红 色"]
     model = Path(metrics["export"]["path"])
+    assert model.parent.name == "data__2024-SmallConvNet"  # an address can't hold more
     output = root / "out 出.csv"
     image = root / "data, 2024" / "红 色" / "000.jpg"
     (root / "new").mkdir()

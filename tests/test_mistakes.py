@@ -106,7 +106,7 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("warm-up", f"{TRAIN} --warmup_epochs=20", nothing, "--warmup_epochs=20 is more than --epochs=10."),
     ("no flag file", "--flagfile={tmp}/nope.flags", nothing, "Unable to open flagfile"),
     ("a stray word", f"{TRAIN} digits", nothing, "'digits' is not a flag."),
-    ("bad name", f"{TRAIN} --model_name=a/b", nothing, "--model_name=a/b is not a name."),
+    ("bad name", f"{TRAIN} --model_name=a/b", nothing, "--model_name=a/b is not a name that TF Serving"),
     ("no classifier", "--mode=export", nothing, "--classifier is missing."),
     ("no images", "--mode=predict --classifier={run}", nothing, "--images is missing."),
     # data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,8 +244,7 @@ def load_trained(path: str) -> Classifier:
     Raises:
         UserError: there is none at `path`, or it is damaged.
     """
-    root = Path(path)
-    folder = root if (root / _DESCRIPTION_FILE).is_file() else root / "classifier"
+    root, folder = Path(path), find_folder(path)
     if not root.exists():
         raise UserError(f"{path} does not exist. Give a run folder (runs/NAME) or an exported version folder.")
     if is_exported(root):
@@ -257,7 +257,7 @@ def load_trained(path: str) -> Classifier:
     try:
         network = keras.models.load_model(folder / _NETWORK_FILE, compile=False)
         labels = tuple(description["labels"])
-        return Classifier(
+        classifier = Classifier(
             network,
             description["name"],
             labels,
@@ -265,6 +265,8 @@ def load_trained(path: str) -> Classifier:
             description["embedding_layer"],
             description["resize"],
         )
+        _check_fit(classifier)
+        return classifier
     except Exception as error:  # Keras raises the exceptions of zipfile, h5py and json
         first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -284,13 +286,19 @@ def load_samples(path: str) -> tuple[list[bytes], np.ndarray]:
     Raises:
         UserError: the run has none.
     """
-    file = Path(path) / "classifier" / _SAMPLES_FILE
+    file = find_folder(path) / _SAMPLES_FILE
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images = [arrays[f"image_{number}"].tobytes() for number in range(len(arrays["expected"]))]
             return images, arrays["expected"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is missing or damaged: {error}. Train the classifier again.") from error
+
+
+def find_folder(path: str) -> Path:
+    """The folder `classifier` of a run folder; it may be given itself."""
+    root = Path(path)
+    return root if (root / _DESCRIPTION_FILE).is_file() else root / "classifier"
 
 
 def is_run(path: str) -> bool:
@@ -313,6 +321,18 @@ def read_labels(path: Path) -> list[str]:
         return (path / "assets" / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"{path} has no assets/labels.txt: it was not exported by tl_keras.") from error
+
+
+def _check_fit(classifier: Classifier) -> None:
+    """Checks that the description is this network's.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    network = classifier.network
+    network.get_layer(classifier.embedding_layer)
+    if network.output_shape[1] != len(classifier.labels):
+        raise ValueError(f"{len(classifier.labels)} labels for {network.output_shape[1]} outputs")
 
 
 def _load_exported(path: Path) -> LoadedClassifier:

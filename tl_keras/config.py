@@ -11,6 +11,7 @@ import difflib
 import io
 import math
 import os
+import re
 import typing
 from typing import Any
 
@@ -18,6 +19,7 @@ from absl import flags
 
 from tl_keras.errors import UserError
 
+MODEL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # TF Serving does not undo the escapes of an address
 MODES = ("finetune", "evaluate", "predict", "export", "doctor")
 _TRAIN = ("finetune",)
 _DATA = ("finetune", "evaluate")
@@ -49,8 +51,12 @@ def _setting(
 
 
 def default_store_dir() -> str:
-    """`tl_keras` in the user's cache folder (XDG Base Directory Specification); a machine without a home has none."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """`tl_keras` in the user's cache folder; a machine without a home has none.
+
+    A relative `XDG_CACHE_HOME` is ignored, as the XDG Base Directory Specification (version 0.8) says.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    cache = cache if os.path.isabs(cache) else os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(cache, "tl_keras") if os.path.isabs(cache) else os.path.join(os.getcwd(), ".tl_keras_store")
 
 
@@ -109,7 +115,7 @@ class TrainingConfig:
     epochs: int = _setting(10, "epochs of each stage", _TRAIN, minimum=1)
     batch_size: int = _setting(32, "examples a training step", _TRAIN, minimum=1)
     optimizer: str = _setting("adamw", "of both stages", _TRAIN, choices=("sgd", "adam", "adamw"))
-    learning_rate: float = _setting(0.0005, "of the head's stage; of the only stage with --weights=none", _TRAIN)
+    learning_rate: float = _setting(0.003, "of the head's stage; of the only stage with --weights=none", _TRAIN)
     backbone_learning_rate: float = _setting(0.0001, "of the stage that trains layers of the backbone", _TRAIN)
     momentum: float = _setting(0.9, "of sgd", _TRAIN, minimum=0, maximum=0.9999)
     weight_decay: float = _setting(0.0, "decoupled, on kernels (Loshchilov & Hutter 2019)", _TRAIN, minimum=0)
@@ -128,7 +134,13 @@ class TrainingConfig:
     )
     standardize: bool = _setting(True, "the head standardises embeddings by train's mean and variance", _TRAIN)
     dropout: float = _setting(0.0, "before the head's dense layer", _TRAIN, minimum=0, maximum=0.95)
-    patience: int | None = _setting(None, "epochs without a better val accuracy that end a stage", _TRAIN, minimum=1)
+    monitor: str = _setting(
+        "accuracy",
+        "what of val decides which epoch is kept: the accuracy, or the loss, which is less noisy on a small val",
+        _TRAIN,
+        choices=("accuracy", "loss"),
+    )
+    patience: int | None = _setting(None, "epochs without a better one that end a stage", _TRAIN, minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,7 +413,22 @@ def _check_together(config: Config) -> None:
         )
     if config.mode == "predict" and not config.read.images:
         raise UserError("--images is missing. Give files, folders or globs, comma-separated: --images=photo.jpg.")
-    if config.run.model_name and (
-        os.sep in config.run.model_name or config.run.model_name.startswith(".") or "/" in config.run.model_name
-    ):
-        raise UserError(f"--model_name={config.run.model_name} is not a name. It may not hold '/' or begin with '.'.")
+    if config.run.model_name and not re.fullmatch(MODEL_NAME, config.run.model_name):
+        raise UserError(
+            f"--model_name={config.run.model_name} is not a name that TF Serving's addresses can hold. Allowed: "
+            "letters a to z, digits, '_', '-' and '.', but not '.' at the start."
+        )
+    _check_overwrite(config)
+
+
+def _check_overwrite(config: Config) -> None:
+    """What is read may not lie in what is deleted."""
+    if not config.run.overwrite or not config.run.run_dir:
+        return
+    folder = os.path.realpath(config.run.run_dir)
+    for name, path in (("classifier", config.read.classifier), ("weights", config.backbone.weights)):
+        if path and os.path.exists(path) and os.path.commonpath([folder, os.path.realpath(path)]) == folder:
+            raise UserError(
+                f"--overwrite would delete --{name}={path}: it lies in --run_dir={config.run.run_dir}. Give another "
+                "--run_dir."
+            )

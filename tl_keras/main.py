@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -32,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a user's mistake, 130 where the user interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
     try:
-        return _run(list(sys.argv if argv is None else argv))
+        status = _run(list(sys.argv if argv is None else argv))
+        print(end="", flush=True)  # Python does it after us, where nothing is left to catch a closed pipe
+        return status
     except UserError as error:
         print(f"tl_keras: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -41,8 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tl_keras: interrupted; what was done is kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `predict | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _silence_stdout()
+        print("tl_keras: error: the disk is full. What is complete is kept: free space, run again.", file=sys.stderr)
+        return 1
+
+
+def _silence_stdout() -> None:
+    """Python flushes standard output once more when it ends, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:
@@ -52,6 +69,8 @@ def _run(argv: list[str]) -> int:
     except flags.Error as error:
         text = str(error).removeprefix("ERROR:: ").replace(" ?", "?").rstrip(".")
         raise UserError(f"{text}. `python -m tl_keras.main --help` lists all flags.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the flag file is not UTF-8: {error}. Save it as UTF-8.") from error
     if values["help"].value:
         print(config.help_text())
         return 0

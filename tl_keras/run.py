@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tl_keras.errors import UserError
 
@@ -123,10 +123,28 @@ def write_atomically(path: Path, content: bytes) -> None:
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Encodes rows as CSV, UTF-8, one header line."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv_writer(text)
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def csv_writer(stream: TextIO) -> Any:
+    """A `csv.writer` whose lines end in LF and whose cells may hold CR and LF.
+
+    Python before 3.12 quotes of the two only what the line's end holds, so that CR stood bare.
+    """
+    return csv.writer(_UnixLines(stream), lineterminator="\r\n")
+
+
+class _UnixLines:
+    """Takes rows that end in CR LF, and writes LF."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> None:
+        self._stream.write(row.removesuffix("\r\n") + "\n")
 
 
 class RunFolder:

@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -84,11 +85,12 @@ def as_pillow(content: bytes, *, image_size: int, resize: str) -> np.ndarray:
 def resize_by_pillow(image: Image.Image, *, image_size: int, resize: str) -> np.ndarray:
     if resize == "squash":
         return np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
-    guide = max(image.size) if resize == "pad" else min(image.size)
-    width, height = (max(round(side * image_size / guide), 1) for side in image.size)
-    assert (width - image_size) % 2 == (height - image_size) % 2 == 0  # the middle is a matter of taste otherwise
+    if resize == "pad":
+        width, height = (max(round(side * image_size / max(image.size)), 1) for side in image.size)
+    else:
+        width, height = (int(image_size * side / min(image.size)) for side in image.size)  # torchvision's Resize
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)  # and its CenterCrop
     return np.array(resized.crop((left, top, left + image_size, top + image_size)))  # beyond the image: black
 
 
@@ -239,7 +241,22 @@ def test_no_noise_in_exif_breaks_an_image():
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 @pytest.mark.parametrize(
-    "size", [(40, 60), (60, 40), (96, 32), (11, 13), (16, 16), (8, 12), (5, 5), (200, 300), (33, 33)], ids=str
+    "size",
+    [
+        (40, 60),
+        (60, 40),
+        (96, 32),
+        (11, 13),
+        (97, 64),
+        (64, 97),
+        (130, 87),
+        (16, 16),
+        (8, 12),
+        (5, 5),
+        (200, 300),
+        (33, 33),
+    ],
+    ids=str,
 )
 def test_resizing_is_that_of_pillow(size, resize):
     image_size = 16 if size != (11, 13) else 143
@@ -533,3 +550,27 @@ def test_a_broken_image_is_explained_in_one_short_line(content, word):
     assert "\n" not in text
     assert not any(word in text for word in ("{{", "}}", "__wrapped__", "/job:"))
     assert len(text) < 190
+
+
+def test_one_thread_is_enough(tmp_path):
+    (tmp_path / "turned.jpg").write_bytes(behind_start(JPEG, EXIF))
+    # branches within branches that each hold a thread would wait for one another for ever
+    code = f"""
+import tensorflow as tf
+tf.config.threading.set_inter_op_parallelism_threads(1)
+from tl_keras.data.images import decode, decode_batch
+content = open({str(tmp_path / "turned.jpg")!r}, "rb").read()
+alone = decode(tf.constant(content), image_size=16, resize="crop").numpy()
+images, valid = decode_batch(tf.constant([content] * 8), image_size=16, resize="crop")
+assert valid.numpy().all() and (images.numpy() == alone).all()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr[-500:]
+
+
+def test_a_jpeg_made_of_tiny_blocks_costs_no_seconds():
+    tiny = segment(0xE9, b"") * 60_000  # the EXIF behind them is not looked for
+    start = time.perf_counter()
+    decode_one(behind_start(JPEG, tiny, EXIF), image_size=16)
+    decode_one(behind_start(JPEG, b"\xff" * 250_000, EXIF), image_size=16)
+    assert time.perf_counter() - start < 3

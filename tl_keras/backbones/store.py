@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tl_keras.errors import UserError
 from tl_keras.run import disk_errors
 
 _LOCK_SECONDS = 120.0
+_LOCK_PAUSE_SECONDS = 0.02
 _PAGE_BYTES = 16384  # an embedding of 1,280 numbers in one page
 _QUERY_KEYS = 500  # SQLite's oldest limit on parameters is 999
 _SPARE_BYTES = 200 << 20
@@ -53,14 +55,16 @@ class EmbeddingStore:
                 self.path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False
             )
             self._connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
-            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._start_log()
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("CREATE TABLE IF NOT EXISTS address (text TEXT)")
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, dtype TEXT, shape TEXT, content BLOB)"
             )
             if self._connection.execute("SELECT count(*) FROM address").fetchone()[0] == 0:
-                self._connection.execute("INSERT INTO address VALUES (?)", (text,))
+                self._connection.execute(
+                    "INSERT INTO address SELECT ? WHERE NOT EXISTS (SELECT * FROM address)", (text,)
+                )
 
     def close(self) -> None:
         """Closes the file."""
@@ -127,6 +131,18 @@ class EmbeddingStore:
         content = b"".join(found[key][2] for key in keys)
         return np.frombuffer(content, _numpy_dtype(dtype)).reshape(len(keys), *json.loads(shape))
 
+    def _start_log(self) -> None:
+        """Switches to the write-ahead log: the one thing for which SQLite itself does not wait where others do it."""
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOCK_PAUSE_SECONDS)
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -166,7 +182,7 @@ def check_space(folder: str, *, count: int, bytes_each: int, bytes_there: int = 
 
 def list_stores(folder: str) -> list[tuple[Path, int]]:
     """All stores in a folder with their sizes in bytes, their logs included; the largest first."""
-    files = sorted(Path(folder).glob("*.sqlite")) if Path(folder).is_dir() else []
+    files = sorted(Path(folder).glob("*.sqlite")) if os.path.isdir(folder) else []
     sizes = [
         (path, sum(part.stat().st_size for part in path.parent.glob(path.name + "*") if part.is_file()))
         for path in files

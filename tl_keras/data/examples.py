@@ -101,8 +101,8 @@ def scan(
         reason = explain_unreadable(content)
         if reason:
             broken[position] = reason
-            if len(broken) > max(100, len(used) // 2):
-                break
+            if len(broken) > max(100, len(used) // 2, max_broken_fraction * len(used)):
+                break  # refused below
         else:
             digests[position] = np.void(hashlib.sha256(content).digest())
         show_progress(f"reading images {done:,}/{len(used):,}")

@@ -8,18 +8,21 @@ byte; EXIF orientation is honoured in JPEG, PNG and WebP.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-DECODER_VERSION = 1  # part of every embedding's address: raise it when a pixel changes
+DECODER_VERSION = 2  # part of every embedding's address: raise it when a pixel changes
 _EXIF_SEARCH_BYTES = 1 << 18  # orientation behind more than 256 KiB of other metadata is not looked for
+_MOST_BLOCKS = 1000  # of metadata before EXIF: a file made of tiny blocks must not cost seconds
 _PADDING = b"\0" * 64  # so that reading a header never runs over the end of a short file
 _JPEG_RATIOS = (1, 2, 4, 8)  # libjpeg's own scales (libjpeg.txt, "DCT scaling")
 _READ_CHUNK = 64
+_DECODERS = 16  # images decoded at once, or as many as there are threads
+_ENLARGED_AT_MOST = 4  # sides of the target: beyond that most of what is enlarged would be cropped away
 
 
 @tf.autograph.experimental.do_not_convert
@@ -40,9 +43,25 @@ def decode(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor
     Raises:
         tf.errors.InvalidArgumentError: the bytes are no image, or a broken one.
     """
+    if tf.executing_eagerly():
+        return _compile_decoder(image_size, resize)(image_bytes)
     pixels = _decode_pixels(image_bytes, image_size=image_size, resize=resize)
     pixels = _stand_upright(pixels, image_bytes)
     return _resize(pixels, image_size=image_size, resize=resize)
+
+
+@functools.cache
+def _compile_decoder(image_size: int, resize: str) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Decoding as a graph: eagerly, each branch inside a branch holds one of TensorFlow's threads until none is left.
+
+    Two cores have two such threads, and a photograph with EXIF needs three (TF 2.21).
+    """
+    function: Callable[[tf.Tensor], tf.Tensor] = tf.function(
+        functools.partial(decode, image_size=image_size, resize=resize),
+        input_signature=(tf.TensorSpec((), tf.string),),
+        autograph=False,
+    )
+    return function
 
 
 @tf.autograph.experimental.do_not_convert
@@ -66,10 +85,10 @@ def decode_batch(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> tup
         return index, decode(one, image_size=image_size, resize=resize)
 
     images = tf.data.Dataset.from_tensor_slices((tf.range(count), image_bytes))
-    images = images.map(decode_one, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors(log_warning=False)
+    images = images.map(decode_one, num_parallel_calls=_DECODERS).ignore_errors(log_warning=False)
     # one black image at the end, cut off again below: get_single_element must find a batch where all are broken
     images = images.concatenate(tf.data.Dataset.from_tensors((count, tf.zeros(shape, tf.uint8))))
-    indices, pixels = images.batch(count + 1).get_single_element()
+    indices, pixels = images.batch(count + 1).with_options(without_autotune()).get_single_element()
     indices, pixels = indices[:-1, tf.newaxis], pixels[:-1]
     all_pixels = tf.scatter_nd(indices, pixels, tf.concat([[count], tf.constant(shape, tf.int64)], 0))
     valid = tf.scatter_nd(indices, tf.ones_like(indices[:, 0], tf.int32), [count]) > 0
@@ -95,15 +114,22 @@ def make_images(
 
     Yields:
         Positions, int64 `(b,)`, and images, uint8 `(b, image_size, image_size, 3)`.
+
+    Raises:
+        Exception: what `read` raised, after the images that it gave before.
     """
+    failed: list[Exception] = []
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         found: list[tuple[int, bytes]] = []
-        for item in read(positions):
-            found.append(item)
-            if len(found) == _READ_CHUNK:
-                yield _as_arrays(found)
-                found = []
+        try:
+            for item in read(positions):
+                found.append(item)
+                if len(found) == _READ_CHUNK:
+                    yield _as_arrays(found)
+                    found = []
+        except Exception as error:  # ignore_errors would take it for a broken image: it is raised again below
+            failed.append(error)
         if found:
             yield _as_arrays(found)
 
@@ -112,8 +138,20 @@ def make_images(
 
     signature = (tf.TensorSpec((None,), tf.int64), tf.TensorSpec((None,), tf.string))
     images = tf.data.Dataset.from_generator(chunks, output_signature=signature).unbatch()
-    images = images.map(decode_one, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors(log_warning=False)
-    yield from images.batch(batch_size).prefetch(4).as_numpy_iterator()
+    images = images.map(decode_one, num_parallel_calls=_DECODERS).ignore_errors(log_warning=False)
+    yield from images.batch(batch_size).prefetch(4).with_options(without_autotune()).as_numpy_iterator()
+    if failed:
+        raise failed[0]
+
+
+def without_autotune() -> tf.data.Options:
+    """Options for a pipeline that is soon over: with autotuning, its end waits for a thread that sleeps for seconds.
+
+    The sleep doubles up to a minute (`Model::OptimizeLoop`, TF 2.21).
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 def explain_broken(image_bytes: bytes, *, image_size: int, resize: str) -> str:
@@ -121,9 +159,9 @@ def explain_broken(image_bytes: bytes, *, image_size: int, resize: str) -> str:
     try:
         decode(tf.constant(image_bytes), image_size=image_size, resize=resize)
     except tf.errors.OpError as error:
-        reason = (error.message or "unknown error").splitlines()[0]
-        reason = re.sub(r"\{\{.*?\}\} +", "", reason).strip()  # the node's name, which means nothing to a user
-        return f"can't be decoded: {reason.split(' [Op:')[0][:160]}"
+        # the op's own message stands before the line that names its node, behind where in our code that was built
+        message = str(error.message).split("\n\t [[{{node")[0].strip() or "unknown error"
+        return f"can't be decoded: {message.splitlines()[-1][:160]}"
     return ""
 
 
@@ -141,8 +179,7 @@ def read_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
     signature = _bytes_at(head, 0, 16)
     is_jpeg = _equals(signature[:2], b"\xff\xd8")
     is_png = _equals(signature[:4], b"\x89PNG")
-    is_webp = _equals(signature[:4], b"RIFF") & _equals(signature[8:12], b"WEBP")
-    kind = tf.cast(is_jpeg, tf.int32) + 2 * tf.cast(is_png, tf.int32) + 3 * tf.cast(is_webp, tf.int32)
+    kind = tf.cast(is_jpeg, tf.int32) + 2 * tf.cast(is_png, tf.int32) + 3 * tf.cast(_is_webp(signature), tf.int32)
     start = tf.switch_case(
         kind,
         [
@@ -162,12 +199,24 @@ def _as_arrays(found: list[tuple[int, bytes]]) -> tuple[np.ndarray, np.ndarray]:
 def _decode_pixels(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
     is_jpeg = tf.strings.substr(image_bytes, 0, 3) == b"\xff\xd8\xff"
 
+    # never channels=0, with which an animated WebP corrupts the heap (TF 2.21)
+    def decode_channels(channels: int) -> tf.Tensor:
+        return tf.io.decode_image(image_bytes, channels=channels, expand_animations=False)[:, :, :3]
+
     def decode_other() -> tf.Tensor:
-        # channels=3: with channels=0 an animated WebP corrupts the heap (TF 2.21)
-        return tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+        # of WebP alone TensorFlow wants to be asked for as many channels as there are
+        return tf.cond(_is_webp_with_alpha(image_bytes), lambda: decode_channels(4), lambda: decode_channels(3))
 
     pixels = tf.cond(is_jpeg, lambda: _decode_jpeg(image_bytes, image_size, resize), decode_other)
     return tf.ensure_shape(pixels, (None, None, 3))
+
+
+def _is_webp_with_alpha(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Reads the alpha bit of an extended or a lossless WebP (RFC 9649, sections 2.7 and 3.4)."""
+    header = _bytes_at(tf.strings.join([tf.strings.substr(image_bytes, 0, 32), _PADDING]), 0, 25)
+    is_extended, is_lossless = _equals(header[12:16], b"VP8X"), _equals(header[12:16], b"VP8L")
+    has_bit = tf.where(is_extended, header[20], tf.where(is_lossless, header[24], 0)) & 0x10 > 0
+    return _is_webp(header) & has_bit
 
 
 def _decode_jpeg(image_bytes: tf.Tensor, image_size: int, resize: str) -> tf.Tensor:
@@ -223,24 +272,47 @@ def _orient(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _resize(pixels: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
-    """Resizes and crops (or pads) in one op, so that only what is kept is computed: 1 x 10,000 pixels cost no more."""
+    """Resizes and crops (or pads) in one op, so that only what is kept is computed: 1 x 10,000 pixels cost no more.
+
+    Sides and middle are rounded as torchvision's `Resize` and `CenterCrop` round them, to the pixel.
+    """
     sides = tf.shape(pixels)[:2]
     if resize == "squash":
         scaled = tf.fill([2], image_size)
-    else:
-        guide = tf.reduce_max(sides) if resize == "pad" else tf.reduce_min(sides)
-        exact = tf.cast(sides, tf.float64) * image_size / tf.cast(guide, tf.float64)
+    elif resize == "pad":
+        exact = tf.cast(sides, tf.float64) * image_size / tf.cast(tf.reduce_max(sides), tf.float64)
         scaled = tf.maximum(tf.cast(tf.round(exact), tf.int32), 1)
-    resized = tf.raw_ops.ScaleAndTranslate(
-        images=pixels[tf.newaxis],
-        size=(image_size, image_size),
-        scale=tf.cast(scaled / sides, tf.float32),
-        translation=tf.cast((image_size - scaled) // 2, tf.float32),
-        kernel_type="triangle",
-        antialias=True,
+    else:
+        scaled = tf.cast(tf.cast(sides, tf.int64) * image_size // tf.cast(tf.reduce_min(sides), tf.int64), tf.int32)
+    offset = tf.round(tf.cast(image_size - scaled, tf.float32) / 2)
+
+    def filter_and_crop() -> tf.Tensor:
+        return tf.raw_ops.ScaleAndTranslate(
+            images=pixels[tf.newaxis],
+            size=(image_size, image_size),
+            scale=tf.cast(scaled / sides, tf.float32),
+            translation=offset,
+            kernel_type="triangle",
+            antialias=True,
+        )[0]
+
+    # enlarged, there is nothing to filter: the same pixels from an op that takes a third of the time
+    is_enlarged = tf.reduce_all(scaled >= sides) & (tf.reduce_max(scaled) <= _ENLARGED_AT_MOST * image_size)
+    resized = tf.cond(
+        is_enlarged, lambda: _enlarge(pixels, scaled, tf.cast(offset, tf.int32), image_size), filter_and_crop
     )
     # a triangle filter never leaves 0 to 255, so that adding a half and cutting off rounds
-    return tf.ensure_shape(tf.cast(resized[0] + 0.5, tf.uint8), (image_size, image_size, 3))
+    return tf.ensure_shape(tf.cast(resized + 0.5, tf.uint8), (image_size, image_size, 3))
+
+
+def _enlarge(pixels: tf.Tensor, scaled: tf.Tensor, offset: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Enlarges to `scaled`, then crops (negative offsets) or pads to the network's size; float32."""
+    enlarged = tf.image.resize(pixels, scaled)
+    first, before = tf.maximum(-offset, 0), tf.maximum(offset, 0)
+    kept = tf.minimum(scaled, image_size)
+    cropped = tf.slice(enlarged, [first[0], first[1], 0], [kept[0], kept[1], 3])
+    after = image_size - before - kept
+    return tf.pad(cropped, [[before[0], after[0]], [before[1], after[1]], [0, 0]])
 
 
 def _bytes_at(head: tf.Tensor, start: Any, length: int) -> tf.Tensor:
@@ -248,6 +320,10 @@ def _bytes_at(head: tf.Tensor, start: Any, length: int) -> tf.Tensor:
     last = tf.strings.length(head) - length
     raw = tf.io.decode_raw(tf.strings.substr(head, tf.clip_by_value(start, 0, last), length), tf.uint8)
     return tf.cast(tf.ensure_shape(raw, (length,)), tf.int32)
+
+
+def _is_webp(header: tf.Tensor) -> tf.Tensor:
+    return _equals(header[:4], b"RIFF") & _equals(header[8:12], b"WEBP")
 
 
 def _equals(values: tf.Tensor, expected: bytes) -> tf.Tensor:
@@ -281,15 +357,18 @@ def _walk(
         following, found, more = step(position)
         return tf.where(more & (found < 0) & (following > position), following, -1), found
 
-    return tf.while_loop(go_on, advance, (tf.constant(start), tf.constant(-1)))[1]
+    first = (tf.constant(start), tf.constant(-1))
+    return tf.while_loop(go_on, advance, first, maximum_iterations=_MOST_BLOCKS)[1]
 
 
 def _find_jpeg_exif(head: tf.Tensor) -> tf.Tensor:
     def step(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         block = _bytes_at(head, position, 10)
         is_exif = (block[1] == 0xE1) & _equals(block[4:10], b"Exif\0\0")
-        is_metadata = (block[0] == 0xFF) & (((block[1] >= 0xE0) & (block[1] <= 0xEF)) | (block[1] == 0xFE))
-        return position + 2 + _big_endian(block[2:4]), tf.where(is_exif, position + 10, -1), is_metadata
+        is_fill = block[1] == 0xFF  # any number of these may stand before a marker (ITU T.81, B.1.1.2)
+        is_metadata = ((block[1] >= 0xE0) & (block[1] <= 0xEF)) | (block[1] == 0xFE)
+        following = tf.where(is_fill, position + 1, position + 2 + _big_endian(block[2:4]))
+        return following, tf.where(is_exif, position + 10, -1), (block[0] == 0xFF) & (is_fill | is_metadata)
 
     return _walk(head, 2, step)
 

@@ -26,6 +26,7 @@ _SUFFIXES = frozenset(
         *("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ico", "svg", "psd", "raw", "dng"),
     )
 )
+_NO_LABEL = frozenset(("Cc", "Cs", "Zl", "Zp"))  # control characters, bytes that are no UTF-8, line separators
 _READERS = 4
 _READ_AHEAD = 64
 _NAMED = 5
@@ -149,7 +150,7 @@ def _load_csv(text: str) -> Source:
     manifest = Path(text).expanduser()
     rows = _read_manifest(manifest)
     ids, paths, class_of, splits = [], [], [], []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         path, label = (row.get("path") or "").strip(), (row.get("label") or "").strip()
         split = (row.get("split") or "train").strip().lower()
         if not path or not label:
@@ -172,7 +173,8 @@ def _load_csv(text: str) -> Source:
     return _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=class_of, splits=splits)
 
 
-def _read_manifest(manifest: Path) -> list[dict[str, str]]:
+def _read_manifest(manifest: Path) -> list[tuple[int, dict[str, str]]]:
+    """Each row with the number of its line, its last where it has several."""
     try:
         raw = manifest.read_bytes()
     except OSError as error:
@@ -189,7 +191,7 @@ def _read_manifest(manifest: Path) -> list[dict[str, str]]:
     if not {"path", "label"} <= set(columns):
         raise UserError(f"{manifest} begins with {header[:80]!r}. Expected the columns path,label[,split].")
     reader.fieldnames = columns
-    return list(reader)
+    return [(reader.line_num, row) for row in reader]
 
 
 def _load_digits() -> Source:
@@ -226,7 +228,7 @@ def _from_files(name: str, ids: list[str], *, paths: list[str], class_of: list[s
         seen[one_id] = path
     class_names = tuple(sorted(set(class_of)))
     for label in class_names:
-        if not label.isprintable():  # labels.txt has one a line
+        if any(unicodedata.category(letter) in _NO_LABEL for letter in label):  # labels.txt has one a line
             raise UserError(f"the class name {label!r} has a line break or control character. Rename it.")
     numbers = {label: number for number, label in enumerate(class_names)}
     return Source(

@@ -99,15 +99,19 @@ def _build(tfds: Any, name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
-        if os.path.exists(name):
-            advice = f"For a folder of your own: --dataset=folder:{name}."
-        else:
-            advice = "See https://www.tensorflow.org/datasets/catalog, or give folder:PATH, csv:PATH or digits."
+        other = "See https://www.tensorflow.org/datasets/catalog, or give folder:PATH, csv:PATH or digits."
         raise UserError(
-            f"--dataset={name} is not a data set of TFDS. {nearest(name.split('/')[0], known)}{advice}"
+            f"--dataset={name} is not a data set of TFDS. {nearest(name.split('/')[0], known)}{_own(name) or other}"
         ) from error
     except (ValueError, AssertionError, OSError, ImportError) as error:
-        raise UserError(f"--dataset={name}: TFDS can't load it: {_first_line(error)}. Check its name.") from error
+        advice = _own(name) or "Check its name."
+        raise UserError(f"--dataset={name}: TFDS can't load it: {_first_line(error)}. {advice}") from error
+
+
+def _own(name: str) -> str:
+    """What to say where a path was given as a name."""
+    kind = "folder" if os.path.isdir(name) else "csv"
+    return f"For data of your own: --dataset={kind}:{name}." if os.path.exists(name) else ""
 
 
 def _keys(builder: Any, name: str) -> tuple[str, str]:
@@ -130,7 +134,7 @@ def _prepare(tfds: Any, builder: Any) -> None:
     manual = os.path.join(os.path.expanduser(str(builder._data_dir_root)), "downloads", "manual")
     missing = {
         url: info.filename
-        for url, info in builder.url_infos.items()
+        for url, info in (builder.url_infos or {}).items()  # a builder that fetches nothing has none
         if not os.path.exists(os.path.join(manual, info.filename))
     }
     _check_reachable(builder.info.name, missing, manual)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,10 +93,8 @@ class ParityProcess:
             answer, _ = self._process.communicate(json.dumps(question).encode() + b"\n", timeout=_SECONDS)
             found = json.loads(answer)
         except (subprocess.TimeoutExpired, ValueError, OSError) as error:
-            self._stderr.seek(0)
-            lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"the exported model can't be loaded as TF Serving loads it: {lines[-1][:300]}. Nothing was exported."
+                f"the exported model can't be loaded as TF Serving loads it: {self._explain()}. Nothing was exported."
             ) from error
         if not found["valid"]:
             raise UserError("the exported model finds images invalid that were evaluated. Nothing was exported.")
@@ -106,6 +105,18 @@ class ParityProcess:
             largest_difference=float(np.abs(expected - batched).max()),
             batch_difference=float(np.abs(batched[: len(alone)] - alone).max()),
         )
+
+    def _explain(self) -> str:
+        """Why the process gave no answer: what ended it, or else the last line that it wrote."""
+        status = self._process.poll()
+        if status is None:
+            return f"no answer within {_SECONDS} s"
+        if status < 0:
+            hint = " (is there too little memory?)" if status == -signal.SIGKILL else ""
+            return f"signal {-status} ended the process{hint}"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1][:300].rstrip(".") if lines else f"the process ended with {status}"
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:

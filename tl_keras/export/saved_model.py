@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from tl_keras.run import disk_errors
 AGREE_AT_LEAST = 0.99
 _DIFFERENCE_AT_MOST = {"float32": 1e-3, "TensorFloat-32": 2e-2, "bfloat16": 0.5, "float16": 0.5}
 _TRIES = 1000
+_LARGEST_VERSION = 2**63 - 1  # TF Serving reads an int64, and ignores folders with other names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Exported:
     def as_dict(self) -> dict[str, Any]:
         """For `metrics.json`."""
         return {"path": str(self.path), **dataclasses.asdict(self.agreement)}
+
+
+def name_model(name: str) -> str:
+    """The name under which TF Serving can be asked for a model: what an address can't hold becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")
 
 
 def describe_request(path: Path) -> str:
@@ -50,6 +58,7 @@ def export_saved_model(
     expected: np.ndarray,
     precision: str,
     show: Callable[[str], None],
+    parity: ParityProcess | None = None,
 ) -> Exported:
     """Writes the next free version and checks what was written before it gets its name.
 
@@ -61,6 +70,7 @@ def export_saved_model(
         expected: their probabilities as evaluated, float32 `(m, classes)`.
         precision: of the trunk that gave them; what it may explain of a difference.
         show: shows a line.
+        parity: the process that compares, where it was started before.
 
     Returns:
         The version folder, and the agreement.
@@ -68,7 +78,8 @@ def export_saved_model(
     Raises:
         UserError: the folder can't be written, or what was written answers otherwise than what was evaluated.
     """
-    with ParityProcess() as parity, disk_errors(f"the model folder {export_dir}"):
+    own = contextlib.nullcontext(parity) if parity else ParityProcess()
+    with own as parity, disk_errors(f"the model folder {export_dir}"):
         parent = Path(export_dir) / name
         parent.mkdir(parents=True, exist_ok=True)
         # a name that is no number: TF Serving ignores it
@@ -93,15 +104,15 @@ def check_agreement(agreement: Agreement, precision: str) -> None:
     Raises:
         UserError: by more than the precision explains.
     """
-    if agreement.batch_difference > _DIFFERENCE_AT_MOST["float32"]:
+    if not agreement.batch_difference <= _DIFFERENCE_AT_MOST["float32"]:  # NaN is refused too
         raise UserError(
             f"the exported model answers otherwise in another batch size (by {agreement.batch_difference:.1e}). "
             "Nothing was exported; please report this with the run folder."
         )
+    advice = "Run again with --precision=float32" if precision != "float32" else "Please report this"
     if precision == "float32" and tf.config.list_physical_devices("GPU"):
         precision = "TensorFloat-32"
-    if agreement.largest_difference > _DIFFERENCE_AT_MOST[precision] or agreement.decisions < AGREE_AT_LEAST:
-        advice = "Run again with --precision=float32" if precision != "float32" else "Please report this"
+    if not agreement.largest_difference <= _DIFFERENCE_AT_MOST[precision] or agreement.decisions < AGREE_AT_LEAST:
         raise UserError(
             f"the exported model is not what was evaluated: decisions agree in {agreement.decisions:.3f} (needed: "
             f"{AGREE_AT_LEAST}), largest difference {agreement.largest_difference:.1e} (allowed in {precision}: "
@@ -122,8 +133,9 @@ def _write(classifier: Classifier, folder: Path) -> None:
 
 def _take_version(unfinished: Path, parent: Path) -> Path:
     """Renames the folder to the next free number; another export may take one at the same moment."""
-    numbers = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
-    first = max(numbers, default=0) + 1
+    names = [path.name for path in parent.iterdir()]
+    numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
+    first = max((number for number in numbers if number < _LARGEST_VERSION), default=0) + 1
     for number in range(first, first + _TRIES):
         try:
             os.rename(unfinished, parent / str(number))

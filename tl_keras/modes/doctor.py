@@ -142,7 +142,10 @@ def _check_folders(store_dir: str) -> Iterator[Finding]:
 
 def _check_disk(what: str, folder: str) -> Finding:
     absolute = Path(folder).absolute()
-    existing = next(path for path in [absolute, *absolute.parents] if path.exists())
+    # not Path.exists, which raises where a folder above can't be looked into
+    existing = next(path for path in [absolute, *absolute.parents] if os.path.exists(path))
+    if not os.path.isdir(existing):
+        return Finding(what, f"{existing} is a file: choose another folder")
     if not os.access(existing, os.W_OK):
         return Finding(what, f"{existing} can't be written: change its permissions, or choose another folder")
     free = shutil.disk_usage(existing).free

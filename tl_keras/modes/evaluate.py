@@ -53,6 +53,11 @@ def run(config: Config) -> Result:
         if examples.broken:
             screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
         probabilities = {split: values for split, values in probabilities.items() if len(values)}
+        if not probabilities:
+            raise UserError(
+                f"none of the {len(examples.broken)} images can be used: {folder.path}/broken.csv says why. Mend them, "
+                "or give others."
+            )
         metrics = write_evaluation(folder, examples, probabilities)
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
@@ -111,7 +116,7 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
 
 
 def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
-    """Says how many of the images the classifier was trained on, by their ids."""
+    """Says how many of the ids the classifier was trained on; the images behind them may be others."""
     manifest = path / "splits.csv"
     if not manifest.is_file():
         return
@@ -119,7 +124,10 @@ def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
         trained = {row["id"] for row in csv.DictReader(file) if row["split"] == "train"}
     leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
     if leaked:
-        screen.line(f"warning: the classifier was trained on {leaked:,} of these images; its figures are too good")
+        screen.line(
+            f"warning: the classifier was trained on {leaked:,} images of the same ids; where they are the same "
+            "images, these figures are too good"
+        )
 
 
 def _predict(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tl_keras.classifier import load_samples, load_trained
+from tl_keras.classifier import find_folder, load_samples, load_trained
 from tl_keras.config import Config
-from tl_keras.export.saved_model import describe_request, export_saved_model
+from tl_keras.export.saved_model import describe_request, export_saved_model, name_model
 from tl_keras.run import Result, Screen, read_json
 
 
@@ -15,11 +15,11 @@ def run(config: Config) -> Result:
     screen, path = Screen(), str(config.read.classifier)
     classifier = load_trained(path)
     samples, expected = load_samples(path)
-    metrics = read_json(Path(path) / "metrics.json")
+    metrics = read_json(find_folder(path).resolve().parent / "metrics.json")
     exported = export_saved_model(
         classifier,
         export_dir=config.run.export_dir,
-        name=config.run.model_name or classifier.name,
+        name=config.run.model_name or name_model(classifier.name),
         samples=samples,
         expected=expected,
         precision=metrics["environment"]["precision"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -20,7 +21,8 @@ from tl_keras.data.splits import SPLITS, check_classes
 from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
-from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
+from tl_keras.export.parity import ParityProcess
+from tl_keras.export.saved_model import Exported, describe_request, export_saved_model, name_model
 from tl_keras.run import INTERRUPTED, History, Result, RunFolder, Screen, Stopwatch, name_run
 from tl_keras.training.batches import predict_probabilities
 from tl_keras.training.callbacks import HISTORY_HEADER
@@ -67,60 +69,69 @@ def run(config: Config) -> Result:
     if examples.broken:
         screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
 
-    with watch.stage("training"):
-        history = History(folder, HISTORY_HEADER)
-        progress = Progress(folder.path, screen.line, screen.progress, history.keep)
-        task = Task(examples, config.training, config.run.seed, progress)
-        has_tail = whole or bool(part.layers)
-        head, stage = new_head(task, dim=backbone.output_shape[1]), None
-        if pretrained or not has_tail:
-            wanted, show_progress = _wanted(examples, config), screen.progress
-            vectors = embed_tail(embedded, tail, wanted=wanted, show_progress=show_progress) if has_tail else embedded
-            head, stage = fit_head(task, vectors)
-        if has_tail and not (stage and stage.interrupted):
-            crop = config.training.augment == "crop"
-            stage = fit_tail(task, embedded, tail, head, layers=part.layers, crop=crop, after=stage)
-        interrupted = bool(stage and stage.interrupted)
+    # the process that checks the export loads TensorFlow while the head is trained
+    with ParityProcess() if config.run.export else contextlib.nullcontext() as parity:
+        with watch.stage("training"):
+            history = History(folder, HISTORY_HEADER)
+            progress = Progress(folder.path, screen.line, screen.progress, history.keep)
+            task = Task(examples, config.training, config.run.seed, progress)
+            has_tail = whole or bool(part.layers)
+            head, stage = new_head(task, dim=backbone.output_shape[1]), None
+            if pretrained or not has_tail:
+                wanted, show_progress = _wanted(examples, config), screen.progress
+                vectors = (
+                    embed_tail(embedded, tail, wanted=wanted, show_progress=show_progress) if has_tail else embedded
+                )
+                head, stage = fit_head(task, vectors)
+            if has_tail and not (stage and stage.interrupted):
+                crop = config.training.augment == "crop"
+                stage = fit_tail(task, embedded, tail, head, layers=part.layers, crop=crop, after=stage)
+            interrupted = bool(stage and stage.interrupted)
 
-    with watch.stage("evaluation"):
-        trained = attach(head, tail) if has_tail else head
-        probabilities = {
-            split: predict_probabilities(trained, embedded.read, examples.positions(split), batch_size=_PREDICT_BATCH)
-            for split in SPLITS[1:]
-            if len(examples.positions(split))
-        }
-        metrics = write_evaluation(folder, examples, probabilities)
-        classifier = Classifier(
-            attach(head, backbone),
-            name=f"{source.name}-{preset.name}",
-            labels=source.class_names,
-            backbone=preset.name,
-            embedding_layer=backbone.layers[-1].name,
-            resize=config.backbone.resize,
-        )
-        precision = embedded.precision.name
-        samples, expected = _sample(examples, probabilities, _PARITY_IMAGES[precision])
-        classifier.save(folder.path / "classifier", samples=samples[:_KEPT_SAMPLES], expected=expected[:_KEPT_SAMPLES])
-    metrics["interrupted"] = interrupted
-    metrics["environment"] = describe_environment(engine="tensorflow", precision=precision)
-    metrics["timing"] = _describe_timing(watch, embedded)
-    folder.write_json("metrics.json", metrics)
-
-    exported = None
-    if config.run.export and not interrupted:
-        with watch.stage("export"):
-            exported = export_saved_model(
-                classifier,
-                export_dir=config.run.export_dir,
-                name=config.run.model_name or classifier.name,
-                samples=samples,
-                expected=expected,
-                precision=precision,
-                show=screen.line,
+        with watch.stage("evaluation"):
+            trained = attach(head, tail) if has_tail else head
+            probabilities = {
+                split: predict_probabilities(
+                    trained, embedded.read, examples.positions(split), batch_size=_PREDICT_BATCH
+                )
+                for split in SPLITS[1:]
+                if len(examples.positions(split))
+            }
+            metrics = write_evaluation(folder, examples, probabilities)
+            classifier = Classifier(
+                attach(head, backbone),
+                name=f"{source.name}-{preset.name}",
+                labels=source.class_names,
+                backbone=preset.name,
+                embedding_layer=backbone.layers[-1].name,
+                resize=config.backbone.resize,
             )
-        metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
+            precision = embedded.precision.name
+            samples, expected = _sample(examples, probabilities, _PARITY_IMAGES[precision])
+            classifier.save(
+                folder.path / "classifier", samples=samples[:_KEPT_SAMPLES], expected=expected[:_KEPT_SAMPLES]
+            )
+        metrics["interrupted"] = interrupted
+        metrics["environment"] = describe_environment(engine="tensorflow", precision=precision)
+        metrics["timing"] = _describe_timing(watch, embedded)
         folder.write_json("metrics.json", metrics)
-        screen.line(f"try it: {describe_request(exported.path)}")
+
+        exported = None
+        if config.run.export and not interrupted:
+            with watch.stage("export"):
+                exported = export_saved_model(
+                    classifier,
+                    export_dir=config.run.export_dir,
+                    name=config.run.model_name or name_model(classifier.name),
+                    samples=samples,
+                    expected=expected,
+                    precision=precision,
+                    show=screen.line,
+                    parity=parity,
+                )
+            metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
+            folder.write_json("metrics.json", metrics)
+            screen.line(f"try it: {describe_request(exported.path)}")
     screen.line(_last_line(metrics, folder, exported))
     status = INTERRUPTED if interrupted else 0
     return Result(folder.path, exported.path if exported else None, metrics, status)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,7 @@ from tl_keras.classifier import TOP_K, load
 from tl_keras.config import Config
 from tl_keras.data.sources import list_images, read_files
 from tl_keras.errors import UserError
-from tl_keras.run import Result, Screen, disk_errors
+from tl_keras.run import Result, Screen, csv_writer, disk_errors
 
 _DIGITS = 6
 
@@ -28,7 +26,7 @@ def run(config: Config) -> Result:
     classifier = load(str(config.read.classifier))
     broken = done = 0
     with _open(config.read.output) as file, disk_errors(str(config.read.output or "standard output")):
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         ranks = range(2, min(TOP_K, len(classifier.labels)) + 1)
         extra = [name for rank in range(2, TOP_K + 1) for name in (f"label_{rank}", f"probability_{rank}")]
         writer.writerow(["id", "predicted", "probability", *extra, "error"])
@@ -78,10 +76,10 @@ def _find(patterns: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def _open(output: str | None) -> Iterator[TextIO]:
     if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
         yield sys.stdout
         return
+    if os.path.isdir(output):
+        raise UserError(f"--output={output} is a folder. Give the CSV a name in it: predictions.csv.")
     with disk_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(output + ".unfinished")

@@ -8,8 +8,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tl_keras.data.images import without_autotune
+
 _CROP_AREA = (0.5, 1.0)  # share of the image that a crop keeps
 _CROP_ASPECT = (3 / 4, 4 / 3)  # width to height, both as in Szegedy et al. 2014, section 6, but a larger least area
+
 
 ReadEmbeddings = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -55,7 +58,8 @@ def make_batches(
         indices = indices.shuffle(len(positions), seed=seed, reshuffle_each_iteration=True)
         draws = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(len(positions))
     batches = tf.data.Dataset.zip((indices, draws)).batch(batch_size).map(load_batch)
-    return batches.apply(tf.data.experimental.assert_cardinality(-(-len(positions) // batch_size))).prefetch(2)
+    batches = batches.apply(tf.data.experimental.assert_cardinality(-(-len(positions) // batch_size))).prefetch(2)
+    return batches.with_options(without_autotune())
 
 
 def crop_and_mirror(images: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from tl_keras.errors import UserError
 
@@ -56,7 +55,7 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         """Shows the epoch and keeps its row."""
         seconds = time.perf_counter() - self._start
         values = {name: float(value) for name, value in (logs or {}).items()}
-        rate = float(np.array(self.model.optimizer.learning_rate))
+        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self._show(
             f"{self._stage} epoch {epoch + 1}/{self._epochs}: loss {values['loss']:.4f} accuracy "
             f"{values['accuracy']:.3f}, val loss {values['val_loss']:.4f} accuracy {values['val_accuracy']:.3f}, "
@@ -67,35 +66,41 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the weights of the epoch with the best val accuracy; the lower val loss decides among equals.
+    """Keeps the weights of the epoch that is best on val by loss or accuracy; the other decides among equals.
 
-    Keras's ModelCheckpoint takes the first among equals, which on a small val is an epoch that has hardly learnt.
+    Keras's ModelCheckpoint takes the first among equals, which by accuracy on a small val is an epoch that has hardly
+    learnt.
     """
 
-    def __init__(self, path: Path, patience: int | None, score: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self, path: Path, *, monitor: str, patience: int | None, before: tuple[float, float] | None = None
+    ) -> None:
         """Args: path: the checkpoint.
 
-        patience: epochs without a better accuracy that end the stage.
-        score: val accuracy and negative val loss that the model has already.
+        monitor: `loss` or `accuracy`.
+        patience: epochs without a better one that end the stage.
+        before: val loss and accuracy that the model has already.
         """
         super().__init__()
-        self.path, self.epoch, self.score = path, 0, score or (-1.0, 0.0)
-        self._patience, self._waited, self._begins_with_score = patience, 0, score is not None
+        self.path, self.epoch, self.before = path, 0, before
+        self.loss, self.accuracy = before or (math.inf, 0.0)
+        self._monitor, self._patience, self._waited = monitor, patience, 0
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Keeps the weights that the model has already."""
         del logs
-        if self._begins_with_score:
+        if self.before:
             self.model.optimizer.build(self.model.trainable_variables)  # the file holds its state too
             self.model.save_weights(self.path)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Compares the epoch with the best so far."""
         values = logs or {}
-        score = (float(values["val_accuracy"]), -float(values["val_loss"]))
-        self._waited = 0 if score[0] > self.score[0] else self._waited + 1
-        if score > self.score:
-            self.score, self.epoch = score, epoch + 1
+        loss, accuracy = float(values["val_loss"]), float(values["val_accuracy"])
+        score, best = self._score(loss, accuracy), self._score(self.loss, self.accuracy)
+        self._waited = 0 if score[0] > best[0] else self._waited + 1
+        if score > best:
+            self.loss, self.accuracy, self.epoch = loss, accuracy, epoch + 1
             self.model.save_weights(self.path)
         if self._patience is not None and self._waited >= self._patience:
             self.model.stop_training = True
@@ -104,6 +109,9 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         """Gives the model the best epoch's weights."""
         if self.path.exists():
             self.model.load_weights(self.path)
+
+    def _score(self, loss: float, accuracy: float) -> tuple[float, float]:
+        return (-loss, accuracy) if self._monitor == "loss" else (accuracy, -loss)
 
 
 class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
@@ -120,10 +128,21 @@ class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
         Raises:
             UserError: it is NaN or infinite.
         """
-        loss = float((logs or {}).get("loss", 0.0))
+        self._check(float((logs or {}).get("loss", 0.0)), f"step {batch + 1}")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Looks at the loss on val: after the very last step no other tells.
+
+        Raises:
+            UserError: it is NaN or infinite.
+        """
+        del epoch
+        self._check(float((logs or {}).get("val_loss", 0.0)), "on val")
+
+    def _check(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} in epoch {self._epoch + 1}, step {batch + 1}. Try a smaller --learning_rate "
+                f"the loss became {loss} in epoch {self._epoch + 1}, {where}. Try a smaller --learning_rate "
                 "or --backbone_learning_rate, --warmup_epochs=1, or --optimizer=adamw; check that --weights fit."
             )
 

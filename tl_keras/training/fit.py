@@ -55,6 +55,7 @@ def fit_stage(
     training: TrainingConfig,
     progress: Progress,
     after: Stage | None = None,
+    steps_per_execution: int = 1,
 ) -> Stage:
     """Fits a model; it ends with the weights of the epoch that was best on val.
 
@@ -68,6 +69,7 @@ def fit_stage(
         training: optimiser, schedule, epochs, patience.
         progress: where it reports to.
         after: an earlier stage whose weights the model has; it keeps them where no epoch is better.
+        steps_per_execution: steps that run as one, which is faster where a step takes a millisecond.
 
     Returns:
         The stage; best epoch 0: the earlier stage's weights were kept.
@@ -87,11 +89,12 @@ def fit_stage(
     )
     accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     # XLA is a trap on the CPU: depthwise networks run twenty times slower (DESIGN.md)
-    model.compile(optimizer, loss=loss, metrics=[accuracy], jit_compile=False)
+    model.compile(optimizer, loss=loss, metrics=[accuracy], jit_compile=False, steps_per_execution=steps_per_execution)
     with disk_errors(f"the run folder {progress.folder}"):
         (progress.folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint = progress.folder / "checkpoints" / f"{name}.weights.h5"
-    best = BestEpoch(checkpoint, training.patience, score=(after.val_accuracy, -after.val_loss) if after else None)
+    before = (after.val_loss, after.val_accuracy) if after else None
+    best = BestEpoch(checkpoint, monitor=training.monitor, patience=training.patience, before=before)
     interrupt = StopOnInterrupt()
     log = EpochLog(name, training.epochs, progress.show, progress.show_progress, progress.keep)
     board = keras.callbacks.TensorBoard(str(progress.folder / "logs" / name), write_graph=False)
@@ -110,11 +113,11 @@ def fit_stage(
         interrupt.give_back()
     best.restore()
     progress.show(
-        f"{name}: best on val is epoch {best.epoch}, accuracy {best.score[0]:.3f}"
+        f"{name}: best on val is epoch {best.epoch}, loss {best.loss:.4f}, accuracy {best.accuracy:.3f}"
         if best.epoch
         else f"{name}: no epoch is better on val than the stage before, whose weights are kept"
     )
-    return Stage(best.epoch, best.score[0], -best.score[1], interrupt.interrupted)
+    return Stage(best.epoch, best.accuracy, best.loss, interrupt.interrupted)
 
 
 def _find_user_error(error: tf.errors.OpError) -> str:

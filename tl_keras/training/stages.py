@@ -18,6 +18,7 @@ from tl_keras.training.heads import attach, build_head, measure_embeddings
 from tl_keras.training.losses import balance_classes, build_loss
 
 _EVALUATE_BATCH = 256
+_HEAD_STEPS = 8  # of a linear head at once: Keras's own work on a step takes longer than the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def fit_head(task: Task, embedded: Embedded) -> tuple[keras.Model, Stage]:
         learning_rate=task.training.learning_rate,
         training=task.training,
         progress=task.progress,
+        steps_per_execution=_HEAD_STEPS,
     )
 
 

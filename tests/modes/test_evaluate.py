@@ -1,0 +1,303 @@
+"""Evaluating: which images are scored, under which class number, and which are left out and why."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import COLOURS, make_image, run_main, write_colour_folder, write_image
+from tl_keras.classifier import LoadedClassifier, load
+from tl_keras.evaluation.metrics import measure
+from tl_keras.modes import evaluate
+
+load_once = functools.cache(load)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate, "load", load_once)
+
+
+class Evaluated:
+    """What a run folder of `--mode=evaluate` holds."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = json.loads((path / "metrics.json").read_text())
+        self.rows = self.table("predictions.csv")
+        self.probabilities = np.load(path / "probabilities.npy")
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        with (self.path / name).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def ids(self, split: str) -> list[str]:
+        return [row["id"] for row in self.rows if row["split"] == split]
+
+
+@pytest.fixture
+def score(trained, tmp_path):
+    def run(dataset: Path | None = None, *flags: str, which: int = 0) -> Evaluated:
+        data = [f"--dataset=folder:{dataset}"] if dataset else []
+        arguments = [f"--classifier={trained[which]}", f"--run_dir={tmp_path / 'run'}", "--overwrite", *data, *flags]
+        assert run_main("--mode=evaluate", *arguments) == 0
+        return Evaluated(tmp_path / "run")
+
+    return run
+
+
+@pytest.fixture
+def refuse(trained, tmp_path, capsys):
+    def run(*flags: str, which: int = 0) -> str:
+        arguments = [f"--classifier={trained[which]}", f"--run_dir={tmp_path / 'run'}", *flags]
+        capsys.readouterr()
+        assert run_main("--mode=evaluate", *arguments) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error.removeprefix("tl_keras: error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """Images that the classifier never saw, three a class."""
+    return write_colour_folder(tmp_path / "fresh", each=3, first=100)
+
+
+# its own data
+
+
+def test_val_and_test_of_the_run_are_scored_again_and_train_is_not(score, trained):
+    found, before = score(), Evaluated(trained[0])
+    for split in ("val", "test"):
+        assert found.ids(split) == before.ids(split)
+        for figure in ("n", "accuracy", "accuracy_ci95", "mean_per_class_accuracy", "top5_accuracy"):
+            assert found.metrics[split][figure] == before.metrics[split][figure]
+    np.testing.assert_allclose(found.probabilities, before.probabilities, atol=1e-5)
+    assert {row["split"] for row in found.table("splits.csv")} == {"val", "test"}
+    assert found.metrics["timing"]["trunk_images"] == len(found.rows)
+    assert found.metrics["environment"]["precision"] == "float32"
+
+
+def test_some_of_its_classes_keep_their_numbers(score, trained):
+    found, before = score(None, "--classes=green,red"), Evaluated(trained[0])
+    assert {row["label"] for row in found.rows} == {"green", "red"}
+    kept = [number for number, row in enumerate(before.rows) if row["label"] != "blue"]
+    np.testing.assert_allclose(found.probabilities, before.probabilities[kept], atol=1e-5)
+    assert (found.path / "labels.txt").read_text().split() == sorted(COLOURS)
+
+
+def test_data_that_was_moved_is_named(trained, tmp_path, refuse):
+    run = tmp_path / "moved"
+    shutil.copytree(trained[0], run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["dataset"] = "folder:/nowhere"
+    (run / "config.json").write_text(json.dumps(config))
+    assert refuse(f"--classifier={run}") == "--dataset=folder:/nowhere does not exist. Check the path."
+
+
+def test_what_was_evaluated_can_be_evaluated_again_by_its_flags(score, tmp_path):
+    first = score(None, "--classes=green,red")
+    flags = [flag for flag in (first.path / "run.flags").read_text().splitlines() if "run_dir" not in flag]
+    assert run_main(*flags, f"--run_dir={tmp_path / 'again'}") == 0
+    np.testing.assert_array_equal(Evaluated(tmp_path / "again").probabilities, first.probabilities)
+
+
+# another source
+
+
+def test_a_folder_without_splits_is_test_as_a_whole(score, fresh, capsys):
+    found = score(fresh)
+    assert "val" not in found.metrics
+    assert found.metrics["test"]["n"] == 9
+    assert found.metrics["test"]["accuracy"] > 0.7
+    out = capsys.readouterr().out
+    assert "warning" not in out
+    assert "data: fresh: val 0, test 9; 3 classes" in out
+    assert out.splitlines()[-1].startswith("test accuracy ")
+
+
+@pytest.mark.parametrize(
+    ("splits", "scored"),
+    [
+        (("train", "val", "test"), {"val": 2, "test": 2}),
+        (("train", "val"), {"val": 2}),
+        (("train", "test"), {"test": 2}),
+        (("valid",), {"val": 2}),
+        (("train",), {"test": 2}),
+    ],
+    ids=str,
+)
+def test_of_a_source_with_splits_val_and_test_are_scored(score, tmp_path, capsys, splits, scored):
+    for split in splits:
+        for name in ("green", "red"):
+            write_image(tmp_path / "data" / split / name / "1.jpg", make_image(7, COLOURS[name]))
+    found = score(tmp_path / "data")
+    assert {split: found.metrics[split]["n"] for split in ("val", "test") if split in found.metrics} == scored
+    headline = "test" if "test" in scored else "val"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{headline} accuracy ")
+
+
+def test_a_class_that_the_source_lacks_moves_no_other(score, fresh):
+    shutil.rmtree(fresh / "blue")
+    found = score(fresh, which=1)
+    assert found.probabilities.shape == (6, 3)
+    assert [row["predicted"] for row in found.rows] == ["green"] * 3 + ["red"] * 3
+    assert found.metrics["test"]["mean_per_class_accuracy"] == 1
+
+
+def test_figures_are_those_of_the_rows(score, fresh):
+    shutil.move(fresh / "red" / "100.jpg", fresh / "green" / "wrong.jpg")
+    found = score(fresh)
+    labels = [sorted(COLOURS).index(row["label"]) for row in found.rows]
+    expected = measure(found.probabilities, np.array(labels))
+    assert found.metrics["test"] == expected
+    assert expected["accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("Gren", "Did you mean: green, red? "), ("xyz", ""), ("red ", "Did you mean: red")], ids=repr
+)
+def test_a_label_that_the_classifier_does_not_know_is_named(refuse, fresh, tmp_path, name, hint):
+    write_image(fresh / name / "1.jpg", make_image(1))
+    for which in (0, 1):
+        text = refuse(f"--dataset=folder:{fresh}", which=which)
+        assert text.startswith(f"the data has the label {name!r}, which the classifier does not know. {hint}")
+        assert text.endswith("Rename it, or leave it out with --classes.")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_label_can_be_left_out(score, fresh):
+    write_image(fresh / "violet" / "1.jpg", make_image(1))
+    assert score(fresh, "--classes=red,green,blue").metrics["test"]["n"] == 9
+
+
+def test_images_that_were_trained_on_are_counted(score, colour_folder, trained, capsys):
+    score(colour_folder)
+    count = sum(row["split"] == "train" for row in Evaluated(trained[0]).table("splits.csv"))
+    assert f"warning: the classifier was trained on {count} images of the same ids; where" in capsys.readouterr().out
+
+
+# broken images
+
+
+def break_some(folder: Path) -> None:
+    """One that is no image, one of a format that is not read, one cut off, one empty."""
+    (folder / "blue" / "100.jpg").write_bytes(b"no image")
+    write_image(folder / "green" / "101.tiff", make_image(1))
+    path = folder / "red" / "102.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    (folder / "red" / "empty.jpg").write_bytes(b"")
+
+
+def test_broken_images_are_left_out_with_their_reasons(score, fresh, capsys):
+    break_some(fresh)
+    found = score(fresh, "--max_broken_fraction=0.5")
+    broken = {row["id"]: row["reason"].split(":")[0] for row in found.table("broken.csv")}
+    assert broken == {
+        "blue/100.jpg": "not an image",
+        "green/101.tiff": "TIFF is not read by TensorFlow",
+        "red/102.jpg": "can't be decoded",
+        "red/empty.jpg": "empty or unreadable file",
+    }
+    assert f"broken: 4 images are left out, listed in {found.path}/broken.csv" in capsys.readouterr().out
+    ids = ["blue/101.jpg", "blue/102.jpg", *(f"green/{number}.jpg" for number in (100, 101, 102))]
+    assert found.ids("test") == [*ids, "red/100.jpg", "red/101.jpg"]
+    assert [row["id"] for row in found.table("splits.csv")] == found.ids("test")
+    assert found.metrics["test"]["n"] == len(found.probabilities) == 7
+    np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
+    assert found.metrics["test"]["accuracy"] > 0.7
+
+
+def test_broken_images_of_two_splits_are_left_out_of_each(score, tmp_path):
+    for split in ("val", "test"):
+        write_colour_folder(tmp_path / "data" / split, each=3, first=100)
+        path = tmp_path / "data" / split / "red" / f"10{len(split) - 3}.jpg"
+        path.write_bytes(path.read_bytes()[:400])
+    found = score(tmp_path / "data", "--max_broken_fraction=0.5")
+    assert [row["id"] for row in found.table("broken.csv")] == ["test/red/101.jpg", "val/red/100.jpg"]
+    assert (found.metrics["val"]["n"], found.metrics["test"]["n"]) == (8, 8)
+    assert [row["split"] for row in found.rows] == ["val"] * 8 + ["test"] * 8
+    assert [row["label"] for row in found.rows] == [row["predicted"] for row in found.rows]
+
+
+@pytest.mark.parametrize(("limit", "count"), [("0.1", 3), ("0.3", 4)], ids=["while reading", "while decoding"])
+def test_too_many_broken_ones_are_refused_and_listed(refuse, fresh, tmp_path, limit, count):
+    break_some(fresh)  # of eleven: three are seen when they are read, the fourth when it is decoded
+    text = refuse(f"--dataset=folder:{fresh}", f"--max_broken_fraction={limit}")
+    assert text.startswith(f"{count} of 11 images are broken, more than --max_broken_fraction={limit}. The first is ")
+    with (tmp_path / "run" / "broken.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == count
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"no image", b"\xff\xd8\xff\xe0 a JPEG's beginning"], ids=["read", "decoded"])
+def test_a_source_of_nothing_but_broken_images_is_refused(refuse, tmp_path, content):
+    for name in ("red", "green"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.jpg").write_bytes(content)
+    text = refuse(f"--dataset=folder:{tmp_path}/data", "--max_broken_fraction=1")
+    assert text == f"none of the 2 images can be used: {tmp_path}/run/broken.csv says why. Mend them, or give others."
+
+
+def test_a_split_of_nothing_but_broken_images_is_left_out(score, tmp_path):
+    write_colour_folder(tmp_path / "data" / "test", each=2, first=100)
+    (tmp_path / "data" / "val" / "red").mkdir(parents=True)
+    (tmp_path / "data" / "val" / "red" / "1.jpg").write_bytes(b"\xff\xd8\xff\xe0 a JPEG's beginning")
+    found = score(tmp_path / "data", "--max_broken_fraction=0.5")
+    assert "val" not in found.metrics
+    assert found.metrics["test"]["n"] == len(found.rows) == 6
+
+
+# order
+
+
+def test_a_source_may_be_read_in_any_order(score, fresh, monkeypatch):
+    expected = score(fresh)
+    load_source = evaluate.load_source
+
+    def shuffled(*args, **kwargs):
+        source = load_source(*args, **kwargs)
+
+        def read(positions):
+            return iter(sorted(source.read(positions), key=lambda item: -item[0]))
+
+        return dataclasses.replace(source, read=read)
+
+    monkeypatch.setattr(evaluate, "load_source", shuffled)
+    found = score(fresh)
+    assert found.rows == expected.rows
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+
+def test_more_than_a_batch_is_scored_in_order(score, tmp_path):
+    root = write_colour_folder(tmp_path / "many", each=23, first=200)  # 69: two full batches, and five
+    found = score(root)
+    assert len(found.rows) == 69
+    assert [row["label"] for row in found.rows] == [name for name in sorted(COLOURS) for _ in range(23)]
+    assert found.metrics["test"]["accuracy"] > 0.9
+
+
+def test_a_run_without_a_name_is_named_after_data_and_classifier(trained, fresh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_main("--mode=evaluate", f"--classifier={trained[1]}", f"--dataset=folder:{fresh}") == 0
+    (path,) = (tmp_path / "runs").iterdir()
+    assert path.name.startswith("evaluate-fresh-1-2")
+
+
+def test_an_interruption_leaves_no_metrics(trained, fresh, tmp_path, monkeypatch):
+    def fail(self, contents):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LoadedClassifier, "predict_batches", fail)
+    arguments = [f"--classifier={trained[0]}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}"]
+    assert run_main("--mode=evaluate", *arguments) == 130
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "run.flags"]

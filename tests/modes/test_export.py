@@ -1,0 +1,68 @@
+"""Exporting a run that has ended: what it was compared with lies in the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_main
+from tl_keras.export import saved_model
+from tl_keras.export.parity import Agreement
+
+AGREED = Agreement(count=16, decisions=1.0, largest_difference=1e-6, batch_difference=1e-7)
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch) -> list[tuple[list[bytes], object]]:
+    """Stands for the fresh process: what it was asked to compare."""
+    seen = []
+
+    class Parity:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def compare(self, folder, samples, expected):
+            seen.append((samples, expected))
+            return AGREED
+
+    monkeypatch.setattr(saved_model, "ParityProcess", Parity)
+    return seen
+
+
+@pytest.mark.parametrize("inside", ["", "classifier"])
+def test_a_run_and_the_classifier_in_it_are_exported_alike(trained, tmp_path, asked, capsys, inside):
+    flags = [f"--classifier={trained[0] / inside}", f"--export_dir={tmp_path}", "--model_name=m"]
+    assert run_main("--mode=export", *flags) == 0
+    ((samples, expected),) = asked
+    assert len(samples) == len(expected) > 1
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].startswith("try it: echo ")
+    assert last[1] == f"exported · {tmp_path}/m/1"
+    assert (tmp_path / "m" / "1" / "assets" / "labels.txt").read_text() == "blue\ngreen\nred\n"
+
+
+def test_the_name_is_that_of_data_and_backbone_unless_given(trained, tmp_path):
+    assert run_main("--mode=export", f"--classifier={trained[0]}", f"--export_dir={tmp_path}") == 0
+    assert os.listdir(tmp_path) == ["colours-SmallConvNet"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "text"),
+    [
+        ("metrics.json", "{}/metrics.json can't be read: No such file or directory. Check the path."),
+        ("classifier/samples.npz", "{}/classifier/samples.npz is missing or damaged: "),
+        ("classifier/network.keras", "{} holds no classifier. Give a run folder whose run has ended"),
+    ],
+)
+def test_what_a_run_lacks_is_named_and_nothing_is_exported(trained, tmp_path, capsys, gone, text):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    (run / gone).unlink()
+    assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 1
+    assert capsys.readouterr().err.startswith("tl_keras: error: " + text.format(run))
+    assert not (tmp_path / "models").exists()

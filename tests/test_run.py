@@ -1,0 +1,356 @@
+"""The run folder, and what the user sees: never half a file, never a stray one."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tl_keras import run
+from tl_keras.errors import UserError
+from tl_keras.run import (
+    History,
+    Result,
+    RunFolder,
+    Screen,
+    Stopwatch,
+    csv_bytes,
+    disk_errors,
+    name_run,
+    read_json,
+    write_atomically,
+)
+
+
+def error_of(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def fail_with(number: int):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def create(path: Path, *, overwrite: bool = False, **config) -> RunFolder:
+    return RunFolder.create(str(path), overwrite=overwrite, config=config, flags="--mode=finetune\n")
+
+
+# files
+
+
+def test_a_file_is_written_whole_in_a_folder_that_is_made(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    write_atomically(path, b"\0first")
+    write_atomically(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    seen = []
+    replace = os.replace
+
+    def look_and_replace(source, target):
+        seen.append((path.read_bytes(), Path(source).read_bytes(), Path(source).parent))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    write_atomically(path, b"new")
+    assert seen == [(b"old", b"new", tmp_path)]
+    assert path.read_bytes() == b"new"
+
+
+def test_a_disk_that_is_full_half_way_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(b"old")
+
+    def write_half(self, content):
+        with open(self, "wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert error_of(write_atomically, path, b"much longer") == (
+        f"the disk is full: {path} could not be written. Free some space and run again."
+    )
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=repr)
+def test_whatever_stops_the_renaming_leaves_no_temporary_file(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        write_atomically(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "metrics.json"
+    text = error_of(write_atomically, path, b"")
+    assert text.startswith(f"{path} can't be written: ")
+    assert text.endswith(". Choose another place.")
+
+
+def test_a_pipe_that_closed_is_no_mistake_and_other_errors_are_no_disks():
+    for error in (BrokenPipeError(), ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), disk_errors("the file"):
+            raise error
+
+
+def test_an_error_without_a_reason_is_told_by_its_text():
+    for error, reason in ((OSError(None, "it is too large"), "it is too large"), (OSError("odd"), "odd")):
+        with pytest.raises(UserError) as told, disk_errors("the model"):
+            raise error
+        assert str(told.value) == f"the model can't be written: {reason}. Choose another place."
+
+
+# CSV and JSON
+
+AWKWARD = ["plain", "a,b", 'say "no"', "two\nlines", "cr\rhere", " spaces ", "红 色", "caf\udce9", "'", ";", "", "\\"]
+
+
+def test_csv_keeps_every_character_of_every_cell():
+    content = csv_bytes(("id", "n"), [(cell, number) for number, cell in enumerate(AWKWARD)])
+    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    rows = list(csv.reader(text, strict=True))
+    assert rows[0] == ["id", "n"]
+    assert rows[1:] == [[cell, str(number)] for number, cell in enumerate(AWKWARD)]
+
+
+def test_csv_lines_end_as_on_unix_and_only_what_must_be_is_quoted():
+    assert csv_bytes(("id", "x"), [("a b", 0.5), ("c,d", None)]) == b'id,x\na b,0.5\n"c,d",\n'
+    assert csv_bytes(("id",), []) == b"id\n"
+
+
+def test_json_is_read_as_it_was_written_in_the_order_given(tmp_path):
+    content = {"z": [1, 2.5, None], "a": {"名": "红 色", "caf\udce9": True}}
+    RunFolder(tmp_path).write_json("x.json", content)
+    text = (tmp_path / "x.json").read_bytes().decode("utf-8", "surrogateescape")
+    assert json.loads(text) == content
+    assert list(json.loads(text)) == ["z", "a"]
+    assert "红 色" in text
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_never_holds_what_is_no_json(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunFolder(tmp_path).write_json("x.json", {"nll": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1} x', b"\xff\xfe\x00", b'{"a": }'])
+def test_damaged_json_is_named(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    text = error_of(read_json, path)
+    assert text.startswith(f"{path} is damaged: ")
+    assert text.endswith("Make it again, or restore it from a copy.")
+
+
+def test_json_that_is_not_there_is_named(tmp_path):
+    assert error_of(read_json, tmp_path / "x.json") == (
+        f"{tmp_path}/x.json can't be read: No such file or directory. Check the path."
+    )
+    assert "Is a directory" in error_of(read_json, tmp_path)
+
+
+# the run folder
+
+
+def test_a_run_folder_says_at_once_what_runs_it_again(tmp_path):
+    folder = create(tmp_path / "runs" / "红 1", seed=3)
+    assert folder.path == tmp_path / "runs" / "红 1"
+    assert read_json(folder.path / "config.json") == {"seed": 3}
+    assert (folder.path / "run.flags").read_text() == "--mode=finetune\n"
+
+
+def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    create(tmp_path / "empty")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert error_of(create, tmp_path / "empty", seed=9) == (
+        f"the run folder {tmp_path}/empty exists already. Give another --run_dir, or --overwrite to replace an earlier "
+        "run."
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_overwrite_replaces_an_earlier_run_and_nothing_of_it_stays(tmp_path):
+    folder = create(tmp_path / "run", seed=1)
+    folder.write_text("classifier/old.txt", "old")
+    create(tmp_path / "run", overwrite=True, seed=2)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "run.flags"}
+    assert read_json(tmp_path / "run" / "config.json") == {"seed": 2}
+
+
+def test_overwrite_never_replaces_what_is_no_run(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    assert "exists already" in error_of(create, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert error_of(create, tmp_path / "file").startswith(f"the run folder {tmp_path}/file can't be written: ")
+    monkeypatch.setattr(Path, "mkdir", fail_with(errno.EROFS))
+    assert error_of(create, tmp_path / "x") == (
+        f"the run folder {tmp_path}/x can't be written: Read-only file system. Choose another place."
+    )
+
+
+def test_history_is_on_disk_after_each_row(tmp_path):
+    history = History(RunFolder(tmp_path), ("stage", "epoch"))
+    for number in (1, 2, 3):
+        history.keep(("head", number))
+        lines = (tmp_path / "history.csv").read_text().splitlines()
+        assert lines == ["stage,epoch", *(f"head,{earlier}" for earlier in range(1, number + 1))]
+    assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_a_run_is_named_by_what_it_does_and_never_as_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20240229-235959")
+    names = []
+    for _ in range(3):
+        names.append(name_run("finetune", "my_照片", "ResNet50"))
+        os.makedirs(names[-1])
+    stem = "runs/finetune-my_照片-ResNet50-20240229-235959"
+    assert names == [stem, f"{stem}-2", f"{stem}-3"]
+
+
+def test_the_time_is_part_of_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    year = time.strftime("%Y")
+    assert name_run("evaluate", "digits", "1").startswith(f"runs/evaluate-digits-1-{year}")
+
+
+def test_a_mode_comes_to_nothing_bad_unless_it_says_so():
+    assert (Result().exit_status, Result().metrics, Result().run_dir) == (0, {}, None)
+    assert run.INTERRUPTED == 130
+
+
+# the screen
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the test sets."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def shown(text: str) -> list[str]:
+    """What a terminal's lines hold after the carriage returns."""
+    lines = []
+    for line in text.split("\n"):
+        row: list[str] = []
+        for part in line.split("\r"):
+            row[: len(part)] = part
+        lines.append("".join(row).rstrip())
+    return lines
+
+
+def test_on_a_terminal_progress_is_rewritten_in_place_and_wiped_by_a_line(clock):
+    stream = Terminal()
+    screen = Screen(stream)
+    screen.progress("trunk: 10/20 images, a long text")
+    clock[0] += 1
+    screen.progress("trunk: 20/20")
+    assert shown(stream.getvalue()) == ["trunk: 20/20"]
+    screen.line("done")
+    screen.line("more")
+    assert shown(stream.getvalue()) == ["done", "more", ""]
+
+
+def test_on_a_terminal_progress_costs_at_most_ten_writes_a_second(clock):
+    stream = Terminal()
+    screen = Screen(stream)
+    for number in range(1000):
+        screen.progress(f"{number:03d}")
+        clock[0] += 0.001
+    assert 9 <= stream.getvalue().count("\r") / 2 <= 11
+
+
+def test_in_a_pipe_progress_is_a_line_every_ten_seconds_and_holds_no_carriage_return(clock):
+    stream = io.StringIO()
+    screen = Screen(stream)
+    for second in range(36):
+        screen.progress(f"second {second}")
+        clock[0] += 1
+    screen.line("done")
+    assert stream.getvalue() == "second 11\nsecond 22\nsecond 33\ndone\n"
+
+
+def test_what_is_soon_done_shows_no_progress_in_a_pipe(clock):
+    stream = io.StringIO()
+    screen = Screen(stream)
+    for _ in range(9):
+        screen.progress("working")
+        clock[0] += 1
+    assert stream.getvalue() == ""
+
+
+def test_the_screen_is_standard_output_unless_told_otherwise(capsys):
+    Screen().line("红 色 · 1")
+    assert capsys.readouterr().out == "红 色 · 1\n"
+
+
+def test_every_line_is_out_before_the_next_step_begins():
+    class Stream(io.StringIO):
+        flushed = 0
+
+        def flush(self) -> None:
+            self.flushed += 1
+
+    stream = Stream()
+    Screen(stream).line("a")
+    assert stream.flushed == 1
+
+
+# the stopwatch
+
+
+def test_a_stopwatch_adds_up_stages_even_those_that_fail(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    for seconds in (1.25, 2.0):
+        with watch.stage("trunk"):
+            now[0] += seconds
+
+    def fail():
+        with watch.stage("head"):
+            now[0] += 0.5004
+            raise UserError("x")
+
+    assert error_of(fail) == "x"
+    now[0] += 100
+    assert watch.seconds == {"trunk": 3.25, "head": 0.5}
