@@ -21,12 +21,12 @@ from tl_keras.classifier import (
     Servable,
     find_folder,
     is_exported,
-    is_run,
     load,
     load_samples,
     load_trained,
     read_labels,
 )
+from tl_keras.config import is_run
 from tl_keras.errors import UserError
 
 NAMES = ("älg", "b,c", 'd "e"', "f g", "红 色", "🐶", "עברית")

@@ -180,7 +180,7 @@ FULL = Config(
 CONFIGS = {
     "everything": FULL,
     "defaults": Config("finetune", DataConfig("digits"), BackboneConfig("SmallConvNet")),
-    "predict": Config("predict", read=ReadConfig("runs/x", ("a,b.jpg", "c d/*.png", "café.jpg", "~/x"), "o.csv")),
+    "predict": Config("predict", read=ReadConfig("runs/x", ("a,b.jpg", "c d/*.png", "café.jpg", "/x"), "o.csv")),
     "evaluate": Config("evaluate", DataConfig(classes=("x",)), read=ReadConfig("saved_models/x/1")),
     "export": Config("export", run=RunConfig(export_dir="m", model_name="x"), read=ReadConfig("runs/x")),
     "doctor": Config("doctor"),
@@ -394,3 +394,32 @@ def test_the_store_is_never_a_relative_path(monkeypatch, tmp_path):
     for cache in ("cache", "./cache", "~/cache"):
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
         assert default_store_dir() == "/home/someone/.cache/tl_keras"
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_stands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    settings = parse("--mode=finetune", "--dataset=folder:~/photos", "--run_dir=~/run", "--weights=~/w.h5")
+    assert settings.data.dataset == "folder:/home/someone/photos"
+    assert (settings.run.run_dir, settings.backbone.weights) == ("/home/someone/run", "/home/someone/w.h5")
+    settings = parse("--mode=predict", "--classifier=~/run", "--images=~/a.jpg,b.jpg", "--output=~/p.csv")
+    assert settings.read.images == ("/home/someone/a.jpg", "b.jpg")
+    assert (settings.read.classifier, settings.read.output) == ("/home/someone/run", "/home/someone/p.csv")
+
+
+def test_a_folder_called_imagenet_is_no_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "runs").mkdir()
+    assert parse("--mode=finetune").backbone.backbone == "ResNet50"
+    assert parse("--mode=finetune", "--weights=runs").backbone.backbone is None
+
+
+@pytest.mark.parametrize(
+    "flag", ["--dataset=folder:run/photos", "--store_dir=run/s", "--export_dir=run/m", "--data_dir=run"]
+)
+def test_overwrite_never_deletes_what_is_read_or_kept(monkeypatch, tmp_path, flag):
+    monkeypatch.chdir(tmp_path)
+    name, _, path = flag.partition("=")
+    (tmp_path / path.removeprefix("folder:")).mkdir(parents=True, exist_ok=True)
+    text = error_of(parse, "--mode=finetune", "--run_dir=run", "--overwrite", flag)
+    assert text.startswith(f"--overwrite would delete {name}=")

@@ -41,6 +41,16 @@ def val_alone_has_a_class(tmp: Path) -> None:
             write_image(tmp / "data" / place / f"{number}.jpg", make_image(number))
 
 
+def unreadable_class(tmp: Path) -> None:
+    write_colour_folder(tmp / "data", each=8)
+    write_image(tmp / "c.tif", make_image(1))
+    rows = [f"{path.relative_to(tmp)},{path.parent.name},train" for path in sorted((tmp / "data").rglob("*.jpg"))]
+    rows += [row.replace("train", "val") for row in rows[:3]]
+    rows = ["path,label,split", *rows[3:], "c.tif,c,train", "data/x.jpg,c,val"]
+    write_image(tmp / "data" / "x.jpg", make_image(2))
+    (tmp / "m.csv").write_text("\n".join(rows) + "\n")
+
+
 def splits_and_more(tmp: Path) -> None:
     for place in ("train/a", "train/b", "val/a", "val/b", "unlabelled"):
         write_image(tmp / "data" / place / "1.jpg", make_image(1))
@@ -167,6 +177,21 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("not UTF-8", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", manifest(b"path,label\n\xe9.png,x\n"), "is not UTF-8"),
     ("unknown TFDS set", f"{TRAIN} --dataset=stanford_dogz {NET}", nothing, "Did you mean: stanford_dogs"),
     ("a text set", f"{TRAIN} --dataset=glue/cola --data_dir={{tmp}} {NET}", nothing, "is not a"),
+    ("no path", f"{TRAIN} --dataset=folder: {NET}", nothing, "--dataset=folder: has no path. Give one:"),
+    ("nobody's home", f"{TRAIN} --dataset=folder:~nobody_here/x {NET}", nothing, "~nobody_here/x does not exist."),
+    ("a comma too many", "--mode=predict --classifier={run} --images=a.jpg,", nothing, "--images has an empty part"),
+    (
+        "a stray quote",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
+        manifest('path,label\na.png,"x\n' + "b.png,y\n" * 20_000),
+        "is no CSV: field larger than field limit",
+    ),
+    (
+        "the only train image is no image",
+        f"{TRAIN} --dataset=csv:{{tmp}}/m.csv --max_broken_fraction=0.5 {NET}",
+        unreadable_class,
+        "train has no example of c,",
+    ),
     # backbone
     (
         "unknown backbone",
@@ -203,6 +228,12 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         f"{TRAIN} {COLOURS} {NET} --trainable=from:conv9",
         nothing,
         "has no layer 'conv9'. Nearest: conv",
+    ),
+    (
+        "nothing to train",
+        f"{TRAIN} {COLOURS} {NET} --trainable=from:embedding_pool",
+        nothing,
+        "names only layers of SmallConvNet without weights that would be trained",
     ),
     (
         "too many layers",

@@ -354,3 +354,11 @@ def test_a_stopwatch_adds_up_stages_even_those_that_fail(monkeypatch):
     assert error_of(fail) == "x"
     now[0] += 100
     assert watch.seconds == {"trunk": 3.25, "head": 0.5}
+
+
+def test_a_folder_with_another_programs_config_is_never_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="exists already"):
+        RunFolder.create(str(tmp_path / "model"), overwrite=True, config={}, flags="")
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -245,11 +246,11 @@ def load_trained(path: str) -> Classifier:
         UserError: there is none at `path`, or it is damaged.
     """
     root, folder = Path(path), find_folder(path)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UserError(f"{path} does not exist. Give a run folder (runs/NAME) or an exported version folder.")
     if is_exported(root):
         raise UserError(f"{path} is an exported model; here a run folder (runs/NAME) is needed.")
-    if not (folder / _DESCRIPTION_FILE).is_file() or not (folder / _NETWORK_FILE).is_file():
+    if not os.path.isfile(folder / _DESCRIPTION_FILE) or not os.path.isfile(folder / _NETWORK_FILE):
         raise UserError(
             f"{path} holds no classifier. Give a run folder whose run has ended, or saved_models/NAME/VERSION."
         )
@@ -298,17 +299,12 @@ def load_samples(path: str) -> tuple[list[bytes], np.ndarray]:
 def find_folder(path: str) -> Path:
     """The folder `classifier` of a run folder; it may be given itself."""
     root = Path(path)
-    return root if (root / _DESCRIPTION_FILE).is_file() else root / "classifier"
-
-
-def is_run(path: str) -> bool:
-    """Whether a path is a folder, and so, where weights are asked for, the run folder of an earlier run."""
-    return Path(path).is_dir()
+    return root if os.path.isfile(root / _DESCRIPTION_FILE) else root / "classifier"
 
 
 def is_exported(path: Path) -> bool:
     """Whether a folder is an exported version folder."""
-    return (path / "saved_model.pb").is_file()
+    return os.path.isfile(path / "saved_model.pb")
 
 
 def read_labels(path: Path) -> list[str]:

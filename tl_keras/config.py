@@ -26,6 +26,7 @@ _DATA = ("finetune", "evaluate")
 _READ = ("evaluate", "predict", "export")
 _EXPORT = ("finetune", "export")
 _RUN = ("finetune", "evaluate")
+_PATHS = ("data_dir", "weights", "store_dir", "run_dir", "export_dir", "classifier", "images", "output")
 
 
 def _setting(
@@ -240,6 +241,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     return Config(mode=values["mode"], **groups)
 
 
+def is_run(weights: str) -> bool:
+    """Whether `--weights` names the run folder of an earlier run; a folder called `imagenet` or `none` is not asked."""
+    return weights not in {"imagenet", "none"} and os.path.isdir(weights)
+
+
 def parse_kwargs(text: str) -> dict[str, float | int | bool]:
     """Reads `--backbone_kwargs`: `alpha=0.35,minimalistic=True`.
 
@@ -294,15 +300,25 @@ def read_flags(values: flags.FlagValues) -> Config:
     for group, field in _fields():
         flag = values[field.name]
         if not flag.present:
-            follows_run = field.name == "backbone" and os.path.isdir(str(values["weights"].value))
+            follows_run = field.name == "backbone" and is_run(os.path.expanduser(str(values["weights"].value)))
             if mode in field.metadata["mode_defaults"] and not follows_run:
                 given[group][field.name] = field.metadata["mode_defaults"][mode]
             continue
         if mode not in field.metadata["modes"]:
             used_by = ", ".join(field.metadata["modes"])
             raise UserError(f"--{field.name} is not used by --mode={mode}. It belongs to: {used_by}. Leave it out.")
-        given[group][field.name] = tuple(flag.value) if isinstance(flag.value, list) else flag.value
+        given[group][field.name] = _read_value(field.name, flag.value)
     return Config(mode=mode, **{name: _GROUPS[name](**values) for name, values in given.items()})
+
+
+def _read_value(name: str, value: Any) -> Any:
+    """A flag's value as the Config holds it: lists as tuples, `~` in paths as the home folder, as a shell would."""
+    if isinstance(value, list):
+        return tuple(map(os.path.expanduser, value)) if name in _PATHS else tuple(value)
+    if name == "dataset" and value.startswith(("folder:", "csv:")):
+        kind, _, path = value.partition(":")
+        return f"{kind}:{os.path.expanduser(path)}"
+    return os.path.expanduser(value) if name in _PATHS else value
 
 
 def help_text() -> str:
@@ -379,6 +395,8 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
         _check_choice(field.name, value, allowed["choices"])
     if isinstance(value, str) and not value and field.default != "":
         raise UserError(f"--{field.name} is empty. Give it a value, or leave it out.")
+    if isinstance(value, tuple) and not all(value):
+        raise UserError(f"--{field.name} has an empty part: is there a comma too many? Take it out.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_range(field.name, value, allowed["minimum"], allowed["maximum"])
 
@@ -422,11 +440,19 @@ def _check_together(config: Config) -> None:
 
 
 def _check_overwrite(config: Config) -> None:
-    """What is read may not lie in what is deleted."""
+    """What is read or kept may not lie in what is deleted."""
     if not config.run.overwrite or not config.run.run_dir:
         return
     folder = os.path.realpath(config.run.run_dir)
-    for name, path in (("classifier", config.read.classifier), ("weights", config.backbone.weights)):
+    paths = {
+        "classifier": config.read.classifier,
+        "weights": config.backbone.weights,
+        "dataset": (config.data.dataset or "").partition(":")[2],
+        "data_dir": config.data.data_dir,
+        "store_dir": config.engine.store_dir or default_store_dir(),
+        "export_dir": config.run.export_dir,
+    }
+    for name, path in paths.items():
         if path and os.path.exists(path) and os.path.commonpath([folder, os.path.realpath(path)]) == folder:
             raise UserError(
                 f"--overwrite would delete --{name}={path}: it lies in --run_dir={config.run.run_dir}. Give another "

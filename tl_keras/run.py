@@ -169,7 +169,7 @@ class RunFolder:
         """
         folder = Path(path)
         if folder.is_dir() and any(folder.iterdir()):
-            if not (overwrite and (folder / "config.json").is_file()):
+            if not (overwrite and all((folder / name).is_file() for name in ("config.json", "run.flags"))):
                 raise UserError(
                     f"the run folder {path} exists already. Give another --run_dir, or --overwrite to replace an "
                     "earlier run."
@@ -178,6 +178,10 @@ class RunFolder:
                 shutil.rmtree(folder)
         with disk_errors(f"the run folder {path}"):
             folder.mkdir(parents=True, exist_ok=True)
+            try:
+                (folder / "config.json").open("x").close()
+            except FileExistsError as error:
+                raise UserError(f"the run folder {path} was taken by another run just now. Run again.") from error
         created = cls(folder)
         created.write_json("config.json", config)
         created.write_text("run.flags", flags)

@@ -127,13 +127,10 @@ def choose(backbone, trainable, *, pretrained=True):
     ("trainable", "expected_cut", "expected_layers"),
     [
         ("head", "embedding_pool", []),
-        ("last:1", "top_bn", []),
-        ("last:2", "top", []),
         ("last:3", "b_out", ["top"]),
         ("last:4", "a_out", ["b_conv_2", "top"]),
         ("last:5", "a_out", ["b_conv_1", "b_conv_2", "top"]),
         ("last:10", None, ["stem", "a_conv", "a_shortcut", "b_conv_1", "b_conv_2", "top"]),
-        ("from:embedding_pool", "top_relu", []),
         ("from:top", "b_out", ["top"]),
         ("from:b_conv_1", "a_out", ["b_conv_1", "b_conv_2", "top"]),
         ("from:a_shortcut", "stem", ["a_conv", "a_shortcut", "b_conv_1", "b_conv_2", "top"]),

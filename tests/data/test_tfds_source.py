@@ -99,7 +99,7 @@ def test_every_dog_has_its_breed_and_its_split(dogs, prepared):
     _, images, test, _ = dogs
     assert len(images) == 180
     assert prepared.name == "stanford_dogs"
-    assert prepared.origin == "TensorFlow Datasets stanford_dogs/0.2.0"
+    assert prepared.notes == ("TensorFlow Datasets stanford_dogs/0.2.0",)
     assert prepared.class_names == tuple(sorted(folder.lower() for folder in FOLDERS))
     assert len(set(prepared.ids)) == len(prepared.ids) == 180
     by_content = {content: name for name, content in images.items()}

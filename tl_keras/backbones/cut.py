@@ -24,7 +24,7 @@ class TrainablePart:
         cut: the trunk's last layer, for `cut(backbone, at=...)`; None where no trunk is left, and the whole network is
             trained.
         layers: the layers to train, shallow to deep, all after the cut; only layers that hold weights. The others
-            after the cut stay frozen. Empty: nothing but the head is trained.
+            after the cut stay frozen. Empty, with `head` alone: nothing of the backbone is trained.
     """
 
     cut: str | None
@@ -100,8 +100,8 @@ def choose_trainable(backbone: keras.Model, trainable: str, *, pretrained: bool)
         The cut and the layers to train.
 
     Raises:
-        UserError: text of another form, N of 0 or above the number of layers, no such layer, or a layer inside a
-            block.
+        UserError: text of another form, N of 0 or above the number of layers, no such layer, a layer inside a block,
+            or nothing to train in what is named.
     """
     match = re.fullmatch(r"head|all|last:([1-9]\d*)|from:(.+)", trainable)
     if match is None:
@@ -114,8 +114,15 @@ def choose_trainable(backbone: keras.Model, trainable: str, *, pretrained: bool)
     if trainable == "all":
         return _choose_part(backbone, after=0, layers=backbone.layers, pretrained=pretrained)
     if match[1]:
-        return _choose_last(backbone, int(match[1]), pretrained)
-    return _choose_from(backbone, match[2], pretrained)
+        part = _choose_last(backbone, int(match[1]), pretrained)
+    else:
+        part = _choose_from(backbone, match[2], pretrained)
+    if not part.layers:
+        raise UserError(
+            f"--trainable={trainable} names only layers of {backbone.name} without weights that would be trained "
+            "(activations, pooling, normalisation). Give an earlier layer, a larger N, or head."
+        )
+    return part
 
 
 def _choose_last(backbone: keras.Model, count: int, pretrained: bool) -> TrainablePart:

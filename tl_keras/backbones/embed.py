@@ -147,6 +147,8 @@ def embed_tail(
     address = {"backbone": "tail", "behind": embedded.store.path.name, "precision": "float32", **_identify(tail)}
     store = EmbeddingStore(str(embedded.store.path.parent), address)
     engine = None
+    count = sum(len(_missing(store, embedded.digests, positions, view)) for view, positions in wanted.items())
+    check_space(str(store.path.parent), count=count, bytes_each=4 * int(tail.output_shape[1]))
     for view, positions in wanted.items():
         missing = _missing(store, embedded.digests, positions, view)
         for part in _parts(len(missing), BATCH_SIZE):

@@ -163,14 +163,14 @@ def make_folder(folder: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_space(folder: str, *, count: int, bytes_each: int, bytes_there: int = 0) -> None:
+def check_space(folder: str, *, count: int, bytes_each: int) -> None:
     """Compares what the store is going to need with what is free, before anything is computed.
 
     Raises:
         UserError: it will not fit.
     """
-    need = int(count * bytes_each * _WRITE_OVERHEAD) - bytes_there + (_SPARE_BYTES if count else 0)
-    existing = next(path for path in [Path(folder).absolute(), *Path(folder).absolute().parents] if path.exists())
+    need = int(count * bytes_each * _WRITE_OVERHEAD) + (_SPARE_BYTES if count else 0)
+    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if os.path.exists(p))
     free = shutil.disk_usage(existing).free
     if need > free:
         raise UserError(

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import pathlib
 import re
 import socket
@@ -251,8 +252,8 @@ def _check_weights(preset: Preset, weights: str) -> pathlib.Path | None:
                 f"{preset.name} has no ImageNet weights. Allowed: --weights=none, or a file. Use one of them."
             )
         return None
-    path = pathlib.Path(weights).expanduser()
-    if path.suffix not in WEIGHTS_SUFFIXES or not path.is_file():
+    path = pathlib.Path(weights)
+    if path.suffix not in WEIGHTS_SUFFIXES or not os.path.isfile(path):
         raise UserError(
             f"--weights={weights!r} is no weights file. Allowed: imagenet, none, or an existing file that ends in "
             f"{', '.join(WEIGHTS_SUFFIXES)}. Correct it."

@@ -43,7 +43,7 @@ class Source:
         class_names: in order of name, over all splits together.
         splits: int8 `(n,)`, as the source has them: 0 train, 1 val, 2 test.
         read: gives (position, encoded bytes) for the positions asked for; an unreadable file gives b"".
-        origin: what a user is told about the data.
+        notes: lines that a user is shown about the data.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Source:
     class_names: tuple[str, ...]
     splits: np.ndarray
     read: Callable[[Iterable[int]], Iterator[tuple[int, bytes]]]
-    origin: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def load_source(dataset: str, *, data_dir: str | None, classes: Sequence[str] = ()) -> Source:
@@ -70,6 +70,8 @@ def load_source(dataset: str, *, data_dir: str | None, classes: Sequence[str] = 
         UserError: it can't be found, reached or understood; the text says what to do.
     """
     kind, separator, path = dataset.partition(":")
+    if kind in _LOCAL and separator and not path:
+        raise UserError(f"--dataset={dataset} has no path. Give one: --dataset={dataset}PATH.")
     if kind in _LOCAL and separator:
         source = _LOCAL[kind](path)
     elif dataset == "digits":
@@ -113,7 +115,7 @@ def _read_file(path: str) -> bytes:
 
 
 def _load_folder(text: str) -> Source:
-    root = Path(text).expanduser()
+    root = Path(text)
     _check_folder(root, "--dataset=folder:")
     folders = _subfolders(root)
     by_split = {folder.name: folder for folder in folders if folder.name.lower() in _SPLIT_NAMES}
@@ -137,17 +139,21 @@ def _load_folder(text: str) -> Source:
             f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
         )
     ids = [_as_id(path.relative_to(root).as_posix()) for path, _, _ in labelled]
-    return _from_files(
+    empty = sorted({folder.name for folder in folders} - {label for _, _, label in labelled} - set(by_split))
+    source = _from_files(
         _name_of(root),
         ids,
         paths=[str(path) for path, _, _ in labelled],
         class_of=[_as_id(label) for _, _, label in labelled],
         splits=[split for _, split, _ in labelled],
     )
+    named = ", ".join(empty[:_NAMED]) + (f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else "")
+    note = f"warning: no class is made of the folders without a file that ends as images do (.jpg, .png, ...): {named}"
+    return dataclasses.replace(source, notes=(note,)) if empty else source
 
 
 def _load_csv(text: str) -> Source:
-    manifest = Path(text).expanduser()
+    manifest = Path(text)
     rows = _read_manifest(manifest)
     ids, paths, class_of, splits = [], [], [], []
     for number, row in rows:
@@ -191,7 +197,10 @@ def _read_manifest(manifest: Path) -> list[tuple[int, dict[str, str]]]:
     if not {"path", "label"} <= set(columns):
         raise UserError(f"{manifest} begins with {header[:80]!r}. Expected the columns path,label[,split].")
     reader.fieldnames = columns
-    return [(reader.line_num, row) for row in reader]
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:  # a quote that is never closed
+        raise UserError(f"{manifest} line {reader.line_num} is no CSV: {error}. Look for a stray quote.") from error
 
 
 def _load_digits() -> Source:
@@ -213,7 +222,6 @@ def _load_digits() -> Source:
         class_names=tuple("0123456789"),
         splits=np.zeros(len(digits.target), np.int8),
         read=read,
-        origin="scikit-learn's digits: 8 x 8 pixels, grey",
     )
 
 
@@ -273,7 +281,7 @@ def _only(source: Source, classes: Sequence[str]) -> Source:
 
 def _walk(folder: Path, parents: set[str], found: list[Path]) -> None:
     for path in _children(folder):
-        if path.is_dir():
+        if os.path.isdir(path):
             real = os.path.realpath(path)
             if real not in parents:  # a link to a folder above would never end
                 _walk(path, parents | {real}, found)
@@ -282,7 +290,7 @@ def _walk(folder: Path, parents: set[str], found: list[Path]) -> None:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in _children(folder) if path.is_dir()]
+    return [path for path in _children(folder) if os.path.isdir(path)]
 
 
 def _children(folder: Path) -> list[Path]:
@@ -293,9 +301,9 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _check_folder(folder: Path, flag: str) -> None:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise UserError(f"{flag}{folder} does not exist. Check the path.")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{flag}{folder} is not a folder. Give the folder that holds one folder a class.")
 
 

@@ -51,7 +51,7 @@ def load(name: str, *, data_dir: str | None) -> dict[str, Any]:
         "class_names": tuple(names[number] for number in order),
         "splits": given,
         "read": _Reader(tfds, builder, splits, image_key, label_key),
-        "origin": f"TensorFlow Datasets {builder.info.full_name}",
+        "notes": (f"TensorFlow Datasets {builder.info.full_name}",),
     }
 
 

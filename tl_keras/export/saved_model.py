@@ -112,7 +112,9 @@ def check_agreement(agreement: Agreement, precision: str) -> None:
     advice = "Run again with --precision=float32" if precision != "float32" else "Please report this"
     if precision == "float32" and tf.config.list_physical_devices("GPU"):
         precision = "TensorFloat-32"
-    if not agreement.largest_difference <= _DIFFERENCE_AT_MOST[precision] or agreement.decisions < AGREE_AT_LEAST:
+    flips = round((1 - agreement.decisions) * agreement.count)
+    too_many = flips > max(1, (1 - AGREE_AT_LEAST) * agreement.count)  # of few images one may flip: it tells nothing
+    if not agreement.largest_difference <= _DIFFERENCE_AT_MOST[precision] or too_many:
         raise UserError(
             f"the exported model is not what was evaluated: decisions agree in {agreement.decisions:.3f} (needed: "
             f"{AGREE_AT_LEAST}), largest difference {agreement.largest_difference:.1e} (allowed in {precision}: "

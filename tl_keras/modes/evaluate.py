@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import numpy as np
 
 from tl_keras.classifier import LoadedClassifier, load
 from tl_keras.config import Config, from_dict, nearest
-from tl_keras.data.examples import Examples, scan, split_source
+from tl_keras.data.examples import Examples, scan
 from tl_keras.data.sources import Source, load_source
-from tl_keras.data.splits import SPLITS, UNUSED
+from tl_keras.data.splits import SPLITS, UNUSED, carve
 from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
@@ -75,13 +76,7 @@ def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
         own = _own_config(path)
         data = dataclasses.replace(own.data, data_dir=config.data.data_dir or own.data.data_dir)
         source = load_source(str(data.dataset), data_dir=data.data_dir, classes=config.data.classes or data.classes)
-        splits, _ = split_source(
-            source,
-            val_fraction=data.val_fraction,
-            test_fraction=data.test_fraction,
-            shots=None,
-            seed=own.run.seed,
-        )
+        splits = carve(source.ids, source.splits, val_fraction=data.val_fraction, test_fraction=data.test_fraction)
     else:
         source = load_source(config.data.dataset, data_dir=config.data.data_dir, classes=config.data.classes)
         splits = source.splits.copy()
@@ -118,7 +113,8 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
 def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
     """Says how many of the ids the classifier was trained on; the images behind them may be others."""
     manifest = path / "splits.csv"
-    if not manifest.is_file():
+    if not os.path.isfile(manifest):
+        screen.line("note: an exported model does not say which of these images it was trained on; its run folder does")
         return
     with manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         trained = {row["id"] for row in csv.DictReader(file) if row["split"] == "train"}

@@ -12,15 +12,15 @@ import numpy as np
 from tl_keras.backbones.cut import TrainablePart, choose_trainable, cut
 from tl_keras.backbones.embed import BATCH_SIZE, Embedded, embed, embed_tail
 from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
-from tl_keras.classifier import Classifier, is_run, load_trained
-from tl_keras.config import BackboneConfig, Config, default_store_dir, parse_kwargs
+from tl_keras.classifier import Classifier, load_trained
+from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, parse_kwargs
 from tl_keras.data.examples import Examples, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, check_classes
 from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import headline
-from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
+from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation, write_examples
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import Exported, describe_request, export_saved_model, name_model
 from tl_keras.run import INTERRUPTED, History, Result, RunFolder, Screen, Stopwatch, name_run
@@ -33,6 +33,7 @@ from tl_keras.training.stages import Task, fit_head, fit_tail, new_head
 _PREDICT_BATCH = 128
 _PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
 _KEPT_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 20
 
 
 def run(config: Config) -> Result:
@@ -58,6 +59,7 @@ def run(config: Config) -> Result:
         report = functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
         limit = config.data.max_broken_fraction
         examples = scan(source, splits, max_broken_fraction=limit, show_progress=screen.progress, report=report)
+    warnings = list(dict.fromkeys([*source.notes, *warnings, *_check_classes(examples)]))
     _introduce(screen, examples, preset, part, config, warnings)
 
     # pixels that change each epoch, or a stem that is trained, leave no trunk: the store then keeps decoded images
@@ -66,8 +68,8 @@ def run(config: Config) -> Result:
     with watch.stage("trunk"):
         embedded = _embed(examples, trunk, preset, backbone, config, screen)
         examples = _leave_out(examples, embedded, backbone, config, report)
-    if examples.broken:
-        screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
+    _show_broken(screen, examples, folder, warnings)
+    write_examples(folder, examples)  # a run that is killed has said what was used for what
 
     # the process that checks the export loads TensorFlow while the head is trained
     with ParityProcess() if config.run.export else contextlib.nullcontext() as parity:
@@ -118,6 +120,7 @@ def run(config: Config) -> Result:
 
         exported = None
         if config.run.export and not interrupted:
+            screen.line(_last_line(metrics, folder, None))  # whatever becomes of the export
             with watch.stage("export"):
                 exported = export_saved_model(
                     classifier,
@@ -235,18 +238,37 @@ def _leave_out(examples: Examples, embedded: Embedded, backbone: keras.Model, co
         position: explain(content) or "changed while it was read"
         for position, content in examples.source.read(embedded.broken)
     }
-    left = examples.without(reasons, max_broken_fraction=config.data.max_broken_fraction, report=report)
-    check_classes(left.source.labels, left.splits, left.class_names)
-    return left
+    return examples.without(reasons, max_broken_fraction=config.data.max_broken_fraction, report=report)
+
+
+def _show_broken(screen: Screen, examples: Examples, folder: RunFolder, warnings: list[str]) -> None:
+    """How many images are left out, and what classes miss without them that they did not miss before."""
+    if examples.broken:
+        screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
+    for warning in _check_classes(examples):
+        if warning not in warnings:
+            screen.line(warning)
+
+
+def _check_classes(examples: Examples) -> list[str]:
+    return check_classes(examples.source.labels, examples.splits, examples.class_names)
 
 
 def _sample(examples: Examples, probabilities: dict[str, np.ndarray], count: int) -> tuple[list[bytes], np.ndarray]:
-    """Some evaluated images, spread over the last split, with their probabilities."""
+    """Some evaluated images, drawn from the last split, with their probabilities; at most 64 MB of them but for one."""
     split = list(probabilities)[-1]
-    rows = np.unique(np.linspace(0, len(probabilities[split]) - 1, count).round().astype(int))
+    total = len(probabilities[split])
+    rows = np.random.default_rng(0).permutation(total)[: min(count, total)]
     positions = examples.positions(split)[rows]
-    contents = dict(examples.source.read(positions))
-    return [contents[int(position)] for position in positions], probabilities[split][rows]
+    row_of = dict(zip(positions.tolist(), rows.tolist(), strict=True))
+    contents, kept, size = [], [], 0
+    for position, content in examples.source.read(positions):
+        if size and size + len(content) > _SAMPLE_BYTES:
+            break
+        contents.append(content)
+        kept.append(row_of[position])
+        size += len(content)
+    return contents, probabilities[split][kept]
 
 
 def _describe_timing(watch: Stopwatch, embedded: Embedded) -> dict[str, Any]:

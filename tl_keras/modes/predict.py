@@ -60,10 +60,10 @@ def _find(patterns: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
+        path = Path(pattern)
+        if os.path.isdir(path):
             matches = [str(file) for file in list_images(path)]
-        elif path.exists():
+        elif os.path.exists(path):
             matches = [str(path)]
         else:
             matches = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -91,7 +92,7 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         del logs
         if self.before:
             self.model.optimizer.build(self.model.trainable_variables)  # the file holds its state too
-            self.model.save_weights(self.path)
+            self._save()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Compares the epoch with the best so far."""
@@ -101,7 +102,7 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         self._waited = 0 if score[0] > best[0] else self._waited + 1
         if score > best:
             self.loss, self.accuracy, self.epoch = loss, accuracy, epoch + 1
-            self.model.save_weights(self.path)
+            self._save()
         if self._patience is not None and self._waited >= self._patience:
             self.model.stop_training = True
 
@@ -109,6 +110,12 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         """Gives the model the best epoch's weights."""
         if self.path.exists():
             self.model.load_weights(self.path)
+
+    def _save(self) -> None:
+        """Writes the checkpoint whole: a process that is killed leaves the epoch before."""
+        unfinished = self.path.with_name(f"unfinished.{self.path.name}")  # Keras insists on the suffix
+        self.model.save_weights(unfinished)
+        os.replace(unfinished, self.path)
 
     def _score(self, loss: float, accuracy: float) -> tuple[float, float]:
         return (-loss, accuracy) if self._monitor == "loss" else (accuracy, -loss)
