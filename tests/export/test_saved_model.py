@@ -498,3 +498,13 @@ def test_the_request_is_one_that_the_model_answers(folder, served, tmp_path):
 def test_an_exported_folder_may_be_moved_and_renamed(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "红" / "7")
     check_consistent(Served(tmp_path / "红" / "7").run(IMAGES[:1]), LABELS, [True])
+
+
+def test_a_version_with_other_labels_than_the_one_before_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_model, "ParityProcess", Parity)
+    lines = []
+    for labels in (("a", "b"), ("a", "b"), ("a", "c")):
+        export(tmp_path, classifier=build_classifier(labels), lines=lines)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: version 2 of m has other labels, and TF Serving takes the newest version;")

@@ -93,6 +93,7 @@ def export_saved_model(
             )
             check_agreement(agreement, precision)
             unfinished.chmod(0o755)
+            _warn_of_other_labels(parent, classifier.labels, show)
             return Exported(_take_version(unfinished, parent), agreement)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -133,11 +134,26 @@ def _write(classifier: Classifier, folder: Path) -> None:
     (assets / "labels.txt").write_text("".join(f"{label}\n" for label in classifier.labels), encoding="utf-8")
 
 
-def _take_version(unfinished: Path, parent: Path) -> Path:
-    """Renames the folder to the next free number; another export may take one at the same moment."""
+def _warn_of_other_labels(parent: Path, labels: Sequence[str], show: Callable[[str], None]) -> None:
+    """Says so where the version before has other labels: it may be another data set's of the same name."""
+    before = parent / str(_last_version(parent)) / "assets" / "labels.txt"
+    if os.path.isfile(before) and before.read_text(encoding="utf-8") != "".join(f"{label}\n" for label in labels):
+        show(
+            f"warning: version {before.parent.parent.name} of {parent.name} has other labels, and TF Serving takes the "
+            "newest version; give --model_name where the two are not one model"
+        )
+
+
+def _last_version(parent: Path) -> int:
+    """The highest version number in a model's folder, 0 where there is none."""
     names = [path.name for path in parent.iterdir()]
     numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
-    first = max((number for number in numbers if number < _LARGEST_VERSION), default=0) + 1
+    return max((number for number in numbers if number < _LARGEST_VERSION), default=0)
+
+
+def _take_version(unfinished: Path, parent: Path) -> Path:
+    """Renames the folder to the next free number; another export may take one at the same moment."""
+    first = _last_version(parent) + 1
     for number in range(first, first + _TRIES):
         try:
             os.rename(unfinished, parent / str(number))
