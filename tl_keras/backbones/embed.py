@@ -147,10 +147,10 @@ def embed_tail(
     address = {"backbone": "tail", "behind": embedded.store.path.name, "precision": "float32", **_identify(tail)}
     store = EmbeddingStore(str(embedded.store.path.parent), address)
     engine = None
-    count = sum(len(_missing(store, embedded.digests, positions, view)) for view, positions in wanted.items())
-    check_space(str(store.path.parent), count=count, bytes_each=4 * int(tail.output_shape[1]))
-    for view, positions in wanted.items():
-        missing = _missing(store, embedded.digests, positions, view)
+    lacking = {view: _missing(store, embedded.digests, positions, view) for view, positions in wanted.items()}
+    bytes_each = 4 * int(tail.output_shape[1])
+    check_space(str(store.path.parent), count=sum(map(len, lacking.values())), bytes_each=bytes_each)
+    for view, missing in lacking.items():
         for part in _parts(len(missing), BATCH_SIZE):
             maps = embedded.read(missing[part], np.full(len(missing[part]), view))
             maps = maps if maps.dtype == np.uint8 else maps.astype(np.float32)

@@ -13,7 +13,6 @@ from tl_keras.data.images import without_autotune
 _CROP_AREA = (0.5, 1.0)  # share of the image that a crop keeps
 _CROP_ASPECT = (3 / 4, 4 / 3)  # width to height, both as in Szegedy et al. 2014, section 6, but a larger least area
 
-
 ReadEmbeddings = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
