@@ -107,7 +107,7 @@ def embed_photographs(arguments: Any, source: Any, positions: Any) -> tuple[Any,
     backbone = build_backbone(find_preset("MobileNetV2"), weights=weights, image_size=224, kwargs={"alpha": 0.35})
     engine = TensorFlowEngine(backbone, batch_size=32, precision="float32")
     images = make_images(source.read, positions, image_size=224, resize="crop", batch_size=32)
-    found = [(where, engine.run(pixels)) for where, pixels in images]
+    found = [(where, engine.run(pixels)[0]) for where, pixels in images]
     return np.concatenate([one[1] for one in found]), source.labels[np.concatenate([one[0] for one in found])]
 
 

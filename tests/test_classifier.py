@@ -291,10 +291,10 @@ def test_labels_are_read_as_they_were_written(tmp_path, names):
 
 def test_a_network_that_one_graph_cannot_hold_is_refused_before_it_is_frozen():
     class Huge:
-        shape = (10_000, 60_000)
+        shape, dtype = (10_000, 60_000), "float32"
 
     class Network:
-        variables = (Huge(),)
+        weights = (Huge(),)
 
     huge = Classifier(Network(), "x", ("a", "b"), "Huge", "pool", "crop")
     assert error_of(Servable, huge) == (
@@ -361,8 +361,8 @@ def test_two_classes_have_two_best(tmp_path):
 
 
 BROKEN = {
-    "a missing path": ("/nope/x.jpg", "empty or unreadable file"),
-    "a folder": ("/", "empty or unreadable file"),
+    "a missing path": ("/nope/x.jpg", "can't be read: No such file or directory"),
+    "a folder": ("/", "can't be read: Is a directory"),
     "no bytes": (b"", "empty or unreadable file"),
     "text": (b"no image", "not an image: JPEG, PNG, GIF, BMP and WebP are read"),
     "TIFF": (encode(make_image(1), "TIFF"), "TIFF is not read by TensorFlow: convert it, for example with"),

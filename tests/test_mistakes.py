@@ -175,6 +175,12 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         "the class name 'x\\ny' has a line break",
     ),
     ("not UTF-8", f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}", manifest(b"path,label\n\xe9.png,x\n"), "is not UTF-8"),
+    (
+        "a path alone",
+        f"{TRAIN} --dataset={{tmp}}/one {NET}",
+        one_class,
+        "is a path. For data of your own: --dataset=folder:",
+    ),
     ("unknown TFDS set", f"{TRAIN} --dataset=stanford_dogz {NET}", nothing, "Did you mean: stanford_dogs"),
     ("a text set", f"{TRAIN} --dataset=glue/cola --data_dir={{tmp}} {NET}", nothing, "is not a"),
     ("no path", f"{TRAIN} --dataset=folder: {NET}", nothing, "--dataset=folder: has no path. Give one:"),

@@ -22,6 +22,7 @@ from tl_keras.backbones import preprocessing  # noqa: F401 (makes Keras know our
 from tl_keras.data.formats import explain_unreadable
 from tl_keras.data.images import decode_batch, explain_broken
 from tl_keras.errors import UserError
+from tl_keras.folded import size_in_bytes  # and makes Keras know the layers there
 from tl_keras.run import disk_errors, read_json, write_atomically
 
 TOP_K = 5
@@ -106,7 +107,7 @@ class Servable(tf.Module):  # type: ignore[misc]
             UserError: the network is too large for one graph.
         """
         super().__init__(name="classifier")
-        size = sum(int(np.prod(variable.shape)) * 4 for variable in classifier.network.variables)
+        size = size_in_bytes(classifier.network)
         if size > _GRAPH_LIMIT_BYTES:
             raise UserError(
                 f"the network has {size / 1e9:.1f} GB of weights; one graph holds 2 GB. Choose a smaller backbone."
@@ -177,8 +178,20 @@ class LoadedClassifier:
             classes, float32) and `error`, empty where the image is good.
         """
         items = [images] if isinstance(images, (str, bytes, Path)) else list(images)
-        contents = (item if isinstance(item, bytes) else _read_or_empty(Path(item)) for item in items)
-        return [prediction for batch in self.predict_batches(contents) for prediction in batch]
+        unread: dict[int, str] = {}
+
+        def contents() -> Iterator[bytes]:
+            for number, item in enumerate(items):
+                try:
+                    yield item if isinstance(item, bytes) else Path(item).read_bytes()
+                except OSError as error:
+                    unread[number] = f"can't be read: {error.strerror}"
+                    yield b""
+
+        predictions = [prediction for batch in self.predict_batches(contents()) for prediction in batch]
+        for number, reason in unread.items():
+            predictions[number]["error"] = reason
+        return predictions
 
     def predict_batches(self, contents: Iterable[bytes]) -> Iterator[list[dict[str, Any]]]:
         """Classifies a stream of encoded images, a batch at a time; memory does not grow with their number."""
@@ -203,8 +216,11 @@ class LoadedClassifier:
         labels = [label.decode("utf-8") for label in row["labels"]]
         error = ""
         if not row["valid"]:
-            broken = explain_broken(content, image_size=self._image_size, resize=self._resize)
-            error = explain_unreadable(content) or broken or "can't be decoded"
+            error = (
+                explain_unreadable(content)
+                or explain_broken(content, image_size=self._image_size, resize=self._resize)
+                or "can't be decoded"
+            )
         return {
             "predicted": labels[0],
             "probability": float(row["scores"][0]),
@@ -363,13 +379,6 @@ def _freeze(network: keras.Model, embedding_layer: str) -> Any:
     @tf.function(input_signature=(tf.TensorSpec((None, *network.input_shape[1:]), tf.float32),), autograph=False)
     def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         embeddings, logits = both(images, training=False)
-        return embeddings, tf.nn.softmax(logits)
+        return embeddings, tf.cast(tf.nn.softmax(logits), tf.float32)  # a probe's logits are float64
 
     return convert_variables_to_constants_v2(run.get_concrete_function())
-
-
-def _read_or_empty(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""

@@ -20,13 +20,26 @@ from absl import flags
 from tl_keras.errors import UserError
 
 MODEL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # TF Serving does not undo the escapes of an address
-MODES = ("finetune", "evaluate", "predict", "export", "doctor")
+MODES = ("finetune", "extract", "evaluate", "predict", "export", "doctor")
+PROBES = ("logistic_regression", "linear_svm", "rbf_svm", "knn", "ridge")
 _TRAIN = ("finetune",)
-_DATA = ("finetune", "evaluate")
+_PROBE = ("extract",)
+_MAKE = (*_TRAIN, *_PROBE)
+_DATA = (*_MAKE, "evaluate")
 _READ = ("evaluate", "predict", "export")
-_EXPORT = ("finetune", "export")
-_RUN = ("finetune", "evaluate")
-_PATHS = ("data_dir", "weights", "store_dir", "run_dir", "export_dir", "classifier", "images", "output")
+_EXPORT = (*_MAKE, "export")
+_RUN = (*_MAKE, "evaluate")
+_PATHS = (
+    "data_dir",
+    "weights",
+    "store_dir",
+    "run_dir",
+    "export_dir",
+    "classifier",
+    "images",
+    "output",
+    "embeddings_output",
+)
 
 
 def _setting(
@@ -70,20 +83,20 @@ class DataConfig:
         "a TFDS classification set (name, name/config:version), folder:PATH, csv:PATH or digits (stanford_dogs; "
         "evaluate: the classifier's own)",
         _DATA,
-        mode_defaults={"finetune": "stanford_dogs"},
+        mode_defaults={"finetune": "stanford_dogs", "extract": "stanford_dogs"},
     )
     data_dir: str | None = _setting(None, "where TFDS keeps its data (TFDS's own default)", _DATA)
     classes: tuple[str, ...] = _setting((), "only these classes, comma-separated (all)", _DATA)
-    val_fraction: float = _setting(0.1, "carved from train where the source has no val", _TRAIN, minimum=0, maximum=0.9)
+    val_fraction: float = _setting(0.1, "carved from train where the source has no val", _MAKE, minimum=0, maximum=0.9)
     test_fraction: float | None = _setting(
         None,
         "carved from train where the source has neither val nor test (0.2); given, it is carved from a source with "
         "train and val too",
-        _TRAIN,
+        _MAKE,
         minimum=0,
         maximum=0.9,
     )
-    shots: int | None = _setting(None, "so many training examples a class (all)", _TRAIN, minimum=1)
+    shots: int | None = _setting(None, "so many training examples a class (all)", _MAKE, minimum=1)
     max_broken_fraction: float = _setting(0.01, "more broken files than this stop the run", _DATA, minimum=0, maximum=1)
 
 
@@ -93,17 +106,18 @@ class BackboneConfig:
 
     backbone: str | None = _setting(
         None,
-        "any network of keras.applications, in any case (ResNet50; with --weights=RUN that run's)",
-        _TRAIN,
-        mode_defaults={"finetune": "ResNet50"},
+        "any network of keras.applications, in any case (finetune: ResNet50, extract: VGG16; with --weights=RUN that "
+        "run's)",
+        _MAKE,
+        mode_defaults={"finetune": "ResNet50", "extract": "VGG16"},
     )
-    backbone_kwargs: str = _setting("", "arguments of the network's constructor: alpha=0.35,...", _TRAIN)
-    weights: str = _setting("imagenet", "imagenet, none, a weights file, or the run folder of an earlier run", _TRAIN)
-    image_size: int | None = _setting(None, "pixels a side (the network's own)", _TRAIN, minimum=1, maximum=4096)
+    backbone_kwargs: str = _setting("", "arguments of the network's constructor: alpha=0.35,...", _MAKE)
+    weights: str = _setting("imagenet", "imagenet, none, a weights file, or the run folder of an earlier run", _MAKE)
+    image_size: int | None = _setting(None, "pixels a side (the network's own)", _MAKE, minimum=1, maximum=4096)
     resize: str = _setting(
         "crop",
         "crop: shortest side, then centre crop; squash: both sides; pad: longest side, then black borders",
-        _TRAIN,
+        _MAKE,
         choices=("crop", "squash", "pad"),
     )
 
@@ -145,17 +159,66 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """What is read of the backbone, and the scikit-learn classifier that is fitted on it."""
+
+    feature_layer: tuple[str, ...] = _setting(
+        (),
+        "the layer that is read; several, comma-separated, are compared on val (VGG16 and VGG19: fc2; else the pooled "
+        "last layer)",
+        _PROBE,
+    )
+    pooling: str = _setting("avg", "of a layer that gives a feature map", _PROBE, choices=("avg", "max", "flatten"))
+    probe: tuple[str, ...] = _setting(
+        ("logistic_regression",),
+        "logistic_regression, linear_svm, rbf_svm, knn, ridge; several, comma-separated, are compared on val",
+        _PROBE,
+    )
+    scale: str = _setting(
+        "standard",
+        "standard: mean 0, variance 1 in train; l2: each embedding to length 1",
+        _PROBE,
+        choices=("standard", "l2", "none"),
+    )
+    probe_parameter: float | None = _setting(
+        None,
+        "the one value of the probe's parameter: C, ridge's alpha or knn's neighbours (chosen from a grid)",
+        _PROBE,
+        minimum=1e-9,
+        maximum=1e9,
+    )
+    choose_by: str = _setting(
+        "auto",
+        "what decides that value: val; cv: stratified cross-validation within train and val; auto: cv where val has "
+        "fewer than 1,000 images",
+        _PROBE,
+        choices=("auto", "val", "cv"),
+    )
+    refit: str = _setting("train", "what the winner is fitted on in the end", _PROBE, choices=("train", "train+val"))
+    max_iter: int = _setting(1000, "iterations of logistic_regression and linear_svm", _PROBE, minimum=1)
+    repeats: int = _setting(1, "with --shots: so many draws; mean and spread", _PROBE, minimum=1, maximum=1000)
+    embeddings_output: str | None = _setting(
+        None, "FILE.npz or FILE.parquet: id, split, label and embedding of every image", _PROBE
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """What runs the frozen trunk, and where its embeddings are kept."""
 
-    engine: str = _setting("auto", "what runs the trunk", _TRAIN, choices=("auto", "tensorflow"))
+    engine: str = _setting(
+        "auto",
+        "what runs the trunk; auto: what is installed and fastest here",
+        _MAKE,
+        choices=("auto", "tensorflow", "openvino"),
+    )
     precision: str = _setting(
         "auto",
         "auto: bfloat16 where it is 1.3 times faster and true to float32; float16 needs a GPU",
-        _TRAIN,
+        _MAKE,
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    store_dir: str | None = _setting(None, "the embedding store (tl_keras in the user's cache)", (*_TRAIN, "doctor"))
+    store_dir: str | None = _setting(None, "the embedding store (tl_keras in the user's cache)", (*_MAKE, "doctor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +227,10 @@ class RunConfig:
 
     run_dir: str | None = _setting(None, "the run folder (runs/MODE-DATA-BACKBONE-TIME)", _RUN)
     overwrite: bool = _setting(False, "replace the run folder of an earlier run", _RUN)
-    export: bool = _setting(True, "export a SavedModel when the run ends", _TRAIN)
+    export: bool = _setting(True, "export a SavedModel when the run ends", _MAKE)
     export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", _EXPORT)
     model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", _EXPORT)
-    seed: int = _setting(0, "of everything random", _TRAIN, minimum=0, maximum=2**31 - 1)
+    seed: int = _setting(0, "of everything random", _MAKE, minimum=0, maximum=2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +246,7 @@ _GROUPS: dict[str, type[Any]] = {
     "data": DataConfig,
     "backbone": BackboneConfig,
     "training": TrainingConfig,
+    "probe": ProbeConfig,
     "engine": EngineConfig,
     "run": RunConfig,
     "read": ReadConfig,
@@ -197,6 +261,7 @@ class Config:
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     training: TrainingConfig = TrainingConfig()
+    probe: ProbeConfig = ProbeConfig()
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
     read: ReadConfig = ReadConfig()
@@ -342,7 +407,8 @@ def help_text() -> str:
 def _help_line(field: dataclasses.Field[Any]) -> str:
     choices = field.metadata["choices"]
     allowed = f" [{', '.join(choices)}]" if choices else ""
-    default = "" if field.default in {None, (), ""} else f" (default: {field.default})"
+    shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    default = "" if shown in {None, ""} else f" (default: {shown})"
     return f"  --{field.name}{allowed}: {field.metadata['help']}{default}; {', '.join(field.metadata['modes'])}"
 
 
@@ -356,7 +422,7 @@ def _define_flag(values: flags.FlagValues, group: str, field: dataclasses.Field[
     if kind is bool:
         flags.DEFINE_boolean(field.name, default, text, flag_values=values)
     elif kind == tuple[str, ...]:
-        flags.DEFINE_list(field.name, None, text, flag_values=values)
+        flags.DEFINE_list(field.name, list(default) or None, text, flag_values=values)
     elif int in {kind, *typing.get_args(kind)}:
         flags.DEFINE_integer(field.name, default, text, flag_values=values)
     elif float in {kind, *typing.get_args(kind)}:
@@ -420,6 +486,7 @@ def _check_together(config: Config) -> None:
             f"--val_fraction={data.val_fraction} and --test_fraction={data.test_fraction} leave nothing to train on. "
             "Together they may take less than 0.95."
         )
+    _check_probe(config)
     if training.warmup_epochs > training.epochs:
         raise UserError(
             f"--warmup_epochs={training.warmup_epochs:g} is more than --epochs={training.epochs}. Give fewer."
@@ -437,6 +504,27 @@ def _check_together(config: Config) -> None:
             "letters a to z, digits, '_', '-' and '.', but not '.' at the start."
         )
     _check_overwrite(config)
+
+
+def _check_probe(config: Config) -> None:
+    probe = config.probe
+    for name in probe.probe:
+        _check_choice("probe", name, PROBES)
+    for name, values in (("probe", probe.probe), ("feature_layer", probe.feature_layer)):
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name}={','.join(values)} names one twice. Name each once.")
+    if probe.probe_parameter is not None:
+        if len(probe.probe) > 1:
+            raise UserError("--probe_parameter is one probe's: give one --probe with it, or leave it out.")
+        if probe.probe == ("knn",) and probe.probe_parameter != int(probe.probe_parameter):
+            raise UserError(
+                f"--probe_parameter={probe.probe_parameter:g} is no number of neighbours. Give a whole one."
+            )
+    if probe.repeats > 1 and config.data.shots is None:
+        raise UserError("--repeats draws training examples anew, so many a class: give --shots with it.")
+    output = probe.embeddings_output
+    if output and not output.endswith((".npz", ".parquet")):
+        raise UserError(f"--embeddings_output={output}: allowed are files that end in .npz or .parquet. Rename it.")
 
 
 def _check_overwrite(config: Config) -> None:

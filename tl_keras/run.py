@@ -87,6 +87,15 @@ class Stopwatch:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
+def existing_parent(path: str) -> Path:
+    """The nearest folder (or file) above a path that exists, or the path itself.
+
+    Not by Path.exists, which raises where a folder above can't be looked into.
+    """
+    absolute = Path(path).absolute()
+    return next(parent for parent in [absolute, *absolute.parents] if os.path.exists(parent))
+
+
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Turns a full disk, a missing permission and their like into one line that names `what`.

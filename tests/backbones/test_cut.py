@@ -112,6 +112,11 @@ def test_cut_at_the_input_names_the_first_cut(backbone):
     assert "Nearest cuts: 'preprocessing' after it." in user_error(cut, backbone, at="images")
 
 
+def test_an_unknown_layer_that_begins_others_names_them(backbone):
+    message = user_error(choose_trainable, backbone, "from:top_", pretrained=True)
+    assert "Nearest: top_bn, top_relu. Use one" in message
+
+
 def test_cut_at_an_unknown_layer_names_the_nearest_names(backbone):
     message = user_error(cut, backbone, at="topbn")
     assert message.startswith("Toy has no layer 'topbn'. Nearest: top_bn, top, ")

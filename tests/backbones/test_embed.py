@@ -69,17 +69,19 @@ class Job:
 
     def run(self, trunk, positions=None, *, flip=None, precision="float32", show_progress=None) -> Embedded:
         positions = np.arange(len(self.contents)) if positions is None else np.asarray(positions)
-        return embed(
-            trunk,
+        (embedded,) = embed(
+            [] if trunk is None else [trunk],
             wanted={0: positions} if flip is None else {0: positions, 1: np.asarray(flip)},
             digests=digests_of(self.contents),
             images=self.decode_by_tensorflow if self.by_tensorflow else self.decode_by_pillow,
             address={"backbone": "Toy", "image_shape": [self.size, self.size, 3], "resize": "squash"},
+            engine="tensorflow",
             precision=precision,
             store_dir=self.folder,
             show=self.lines.append,
             show_progress=show_progress or self.progress.append,
         )
+        return embedded
 
 
 def keras_embeddings(trunk: keras.Model, pixels: list[np.ndarray]) -> np.ndarray:
@@ -167,7 +169,7 @@ def test_without_a_trunk_the_pixels_are_kept(tmp_path):
     values = embedded.read(np.arange(40))
     assert values.dtype == np.uint8
     np.testing.assert_array_equal(values, np.stack(PIXELS[:40]))
-    assert embedded.precision.name == "float32"
+    assert embedded.choice.precision == "float32"
     assert Job(tmp_path, CONTENTS[:40]).run(None).computed == 0
 
 

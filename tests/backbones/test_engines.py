@@ -11,10 +11,12 @@ import tensorflow as tf
 
 from tl_keras.backbones import engines
 from tl_keras.backbones.engines import (
+    Choice,
+    OpenVinoEngine,
     PixelEngine,
-    Precision,
     TensorFlowEngine,
-    choose_precision,
+    build_engine,
+    choose_engine,
     has_bfloat16,
     mean_cosine,
 )
@@ -43,17 +45,43 @@ def trunk():
     return build_trunk()
 
 
+ENGINES = ["tensorflow", "openvino"]
+
+
 @pytest.mark.parametrize("pooled", [True, False], ids=["vectors", "maps"])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 32])
-def test_the_engine_gives_what_predict_gives_also_for_partial_batches(batch_size, pooled):
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_engine_gives_what_predict_gives_also_for_partial_batches(name, batch_size, pooled):
     trunk = build_trunk(pooled)
-    engine = TensorFlowEngine(trunk, batch_size=batch_size, precision="float32")
+    engine = build_engine(Choice(name, "float32", ""), trunk, batch_size=batch_size)
     expected = trunk.predict(IMAGES.astype(np.float32), verbose=0)
     for count in range(1, min(batch_size, 7) + 1):
-        embeddings = engine.run(IMAGES[:count])
+        (embeddings,) = engine.run(IMAGES[:count])
         assert embeddings.dtype == np.float32
         assert embeddings.shape == (count, *trunk.output_shape[1:])
         np.testing.assert_allclose(embeddings, expected[:count], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_several_outputs_come_in_their_order(name):
+    trunk = build_trunk()
+    outputs = [trunk.output, trunk.layers[2].output, trunk.layers[-2].output]
+    joined = keras.Model(trunk.input, outputs)
+    expected = joined.predict(IMAGES.astype(np.float32), verbose=0)
+    found = build_engine(Choice(name, "float32", ""), joined, batch_size=7).run(IMAGES)
+    for embeddings, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(embeddings, other, atol=1e-4)
+
+
+def test_a_network_that_openvino_does_not_take_is_named():
+    images = keras.Input((12, 12, 3))
+    x = keras.layers.GlobalAveragePooling2D()(images)
+    odd = keras.Model(images, keras.layers.Lambda(lambda y: tf.math.igamma(y, y))(x), name="odd")
+    with pytest.raises(
+        UserError,
+        match=r"^OpenVINO does not take odd: No conversion rule found for operations: Igamma\. Use --engine=tens",
+    ):
+        OpenVinoEngine(odd, batch_size=2, precision="float32")
 
 
 def test_the_engine_takes_feature_maps():
@@ -61,37 +89,39 @@ def test_the_engine_takes_feature_maps():
     tail = keras.Model(maps, keras.layers.GlobalAveragePooling2D()(maps))
     values = np.random.default_rng(2).normal(size=(5, 4, 4, 2)).astype(np.float32)
     engine = TensorFlowEngine(tail, batch_size=8, precision="float32", dtype=np.float32)
-    np.testing.assert_allclose(engine.run(values), values.mean((1, 2)), atol=1e-6)
+    np.testing.assert_allclose(engine.run(values)[0], values.mean((1, 2)), atol=1e-6)
 
 
 def test_the_engine_keeps_the_weights_that_it_was_built_with():
     trunk = build_trunk()
     engine = TensorFlowEngine(trunk, batch_size=7, precision="float32")
-    before = engine.run(IMAGES)
+    before = engine.run(IMAGES)[0]
     trunk.layers[2].kernel.assign_add(tf.ones_like(trunk.layers[2].kernel))
-    np.testing.assert_array_equal(engine.run(IMAGES), before)
+    np.testing.assert_array_equal(engine.run(IMAGES)[0], before)
 
 
-def test_bfloat16_is_near_float32_and_stays_inside_its_engine(trunk):
-    exact = TensorFlowEngine(trunk, batch_size=7, precision="float32").run(IMAGES)
-    rough = TensorFlowEngine(trunk, batch_size=7, precision="bfloat16").run(IMAGES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_bfloat16_is_near_float32_and_stays_inside_its_engine(trunk, name):
+    (exact,) = build_engine(Choice(name, "float32", ""), trunk, batch_size=7).run(IMAGES)
+    (rough,) = build_engine(Choice(name, "bfloat16", ""), trunk, batch_size=7).run(IMAGES)
     assert rough.dtype == np.float32
     assert mean_cosine(exact, rough) > 0.999
-    again = TensorFlowEngine(trunk, batch_size=7, precision="float32").run(IMAGES)
+    (again,) = build_engine(Choice(name, "float32", ""), trunk, batch_size=7).run(IMAGES)
     np.testing.assert_array_equal(again, exact)
     if has_bfloat16():
         assert np.abs(rough - exact).max() > 0
 
 
-def test_the_same_frozen_graph_at_another_precision(trunk):
-    exact = TensorFlowEngine(trunk, batch_size=4, precision="float32")
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_same_frozen_graph_at_another_precision(trunk, name):
+    exact = build_engine(Choice(name, "float32", ""), trunk, batch_size=4)
     np.testing.assert_array_equal(exact.at("float32").run(IMAGES[:4]), exact.run(IMAGES[:4]))
-    direct = TensorFlowEngine(trunk, batch_size=4, precision="bfloat16").run(IMAGES[:4])
+    direct = build_engine(Choice(name, "bfloat16", ""), trunk, batch_size=4).run(IMAGES[:4])
     np.testing.assert_array_equal(exact.at("bfloat16").run(IMAGES[:4]), direct)
 
 
 def test_pixels_are_handed_on():
-    assert PixelEngine().run(IMAGES) is IMAGES
+    assert PixelEngine().run(IMAGES)[0] is IMAGES
 
 
 @pytest.mark.parametrize(
@@ -112,35 +142,48 @@ def test_the_cosine(first, second, expected):
 class Stub:
     """An engine of known speed and truth."""
 
-    def __init__(self, trunk, *, batch_size, precision):
-        self.batch_size, self.precision = batch_size, precision
+    def __init__(self, choice: Choice, batch_size: int) -> None:
+        self.name, self.precision, self.batch_size = choice.engine, choice.precision, batch_size
 
-    def at(self, precision):
-        return engines.TensorFlowEngine(None, batch_size=self.batch_size, precision=precision)
+    def at(self, precision: str) -> Stub:
+        return engines.build_engine(Choice(self.name, precision, ""), None, batch_size=self.batch_size)
+
+
+class Machine:
+    """What is installed, and what is measured: seconds for a batch of each engine's float32, and of its bfloat16."""
+
+    def __init__(self, monkeypatch):
+        self.built: list[Stub] = []
+        self.seconds = {"tensorflow": 1.0, "openvino": 0.5}
+        self.faster, self.cosine, self.refused = 2.0, 1.0, ""
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
+        monkeypatch.setattr(engines, "build_engine", self.build)
+        monkeypatch.setattr(engines, "_time", self.time)
+        monkeypatch.setattr(engines, "mean_cosine", lambda first, second: self.cosine)
+        self.install("")
+
+    def install(self, openvino: str) -> None:
+        self._monkeypatch.setattr(engines, "openvino_version", lambda: openvino)
+
+    def build(self, choice, trunk, *, batch_size):
+        if choice.engine == self.refused:
+            raise UserError("OpenVINO does not take it. Use --engine=tensorflow.")
+        self.built.append(Stub(choice, batch_size))
+        return self.built[-1]
+
+    def time(self, engine, images):
+        seconds = self.seconds[engine.name] / (self.faster if engine.precision == "bfloat16" else 1)
+        return [IMAGES], seconds
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """Sets what is measured: seconds for a batch of float32, how many times faster bfloat16 is, and its cosine."""
-    built = []
-
-    def build(trunk, **kwargs):
-        built.append(Stub(trunk, **kwargs))
-        return built[-1]
-
-    def measure(seconds: float, faster: float, cosine: float) -> list[Stub]:
-        monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
-        monkeypatch.setattr(engines, "TensorFlowEngine", build)
-        times = {"float32": seconds, "bfloat16": seconds / faster}
-        monkeypatch.setattr(engines, "_time", lambda engine, images: (IMAGES, times[engine.precision]))
-        monkeypatch.setattr(engines, "mean_cosine", lambda first, second: cosine)
-        return built
-
-    return measure
+def machine(monkeypatch):
+    return Machine(monkeypatch)
 
 
-def choose(tmp_path, wanted="auto", count=7000):
-    return choose_precision(wanted, None, IMAGES, count=count, note=tmp_path / "note.json")
+def choose(tmp_path, precision="auto", engine="auto", count=7000):
+    return choose_engine(engine, precision, None, IMAGES, count=count, note=tmp_path / "note.json")
 
 
 @pytest.mark.parametrize(
@@ -153,51 +196,101 @@ def choose(tmp_path, wanted="auto", count=7000):
         (0.5, 0.5, "float32", "bfloat16 is 0.50 times as fast, mean cosine to float32 0.5000; needed: 1.3 and 0.995"),
     ],
 )
-def test_bfloat16_is_taken_only_where_it_is_faster_and_true(tmp_path, measured, faster, cosine, name, reason):
-    measured(1.0, faster, cosine)
-    precision, engine = choose(tmp_path)
-    assert precision.name == name
-    assert precision.reason.startswith(reason)
-    assert (engine.precision, engine.batch_size) == (name, 7)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bfloat16_is_taken_only_where_it_is_faster_and_true(tmp_path, machine, engine, faster, cosine, name, reason):
+    machine.install("2026.1")
+    machine.faster, machine.cosine = faster, cosine
+    choice, built = choose(tmp_path, engine=engine)
+    assert (choice.engine, choice.precision) == (engine, name)
+    assert choice.reason.startswith(reason)
+    assert (built.name, built.precision, built.batch_size) == (engine, name, 7)
 
 
-def test_a_trunk_that_is_soon_done_is_not_compared(tmp_path, measured):
-    built = measured(0.004, 9.0, 1.0)
-    precision, engine = choose(tmp_path)  # 1,000 batches of 4 ms
-    assert precision == Precision("float32", "the trunk takes less than 5 s")
-    assert [one.precision for one in built] == ["float32"]
-    assert engine is built[0]
+def test_a_trunk_that_is_soon_done_is_not_compared(tmp_path, machine):
+    machine.seconds["tensorflow"] = 0.004
+    choice, engine = choose(tmp_path)  # 1,000 batches of 4 ms
+    assert choice == Choice("tensorflow", "float32", "the trunk takes less than 5 s")
+    assert [one.precision for one in machine.built] == ["float32"]
+    assert engine is machine.built[0]
 
 
-def test_the_answer_is_kept_whatever_the_clock_says_later(tmp_path, measured):
-    measured(1.0, 2.0, 1.0)
+def test_the_faster_engine_is_taken_and_said(tmp_path, machine):
+    machine.install("2026.1")
+    choice, engine = choose(tmp_path)
+    assert (choice.engine, choice.precision) == ("openvino", "bfloat16")
+    assert choice.reason.endswith("openvino is 2.00 times as fast as tensorflow")
+    assert engine.name == "openvino"
+    machine.seconds["openvino"] = 4.0
+    choice, engine = choose(tmp_path / "other", precision="float32")
+    assert (choice.engine, choice.precision) == ("tensorflow", "float32")
+    assert choice.reason == "tensorflow is 4.00 times as fast as openvino"
+    assert engine.name == "tensorflow"
+
+
+def test_tensorflow_is_not_built_for_a_trunk_that_openvino_has_soon_done(tmp_path, machine):
+    machine.install("2026.1")
+    machine.seconds["openvino"] = 0.1  # 1,000 batches: 100 s, half of it in bfloat16
+    choice, _ = choose(tmp_path)
+    assert choice.engine == "openvino"
+    assert choice.reason.endswith("tensorflow not tried: the trunk takes less than 60 s")
+    assert {one.name for one in machine.built} == {"openvino"}
+
+
+def test_a_network_that_openvino_does_not_take_falls_back_and_says_so(tmp_path, machine):
+    machine.install("2026.1")
+    machine.refused = "openvino"
+    choice, engine = choose(tmp_path)
+    assert choice.engine == engine.name == "tensorflow"
+    assert choice.reason.startswith("openvino is left out: OpenVINO does not take it.")
+    with pytest.raises(UserError, match=r"^OpenVINO does not take it\."):
+        choose(tmp_path, engine="openvino")
+
+
+def test_the_answer_is_kept_whatever_the_clock_says_later(tmp_path, machine):
     first, _ = choose(tmp_path)
-    built = measured(1.0, 1.0, 1.0)
-    built.clear()
+    assert first.precision == "bfloat16"
+    machine.faster = 1.0
+    machine.built.clear()
     for count in (1, 7000, 69_999):
         assert choose(tmp_path, count=count) == (first, None)
-    assert not built
+    assert not machine.built
 
 
-def test_the_question_is_asked_again_for_ten_times_the_images(tmp_path, measured):
-    measured(0.004, 2.0, 1.0)
-    assert choose(tmp_path)[0].name == "float32"
-    assert choose(tmp_path, count=70_000)[0].name == "bfloat16"
+def test_the_question_is_asked_again_for_ten_times_the_images(tmp_path, machine):
+    machine.seconds["tensorflow"] = 0.004
+    assert choose(tmp_path)[0].precision == "float32"
+    assert choose(tmp_path, count=70_000)[0].precision == "bfloat16"
     assert json.loads((tmp_path / "note.json").read_text())["count"] == 70_000
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"precision": "bfloat16"}', '{"count": 1, "reason": ""}'])
-def test_a_damaged_note_is_written_anew(tmp_path, measured, text):
-    measured(1.0, 2.0, 1.0)
+def test_the_question_is_asked_again_for_another_wish_or_another_openvino(tmp_path, machine):
+    assert choose(tmp_path)[0].engine == "tensorflow"
+    machine.install("2026.1")
+    assert choose(tmp_path)[0].engine == "openvino"
+    assert choose(tmp_path, engine="tensorflow")[0].engine == "tensorflow"
+    assert choose(tmp_path)[0].engine == "openvino"
+    assert choose(tmp_path, precision="float32")[0].precision == "float32"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"choice": []}', '{"count": 1, "wanted": ""}'])
+def test_a_damaged_note_is_written_anew(tmp_path, machine, text):
     (tmp_path / "note.json").write_text(text)
-    assert choose(tmp_path)[0].name == "bfloat16"
-    assert json.loads((tmp_path / "note.json").read_text())["precision"] == "bfloat16"
+    assert choose(tmp_path)[0].precision == "bfloat16"
+    assert json.loads((tmp_path / "note.json").read_text())["choice"][1] == "bfloat16"
 
 
-@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_what_is_asked_for_is_taken_unmeasured(tmp_path, wanted):
-    assert choose(tmp_path, wanted) == (Precision(wanted, "asked for"), None)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_asked_for_is_taken_unmeasured(tmp_path, engine, precision):
+    assert choose(tmp_path, precision, engine) == (Choice(engine, precision, "asked for"), None)
     assert not list(tmp_path.iterdir())
+
+
+def test_openvino_that_is_not_installed_is_one_line(tmp_path, machine):
+    with pytest.raises(
+        UserError, match=r"^--engine=openvino is not installed\. Install it: pip install 'tl_keras\[ope"
+    ):
+        choose(tmp_path, engine="openvino")
 
 
 def test_float16_needs_a_gpu(tmp_path, monkeypatch):
@@ -205,14 +298,14 @@ def test_float16_needs_a_gpu(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^--precision=float16 needs a GPU, and TensorFlow sees none\."):
         choose(tmp_path, "float16")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
-    assert choose(tmp_path, "float16")[0].name == "float16"
+    assert choose(tmp_path, "float16")[0].precision == "float16"
 
 
 def test_a_gpu_computes_in_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
-    precision, engine = choose(tmp_path)
-    assert (precision.name, engine) == ("float32", None)
-    assert "GPU" in precision.reason
+    choice, engine = choose(tmp_path)
+    assert (choice.engine, choice.precision, engine) == ("tensorflow", "float32", None)
+    assert "GPU" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -223,4 +316,5 @@ def test_a_cpu_without_bfloat16_is_told_by_its_flags(tmp_path, monkeypatch, flag
     monkeypatch.setattr(engines, "read_cpu_flags", lambda: frozenset(flags))
     assert has_bfloat16() is expected
     if not expected:
-        assert choose(tmp_path) == (Precision("float32", "this CPU has no bfloat16 instructions"), None)
+        reason = "this CPU has no bfloat16 instructions"
+        assert choose(tmp_path, engine="tensorflow") == (Choice("tensorflow", "float32", reason), None)

@@ -9,6 +9,7 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from tl_keras.backbones.cut import cut, list_cuts
+from tl_keras.backbones.engines import Choice, build_engine, has_bfloat16, mean_cosine
 from tl_keras.backbones.zoo import BACKBONES, build_backbone
 
 # One of each family; the others are the same code with other numbers.
@@ -107,6 +108,18 @@ def test_tail_of_trunk_is_the_backbone_at_each_documented_cut(built):
     for at in built.preset.cuts:
         trunk, tail = cut(built.backbone, at=at)
         assert_same(tail(trunk(built.images)).numpy(), built.embeddings)
+
+
+@pytest.mark.parametrize("engine", ["tensorflow", "openvino"])
+@pytest.mark.parametrize("built", PRESETS, indirect=True)
+def test_an_engine_gives_the_backbones_embeddings(built, engine):
+    images = built.images.astype(np.uint8)
+    exact = build_engine(Choice(engine, "float32", ""), built.backbone, batch_size=4)
+    (embeddings,) = exact.run(images)
+    assert_same(embeddings, built.embeddings)
+    if has_bfloat16():
+        (rounded,) = exact.at("bfloat16").run(images)
+        assert 0.99 <= mean_cosine(rounded, built.embeddings) < 1
 
 
 @pytest.mark.parametrize("built", PRESETS, indirect=True)

@@ -177,7 +177,7 @@ def test_many_images_are_in_order_over_all_batches_the_broken_ones_among_them(tr
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == (
-        f"75 images classified, 4 of them broken: see the column error · {tmp_path}/out/o.csv"
+        f"71 images classified, 4 broken: see the column error · {tmp_path}/out/o.csv"
     )
 
 

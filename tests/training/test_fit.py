@@ -97,7 +97,7 @@ def test_the_model_ends_with_the_epoch_that_was_best_on_val(tmp_path, monitor):
     assert loss == pytest.approx(stage.val_loss, rel=1e-4)
     assert accuracy == pytest.approx(stage.val_accuracy)
     assert stage.val_loss == pytest.approx(run.rows[stage.best_epoch - 1]["val_loss"], abs=1e-6)
-    assert run.lines[-1].startswith(f"head: best on val is epoch {stage.best_epoch}, loss ")
+    assert run.lines[-1].startswith(f"head: best on val by {monitor} is epoch {stage.best_epoch}, loss ")
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 2), (3, 4), (None, 6)])

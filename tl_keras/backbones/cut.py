@@ -14,6 +14,7 @@ from tl_keras.errors import UserError
 
 # Neither counts as a layer of the network: the one is the input's step, the other the pooling that we add.
 NOT_COUNTED = ("preprocessing", "embedding_pool")
+_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,55 @@ def cut(backbone: keras.Model, *, at: str) -> tuple[keras.Model, keras.Model]:
     tensor = operations[position].output
     trunk = keras.Model(backbone.inputs[0], tensor, name=f"{backbone.name}_trunk")
     return trunk, _build_tail(backbone, tensor, name=at)
+
+
+def read_layer(backbone: keras.Model, name: str, *, pooling: str) -> keras.Model:
+    """A backbone as it is at one layer, for embeddings.
+
+    Args:
+        backbone: images `(batch, height, width, 3)`, float32, RGB 0 to 255 → anything.
+        name: the layer; an addition written as `x + y` has a name too, see `list_cuts`.
+        pooling: what makes a vector of a feature map: `avg` (mean over height and width), `max`, `flatten`.
+
+    Returns:
+        Images → `(batch, dim)`, float32. Its last layer is named after the layer, with `_avg`, `_max` or `_flatten`
+        behind it where it is pooled. All layers are shared.
+
+    Raises:
+        UserError: no such layer, or one that gives no single map or vector; with the shapes of the nearest and of the
+            cuts.
+    """
+    operation = _find_candidate(backbone, name)
+    tensor = operation.output
+    if len(tensor.shape) == 4:
+        build = {
+            "avg": keras.layers.GlobalAveragePooling2D,
+            "max": keras.layers.GlobalMaxPooling2D,
+            "flatten": keras.layers.Flatten,
+        }
+        tensor = build[pooling](name=f"{name}_{pooling}")(tensor)
+    return keras.Model(backbone.inputs[0], tensor, name=backbone.name)
+
+
+def _find_candidate(backbone: keras.Model, name: str) -> Any:
+    shapes = {
+        operation.name: tuple(operation.output.shape[1:])
+        for operation in backbone.operations[1:]
+        if isinstance(operation.output, keras.KerasTensor) and len(operation.output.shape) in {2, 4}
+    }
+    if name in shapes:
+        return backbone.operations[_find_position(backbone, name)]
+    close = [known for known in shapes if known.startswith(name)][:_NAMED]
+    close = close or difflib.get_close_matches(name, shapes, n=3, cutoff=0.0)
+    cuts = [known for known in list_cuts(backbone) if known in shapes and known not in NOT_COUNTED]
+    raise UserError(
+        f"--feature_layer={name}: {backbone.name} has no such layer. Nearest: {_describe(close, shapes)}. Layers that "
+        f"all later ones hang on: {_describe(cuts, shapes)}."
+    )
+
+
+def _describe(names: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} ({'x'.join(map(str, shapes[name]))})" for name in names)
 
 
 def choose_trainable(backbone: keras.Model, trainable: str, *, pretrained: bool) -> TrainablePart:
@@ -210,8 +260,9 @@ def _find_cuts(operations: Sequence[Any]) -> list[int]:
 def _find_position(backbone: keras.Model, name: str) -> int:
     names = [operation.name for operation in backbone.operations]
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-        raise UserError(f"{backbone.name} has no layer {name!r}. Nearest: {', '.join(nearest)}. Use one of its layers.")
+        close = [known for known in names if known.startswith(name)][:_NAMED]
+        close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        raise UserError(f"{backbone.name} has no layer {name!r}. Nearest: {', '.join(close)}. Use one of its layers.")
     return names.index(name)
 
 

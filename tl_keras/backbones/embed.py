@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tl_keras.backbones.engines import PixelEngine, Precision, TensorFlowEngine, choose_precision
+from tl_keras.backbones.engines import Choice, PixelEngine, TensorFlowEngine, build_engine, choose_engine
 from tl_keras.backbones.store import EmbeddingStore, check_space, make_folder
 
 VIEWS = ("", "flip")  # as the image is, mirrored
 BATCH_SIZE = 32  # of the trunk, whatever the batch of training
-_NO_TRUNK = Precision("float32", "the whole network is trained")
+_NO_TRUNK = Choice("tensorflow", "float32", "the whole network is trained")
 
 ImageStream = Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
 
@@ -33,7 +33,7 @@ class Embedded:
         broken: positions of images that could not be decoded.
         computed: how many went through the trunk now; the rest came from the store.
         seconds: what that took.
-        precision: of the trunk.
+        choice: the engine that ran the trunk, and its precision.
     """
 
     store: EmbeddingStore
@@ -41,7 +41,7 @@ class Embedded:
     broken: list[int]
     computed: int
     seconds: float
-    precision: Precision
+    choice: Choice
 
     def read(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """Reads embeddings.
@@ -58,57 +58,66 @@ class Embedded:
 
 
 def embed(
-    trunk: keras.Model | None,
+    trunks: Sequence[keras.Model],
     *,
     wanted: Mapping[int, np.ndarray],
     digests: np.ndarray,
     images: ImageStream,
     address: dict[str, Any],
+    engine: str,
     precision: str,
     store_dir: str,
     show: Callable[[str], None],
     show_progress: Callable[[str], None],
-) -> Embedded:
+) -> list[Embedded]:
     """Sends through the trunk what the store does not have yet.
 
+    Several trunks are one backbone read at several layers: an image goes through it once for all of them.
+
     Args:
-        trunk: images, float32 `(batch, h, w, 3)` → embeddings; None keeps the pixels.
+        trunks: each images, float32 `(batch, h, w, 3)` → embeddings, all of one backbone; none keeps the pixels.
         wanted: view → positions of images, int `(m,)`.
         digests: SHA-256 of each image's bytes, `(n,)` of 32 bytes.
         images: positions → batches of (positions, uint8 images); what can't be decoded does not arrive.
-        address: what determines an embedding beside trunk, image and precision.
+        address: what determines an embedding beside trunk, image, engine and precision.
+        engine: `--engine`.
         precision: `--precision`.
         store_dir: the folder of stores.
         show: shows a line.
         show_progress: shows how far it is.
 
     Returns:
-        The embeddings. Interrupted or killed, the store keeps what was complete.
+        The embeddings, for each trunk in order. Interrupted or killed, the store keeps what was complete.
 
     Raises:
         UserError: the disk is or will be full, or the store can't be used.
     """
     start = time.perf_counter()
     make_folder(store_dir)
-    address = {**address, **_identify(trunk)}
-    chosen, engine = _choose_engine(trunk, wanted[0], images, precision, Path(store_dir), address)
-    store = EmbeddingStore(store_dir, {**address, "precision": chosen.name})
-    missing = {view: _missing(store, digests, positions, view) for view, positions in wanted.items()}
+    addresses = [{**address, **_identify(trunk)} for trunk in trunks] or [{**address, "cut": "none (pixels)"}]
+    trunk = _join(trunks)
+    choice, runner = _choose_engine(
+        trunk, wanted[0], images, engine=engine, precision=precision, store_dir=Path(store_dir), addresses=addresses
+    )
+    stores = [EmbeddingStore(store_dir, {**one, **choice.address()}) for one in addresses]
+    missing = {view: _missing(stores, digests, positions, view) for view, positions in wanted.items()}
     total = sum(len(positions) for positions in missing.values())
-    sample_bytes = _embedding_bytes(trunk, chosen.name) if trunk else int(np.prod(address["image_shape"]))
-    check_space(store_dir, count=total, bytes_each=sample_bytes)
+    bytes_each = sum(_embedding_bytes(one, choice.precision) for one in trunks) or int(np.prod(address["image_shape"]))
+    check_space(store_dir, count=total, bytes_each=bytes_each)
     show(
-        f"trunk: {address['cut']}, {chosen.name} ({chosen.reason}); {total:,} images to compute, "
-        f"{sum(map(len, wanted.values())) - total:,} in the store, {total * sample_bytes / 1e6:,.0f} MB to write"
+        f"trunk: {', '.join(one['cut'] for one in addresses)}, {choice.engine}, {choice.precision} ({choice.reason}); "
+        f"{total:,} images to compute, {sum(map(len, wanted.values())) - total:,} in the store, "
+        f"{total * bytes_each / 1e6:,.0f} MB to write"
     )
     done, computing_since = 0, time.perf_counter()
     for view, positions in missing.items():
         for arrived, pixels in images(positions) if len(positions) else ():
-            engine = engine or _build_engine(trunk, chosen.name, batch_size=min(BATCH_SIZE, len(positions)))
+            runner = runner or build_engine(choice, trunk, batch_size=min(BATCH_SIZE, len(positions)))
             pixels = pixels[:, :, ::-1] if VIEWS[view] == "flip" else pixels
-            for part in _parts(len(pixels), getattr(engine, "batch_size", BATCH_SIZE)):
-                embeddings = _as_stored(engine.run(pixels[part]), chosen.name)
-                store.write([_key(digests[position], view) for position in arrived[part]], embeddings)
+            for part in _parts(len(pixels), getattr(runner, "batch_size", BATCH_SIZE)):
+                keys = [_key(digests[position], view) for position in arrived[part]]
+                for store, embeddings in zip(stores, runner.run(pixels[part]), strict=True):
+                    store.write(keys, _as_stored(embeddings, choice.precision))
             done += len(arrived)
             rate = done / (time.perf_counter() - computing_since)
             show_progress(
@@ -117,9 +126,9 @@ def embed(
     broken = sorted({
         int(positions[index])
         for view, positions in wanted.items()
-        for index in store.missing([_key(digests[position], view) for position in positions])
+        for index in stores[-1].missing([_key(digests[position], view) for position in positions])
     })
-    return Embedded(store, digests, broken, done, time.perf_counter() - start, chosen)
+    return [Embedded(store, digests, broken, done, time.perf_counter() - start, choice) for store in stores]
 
 
 def embed_tail(
@@ -144,10 +153,11 @@ def embed_tail(
         UserError: the disk is full, or the store can't be used.
     """
     start, done = time.perf_counter(), 0
-    address = {"backbone": "tail", "behind": embedded.store.path.name, "precision": "float32", **_identify(tail)}
+    choice = Choice("tensorflow", "float32", "")
+    address = {"backbone": "tail", "behind": embedded.store.path.name, **_identify(tail), **choice.address()}
     store = EmbeddingStore(str(embedded.store.path.parent), address)
     engine = None
-    lacking = {view: _missing(store, embedded.digests, positions, view) for view, positions in wanted.items()}
+    lacking = {view: _missing([store], embedded.digests, positions, view) for view, positions in wanted.items()}
     bytes_each = 4 * int(tail.output_shape[1])
     check_space(str(store.path.parent), count=sum(map(len, lacking.values())), bytes_each=bytes_each)
     for view, missing in lacking.items():
@@ -155,7 +165,7 @@ def embed_tail(
             maps = embedded.read(missing[part], np.full(len(missing[part]), view))
             maps = maps if maps.dtype == np.uint8 else maps.astype(np.float32)
             engine = engine or TensorFlowEngine(tail, batch_size=len(maps), precision="float32", dtype=maps.dtype)
-            store.write([_key(embedded.digests[p], view) for p in missing[part]], engine.run(maps))
+            store.write([_key(embedded.digests[p], view) for p in missing[part]], engine.run(maps)[0])
             done += len(maps)
             show_progress(f"head first: {done:,}/{len(missing):,} embeddings")
     return dataclasses.replace(embedded, store=store, computed=done, seconds=time.perf_counter() - start)
@@ -169,16 +179,19 @@ def hash_weights(model: keras.Model) -> str:
     return digest.hexdigest()
 
 
-def _identify(trunk: keras.Model | None) -> dict[str, Any]:
-    device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    if trunk is None:
-        return {"cut": "none (pixels)", "device": "any"}
+def _join(trunks: Sequence[keras.Model]) -> keras.Model | None:
+    """One network with an output for each trunk; None for no trunk."""
+    if len(trunks) < 2:
+        return next(iter(trunks), None)
+    return keras.Model(trunks[0].input, [trunk.output for trunk in trunks], name=trunks[0].name)
+
+
+def _identify(trunk: keras.Model) -> dict[str, Any]:
     return {
-        "cut": trunk.layers[-1].name,
+        "cut": trunk.operations[-1].name,
         "layers": len(trunk.layers),  # Keras adds one to EfficientNet with ImageNet weights
         "weights": hash_weights(trunk),
-        "device": device,
-        "engine": f"tensorflow {tf.__version__}, keras {keras.__version__}",
+        "device": "GPU" if tf.config.list_logical_devices("GPU") else "CPU",
     }
 
 
@@ -186,28 +199,26 @@ def _choose_engine(
     trunk: keras.Model | None,
     positions: np.ndarray,
     images: ImageStream,
+    *,
+    engine: str,
     precision: str,
     store_dir: Path,
-    address: dict[str, Any],
-) -> tuple[Precision, Any]:
+    addresses: list[dict[str, Any]],
+) -> tuple[Choice, Any]:
     if trunk is None:
         return _NO_TRUNK, PixelEngine()
-    name = hashlib.sha256(repr(sorted(address.items())).encode()).hexdigest()[:16]
-    note = store_dir / f"{name}.precision.json"
+    text = repr([sorted(address.items()) for address in addresses])
+    note = store_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.engine.json"
     sample = next((pixels for _, pixels in images(positions[:BATCH_SIZE])), None)
     if sample is None:
-        return Precision("float32", "no image could be decoded"), None
-    return choose_precision(precision, trunk, sample, count=len(positions), note=note)
+        return Choice("tensorflow", "float32", "no image could be decoded"), None
+    return choose_engine(engine, precision, trunk, sample, count=len(positions), note=note)
 
 
-def _build_engine(trunk: keras.Model | None, precision: str, *, batch_size: int) -> Any:
-    return TensorFlowEngine(trunk, batch_size=batch_size, precision=precision) if trunk else PixelEngine()
-
-
-def _missing(store: EmbeddingStore, digests: np.ndarray, positions: np.ndarray, view: int) -> np.ndarray:
-    """Positions that the store lacks, each content once."""
+def _missing(stores: Sequence[EmbeddingStore], digests: np.ndarray, positions: np.ndarray, view: int) -> np.ndarray:
+    """Positions that one of the stores lacks, each content once."""
     keys = [_key(digests[position], view) for position in positions]
-    found = store.missing(keys)
+    found = sorted(set().union(*(store.missing(keys) for store in stores)))
     once = {keys[index]: int(positions[index]) for index in reversed(found)}
     return np.array(sorted(once.values()), np.int64)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tl_keras.errors import UserError
-from tl_keras.run import disk_errors
+from tl_keras.run import disk_errors, existing_parent
 
 _LOCK_SECONDS = 120.0
 _LOCK_PAUSE_SECONDS = 0.02
@@ -170,8 +170,7 @@ def check_space(folder: str, *, count: int, bytes_each: int) -> None:
         UserError: it will not fit.
     """
     need = int(count * bytes_each * _WRITE_OVERHEAD) + (_SPARE_BYTES if count else 0)
-    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if os.path.exists(p))
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     if need > free:
         raise UserError(
             f"the embedding store needs {need / 1e9:.1f} GB for {count:,} images, {folder} has {free / 1e9:.1f} GB "

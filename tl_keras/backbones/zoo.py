@@ -47,6 +47,8 @@ class Preset:
         imagenet: whether Keras publishes ImageNet weights.
         imagenet_sizes: the image sizes there are ImageNet weights for, where each has its own; empty: one file for all.
         min_image_size: the smallest image the network takes.
+        top: layers of the network's top that an embedding may be read at, shallow to deep; the last is extract's
+            default.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Preset:
     imagenet: bool = True
     imagenet_sizes: tuple[int, ...] = ()
     min_image_size: int = 32
+    top: tuple[str, ...] = ()
 
 
 def _resnet(*blocks: int) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ def _convnext(size: str) -> tuple[str, ...]:
 
 
 _VGG = ("block2_pool", "block3_pool", "block4_pool", "block5_pool")
+_VGG_TOP = ("flatten", "fc1", "fc2")
 _XCEPTION = ("add_2", "add_10", "add_11", "block14_sepconv2_act")
 _INCEPTION_RESNET = ("mixed_5b", "block35_10_ac", "block17_20_ac", "conv_7b_ac")
 _MOBILENET = ("conv_pw_3_relu", "conv_pw_5_relu", "conv_pw_11_relu", "conv_pw_13_relu")
@@ -108,8 +112,8 @@ _V1_SIZES = (128, 160, 192, 224)
 # Licences: Keras's own documentation (docs/templates/applications.md up to Keras 2.3) for all that it names there; for
 # EfficientNet (google/automl) and ConvNeXt (facebookresearch/ConvNeXt) the licence of the repository they came from.
 _ROWS = (
-    Preset("VGG16", 224, "caffe", _VGG, "CC-BY-4.0", _SIMONYAN),
-    Preset("VGG19", 224, "caffe", _VGG, "CC-BY-4.0", _SIMONYAN),
+    Preset("VGG16", 224, "caffe", _VGG, "CC-BY-4.0", _SIMONYAN, top=_VGG_TOP),
+    Preset("VGG19", 224, "caffe", _VGG, "CC-BY-4.0", _SIMONYAN, top=_VGG_TOP),
     Preset("ResNet50", 224, "caffe", _resnet(3, 4, 6, 3), "MIT", _HE_2015),
     Preset("ResNet101", 224, "caffe", _resnet(3, 4, 23, 3), "MIT", _HE_2015),
     Preset("ResNet152", 224, "caffe", _resnet(3, 8, 36, 3), "MIT", _HE_2015),
@@ -186,7 +190,12 @@ def find_preset(name: str) -> Preset:
 
 
 def build_backbone(
-    preset: Preset, *, weights: str, image_size: int, kwargs: Mapping[str, float | int | bool] | None = None
+    preset: Preset,
+    *,
+    weights: str,
+    image_size: int,
+    kwargs: Mapping[str, float | int | bool] | None = None,
+    with_top: bool = False,
 ) -> keras.Model:
     """Builds one flat graph from pixels to embeddings: `images`, `preprocessing`, the network, `embedding_pool`.
 
@@ -200,6 +209,7 @@ def build_backbone(
             `.keras` model, which is only read for its arrays, by the layers' names.
         image_size: side of the square images, in pixels.
         kwargs: arguments of the network's constructor, of those in `preset.kwargs`.
+        with_top: the graph goes on to the last of `preset.top`, in place of the pooling.
 
     Returns:
         A model named as the preset: images `(batch, image_size, image_size, 3)`, float32, RGB 0 to 255 → embeddings
@@ -212,8 +222,14 @@ def build_backbone(
     kwargs = dict(kwargs or {})
     _check_kwargs(preset, kwargs)
     _check_image_size(preset, image_size, weights)
+    if with_top and weights == "imagenet" and image_size != preset.image_size:
+        raise UserError(
+            f"the layers {', '.join(preset.top)} of {preset.name} have ImageNet weights for images of "
+            f"{preset.image_size} pixels a side alone, not {image_size}. Leave out --image_size, or read another layer."
+        )
     path = None if weights == "none" else _check_weights(preset, weights)
-    backbone = _build_network(preset, None if path or weights == "none" else "imagenet", image_size, kwargs)
+    published = None if path or weights == "none" else "imagenet"
+    backbone = _build_network(preset, published, image_size, kwargs, with_top=with_top)
     if path:
         _load_weights_file(backbone, path)
     return backbone
@@ -261,7 +277,9 @@ def _check_weights(preset: Preset, weights: str) -> pathlib.Path | None:
     return path
 
 
-def _build_network(preset: Preset, weights: str | None, image_size: int, kwargs: Mapping[str, Any]) -> keras.Model:
+def _build_network(
+    preset: Preset, weights: str | None, image_size: int, kwargs: Mapping[str, Any], *, with_top: bool
+) -> keras.Model:
     import keras
 
     from tl_keras.backbones.preprocessing import Preprocessing
@@ -273,10 +291,11 @@ def _build_network(preset: Preset, weights: str | None, image_size: int, kwargs:
     constructor = getattr(keras.applications, preset.name, _build_small_conv_net)
     with _explain_keras_errors(preset, image_size, kwargs):
         network = constructor(
-            include_top=False, weights=weights, input_tensor=pixels, input_shape=shape, pooling="avg", **kwargs
+            include_top=with_top, weights=weights, input_tensor=pixels, input_shape=shape, pooling="avg", **kwargs
         )
     _name_layers(network)
-    return keras.Model(images, network.outputs[0], name=preset.name)
+    output = network.get_layer(preset.top[-1]).output if with_top else network.outputs[0]
+    return keras.Model(images, output, name=preset.name)
 
 
 def _build_small_conv_net(*, input_tensor: keras.KerasTensor, **_: Any) -> keras.Model:

@@ -124,8 +124,25 @@ def check_broken(source: Source, broken: dict[int, str], total: int, *, max_brok
         )
 
 
+def draw_shots(examples: Examples, *, shots: int, seed: int) -> Examples:
+    """The same examples with `shots` training examples a class; see `splits.choose_shots`.
+
+    Raises:
+        UserError: a class has fewer.
+    """
+    source = examples.source
+    splits = choose_shots(source.ids, source.labels, examples.splits, shots=shots, seed=seed)
+    return dataclasses.replace(examples, splits=splits)
+
+
 def split_source(
-    source: Source, *, val_fraction: float, test_fraction: float | None, shots: int | None, seed: int
+    source: Source,
+    *,
+    val_fraction: float,
+    test_fraction: float | None,
+    shots: int | None,
+    seed: int,
+    draws: int = 1,
 ) -> tuple[np.ndarray, list[str]]:
     """Decides each example's split, and checks that each class can be learnt and measured.
 
@@ -135,6 +152,7 @@ def split_source(
         test_fraction: see `splits.carve`.
         shots: training examples a class; None for all.
         seed: of the draw of shots.
+        draws: so many draws, of the seeds from `seed` on: what any of them has is kept.
 
     Returns:
         int8 `(n,)`, and lines that warn of classes without a val or test example.
@@ -145,5 +163,8 @@ def split_source(
     splits = carve(source.ids, source.splits, val_fraction=val_fraction, test_fraction=test_fraction)
     warnings = check_classes(source.labels, splits, source.class_names)
     if shots is not None:
-        splits = choose_shots(source.ids, source.labels, splits, shots=shots, seed=seed)
+        drawn = [
+            choose_shots(source.ids, source.labels, splits, shots=shots, seed=seed + draw) for draw in range(draws)
+        ]
+        splits = np.max(drawn, axis=0)
     return splits, warnings

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from tl_keras.config import nearest
+from tl_keras.data.splits import SPLIT_NAMES
 from tl_keras.errors import UserError
 
-_SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 _SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
@@ -55,16 +55,19 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def load_source(dataset: str, *, data_dir: str | None, classes: Sequence[str] = ()) -> Source:
+def load_source(
+    dataset: str, *, data_dir: str | None, classes: Sequence[str] = (), allow_unlabelled: bool = False
+) -> Source:
     """Finds the labelled images that `--dataset` names, without reading their pixels.
 
     Args:
         dataset: `folder:PATH`, `csv:PATH`, `digits`, or a TFDS data set.
         data_dir: where TFDS keeps its data.
         classes: only these, if any.
+        allow_unlabelled: whether a folder of images without class folders, or a manifest without labels, will do.
 
     Returns:
-        The source.
+        The source; without labels it has no classes, and all its images are in train.
 
     Raises:
         UserError: it can't be found, reached or understood; the text says what to do.
@@ -73,9 +76,12 @@ def load_source(dataset: str, *, data_dir: str | None, classes: Sequence[str] = 
     if kind in _LOCAL and separator and not path:
         raise UserError(f"--dataset={dataset} has no path. Give one: --dataset={dataset}PATH.")
     if kind in _LOCAL and separator:
-        source = _LOCAL[kind](path)
+        source = _LOCAL[kind](path, allow_unlabelled=allow_unlabelled)
     elif dataset == "digits":
         source = _load_digits()
+    elif os.path.isabs(dataset) or (os.sep in dataset and os.path.exists(dataset)):
+        kind = "csv" if os.path.isfile(dataset) else "folder"
+        raise UserError(f"--dataset={dataset} is a path. For data of your own: --dataset={kind}:{dataset}.")
     else:
         from tl_keras.data import tfds_source  # TFDS may be broken here, which is no matter to the other sources
 
@@ -114,11 +120,11 @@ def _read_file(path: str) -> bytes:
         return b""
 
 
-def _load_folder(text: str) -> Source:
+def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
     root = Path(text)
     _check_folder(root, "--dataset=folder:")
     folders = _subfolders(root)
-    by_split = {folder.name: folder for folder in folders if folder.name.lower() in _SPLIT_NAMES}
+    by_split = {folder.name: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
     if by_split and any(map(_subfolders, by_split.values())):  # a class may be called "train": it has no folders
         others = [folder.name for folder in folders if folder.name not in by_split]
         if others:
@@ -127,13 +133,16 @@ def _load_folder(text: str) -> Source:
                 f"({', '.join(others[:_NAMED])}). Move the others away, or say with csv:PATH what is what."
             )
         labelled = [
-            (path, _SPLIT_NAMES[name.lower()], label.name)
+            (path, SPLIT_NAMES[name.lower()], label.name)
             for name, split in sorted(by_split.items())
             for label in _subfolders(split)
             for path in list_images(label)
         ]
     else:
         labelled = [(path, 0, label.name) for label in folders for path in list_images(label)]
+    if not labelled and allow_unlabelled and (images := list_images(root)):
+        ids, paths = [_as_id(path.relative_to(root).as_posix()) for path in images], [str(path) for path in images]
+        return _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
     if not labelled:
         raise UserError(
             f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
@@ -152,22 +161,23 @@ def _load_folder(text: str) -> Source:
     return dataclasses.replace(source, notes=(note,)) if empty else source
 
 
-def _load_csv(text: str) -> Source:
+def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
     manifest = Path(text)
-    rows = _read_manifest(manifest)
+    rows = _read_manifest(manifest, columns={"path"} if allow_unlabelled else {"path", "label"})
+    labelled = not rows or "label" in rows[0][1]
     ids, paths, class_of, splits = [], [], [], []
     for number, row in rows:
         path, label = (row.get("path") or "").strip(), (row.get("label") or "").strip()
         split = (row.get("split") or "train").strip().lower()
-        if not path or not label:
+        if not path or (labelled and not label):
             raise UserError(f"{manifest} line {number} has no {'label' if path else 'path'}. Fill it in or delete it.")
-        if split not in _SPLIT_NAMES:
+        if split not in SPLIT_NAMES:
             raise UserError(f"{manifest} line {number}: split {split!r} is not known. Allowed: train, val, test.")
         path = path if os.path.exists(manifest.parent / path) else path.replace("\\", "/")
         ids.append(_as_id(posixpath.normpath(path)))
         paths.append(str(manifest.parent / path))
         class_of.append(_as_id(label))
-        splits.append(_SPLIT_NAMES[split])
+        splits.append(SPLIT_NAMES[split])
     if not ids:
         raise UserError(f"{manifest} has no rows. Expected a line path,label[,split], then one line an image.")
     missing = [path for path in paths if not os.path.exists(path)]
@@ -176,10 +186,11 @@ def _load_csv(text: str) -> Source:
             f"none of the {len(paths)} files in {manifest} exists, the first is {missing[0]}. Paths are taken from "
             "the manifest's own folder."
         )
-    return _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=class_of, splits=splits)
+    classes = class_of if labelled else None
+    return _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=classes, splits=splits)
 
 
-def _read_manifest(manifest: Path) -> list[tuple[int, dict[str, str]]]:
+def _read_manifest(manifest: Path, *, columns: set[str]) -> list[tuple[int, dict[str, str]]]:
     """Each row with the number of its line, its last where it has several."""
     try:
         raw = manifest.read_bytes()
@@ -193,10 +204,9 @@ def _read_manifest(manifest: Path) -> list[tuple[int, dict[str, str]]]:
     header = text.partition("\n")[0].strip()
     delimiter = max(",;\t", key=header.count)  # Excel writes ';' where ',' is the decimal mark
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [name.strip().lower() for name in reader.fieldnames or []]
-    if not {"path", "label"} <= set(columns):
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+    if not columns <= set(reader.fieldnames):
         raise UserError(f"{manifest} begins with {header[:80]!r}. Expected the columns path,label[,split].")
-    reader.fieldnames = columns
     try:
         return [(reader.line_num, row) for row in reader]
     except csv.Error as error:  # a quote that is never closed
@@ -225,7 +235,9 @@ def _load_digits() -> Source:
     )
 
 
-def _from_files(name: str, ids: list[str], *, paths: list[str], class_of: list[str], splits: list[int]) -> Source:
+def _from_files(
+    name: str, ids: list[str], *, paths: list[str], class_of: list[str] | None, splits: list[int]
+) -> Source:
     seen: dict[str, str] = {}
     for one_id, path in zip(ids, paths, strict=True):
         if one_id in seen:
@@ -234,7 +246,7 @@ def _from_files(name: str, ids: list[str], *, paths: list[str], class_of: list[s
                 "remove or rename one."
             )
         seen[one_id] = path
-    class_names = tuple(sorted(set(class_of)))
+    class_names = tuple(sorted(set(class_of or ())))
     for label in class_names:
         if any(unicodedata.category(letter) in _NO_LABEL for letter in label):  # labels.txt has one a line
             raise UserError(f"the class name {label!r} has a line break or control character. Rename it.")
@@ -242,7 +254,7 @@ def _from_files(name: str, ids: list[str], *, paths: list[str], class_of: list[s
     return Source(
         name=name,
         ids=ids,
-        labels=np.array([numbers[label] for label in class_of], np.int32),
+        labels=np.array([numbers[label] for label in class_of] if class_of else np.zeros(len(ids)), np.int32),
         class_names=class_names,
         splits=np.array(splits, np.int8),
         read=lambda positions: read_files(paths, positions),
@@ -317,4 +329,4 @@ def _name_of(path: Path) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "data"
 
 
-_LOCAL: dict[str, Callable[[str], Source]] = {"folder": _load_folder, "csv": _load_csv}
+_LOCAL: dict[str, Callable[..., Source]] = {"folder": _load_folder, "csv": _load_csv}

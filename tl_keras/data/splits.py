@@ -10,6 +10,7 @@ import numpy as np
 from tl_keras.errors import UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # what sources call them
 UNUSED = -1
 DEFAULT_TEST_FRACTION = 0.2
 _NAMED = 5

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from tl_keras.config import nearest
-from tl_keras.data.splits import UNUSED
+from tl_keras.data.splits import SPLIT_NAMES, UNUSED
 from tl_keras.errors import UserError
 
 _REACH_SECONDS = 10.0
-_SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "valid": 1, "dev": 1, "test": 2}
+_SPLIT_NAMES = {**SPLIT_NAMES, "dev": 1}
 
 
 def load(name: str, *, data_dir: str | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -43,7 +43,10 @@ def write_examples(folder: RunFolder, examples: Examples) -> None:
     """Writes `splits.csv`: what was used for what, in the source's order."""
     names, source = examples.class_names, examples.source
     used = np.flatnonzero(examples.splits >= 0).tolist()
-    rows = ((source.ids[p], SPLITS[examples.splits[p]], names[source.labels[p]]) for p in used)
+    rows = (
+        (source.ids[p], SPLITS[examples.splits[p]] if names else "", names[source.labels[p]] if names else "")
+        for p in used
+    )
     folder.write_csv("splits.csv", ("id", "split", "label"), rows)
 
 
@@ -82,6 +85,15 @@ def describe_device() -> str:
         names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
         return ", ".join(names)
     return f"CPU ({platform.machine()})"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for the screen, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
 
 
 def _prediction_rows(examples: Examples, probabilities: Mapping[str, np.ndarray]) -> Iterable[tuple[Any, ...]]:

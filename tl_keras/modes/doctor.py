@@ -10,7 +10,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -20,7 +19,7 @@ from tl_keras.backbones.store import list_stores
 from tl_keras.config import Config, default_store_dir
 from tl_keras.data.tfds_source import import_tfds
 from tl_keras.errors import UserError
-from tl_keras.run import Result, Screen
+from tl_keras.run import Result, Screen, existing_parent
 
 _PYTHON = ((3, 10), (3, 14))
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "scikit-learn", "scipy", "numpy", "absl-py", "protobuf")
@@ -141,9 +140,7 @@ def _check_folders(store_dir: str) -> Iterator[Finding]:
 
 
 def _check_disk(what: str, folder: str) -> Finding:
-    absolute = Path(folder).absolute()
-    # not Path.exists, which raises where a folder above can't be looked into
-    existing = next(path for path in [absolute, *absolute.parents] if os.path.exists(path))
+    existing = existing_parent(folder)
     if not os.path.isdir(existing):
         return Finding(what, f"{existing} is a file: choose another folder")
     if not os.access(existing, os.W_OK):

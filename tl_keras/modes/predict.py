@@ -37,9 +37,9 @@ def run(config: Config) -> Result:
                 broken, done = broken + bool(prediction["error"]), done + 1
             file.flush()
             screen.progress(f"predicting {done:,}/{len(paths):,}")
-    note = f", {broken:,} of them broken: see the column error" if broken else ""
+    note = f", {broken:,} broken: see the column error" if broken else ""
     where = f" · {config.read.output}" if config.read.output else ""
-    screen.line(f"{done:,} images classified{note}{where}")
+    screen.line(f"{done - broken:,} images classified{note}{where}")
     return Result()
 
 

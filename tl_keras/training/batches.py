@@ -103,7 +103,7 @@ def predict_probabilities(
 
     @tf.function(reduce_retracing=True, autograph=False)
     def predict(embeddings: tf.Tensor) -> tf.Tensor:
-        return tf.nn.softmax(model(embeddings, training=False))
+        return tf.cast(tf.nn.softmax(model(embeddings, training=False)), tf.float32)  # a probe's logits are float64
 
     batches = make_batches(read, positions, np.zeros(len(positions), np.int32), batch_size=batch_size)
     return np.concatenate([predict(embeddings).numpy() for embeddings, _ in batches])

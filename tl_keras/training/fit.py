@@ -113,7 +113,8 @@ def fit_stage(
         interrupt.give_back()
     best.restore()
     progress.show(
-        f"{name}: best on val is epoch {best.epoch}, loss {best.loss:.4f}, accuracy {best.accuracy:.3f}"
+        f"{name}: best on val by {training.monitor} is epoch {best.epoch}, loss {best.loss:.4f}, "
+        f"accuracy {best.accuracy:.3f}"
         if best.epoch
         else f"{name}: no epoch is better on val than the stage before, whose weights are kept"
     )

@@ -1,0 +1,108 @@
+"""Embeddings as a product: a file with id, split, label and embedding of every image, written piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tl_keras.data.examples import Examples
+from tl_keras.data.splits import SPLITS
+from tl_keras.errors import UserError
+from tl_keras.run import disk_errors
+
+_ROWS = 1000  # read and written at once
+
+ReadEmbeddings = Callable[[np.ndarray], np.ndarray]
+
+
+def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str:
+    """Writes a `.npz` or a Parquet file with a row for each image, in the source's order.
+
+    Its columns (arrays) are `id`, `split` and `label`, text, empty where the images have no labels, and `embedding`,
+    float32 `(n, dim)`. Memory does not grow with n but for the ids.
+
+    Args:
+        path: ends in `.npz` or `.parquet`; it replaces a file of that name when it is whole.
+        examples: which images.
+        read: positions, int `(b,)` → embeddings, float32 `(b, dim)`.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        UserError: Parquet without pyarrow, or the disk is full.
+    """
+    positions = np.flatnonzero(examples.splits >= 0)
+    write = _write_parquet if path.endswith(".parquet") else _write_npz
+    dim = read(positions[:1]).shape[1]
+    with disk_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=Path(path).parent) as folder:
+            unfinished = Path(folder) / Path(path).name
+            write(unfinished, examples, positions, read, dim)
+            os.replace(unfinished, path)
+    return f"embeddings: {len(positions):,} of {dim:,} numbers · {path}"
+
+
+def _columns(examples: Examples, positions: np.ndarray) -> dict[str, list[str]]:
+    source, names = examples.source, examples.class_names
+    return {
+        "id": [source.ids[p] for p in positions.tolist()],
+        "split": [SPLITS[examples.splits[p]] if names else "" for p in positions],
+        "label": [names[source.labels[p]] if names else "" for p in positions],
+    }
+
+
+def _batches(positions: np.ndarray, read: ReadEmbeddings) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(positions), _ROWS):
+        yield start, read(positions[start : start + _ROWS]).astype(np.float32, copy=False)
+
+
+def _write_npz(path: Path, examples: Examples, positions: np.ndarray, read: ReadEmbeddings, dim: int) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, values in _columns(examples, positions).items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.array(values, dtype=np.str_), allow_pickle=False)
+        with archive.open("embedding.npy", "w", force_zip64=True) as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(positions), dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, embeddings in _batches(positions, read):
+                file.write(embeddings.astype("<f4", copy=False).tobytes())
+
+
+def _write_parquet(path: Path, examples: Examples, positions: np.ndarray, read: ReadEmbeddings, dim: int) -> None:
+    with _needs_pyarrow():
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    columns = _columns(examples, positions)
+    text = [(name, pa.string()) for name in columns]
+    schema = pa.schema([*text, ("embedding", pa.list_(pa.float32(), dim))])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start, values in _batches(positions, read):
+            part: dict[str, Any] = {
+                name: [_as_text(value) for value in column[start : start + _ROWS]] for name, column in columns.items()
+            }
+            part["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), dim)
+            writer.write_table(pa.table(part, schema=schema))
+
+
+def _as_text(value: str) -> str:
+    """A file's name may be no UTF-8, which Parquet's text must be."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def _needs_pyarrow() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            "--embeddings_output=*.parquet needs pyarrow. Install it: pip install 'tl_keras[parquet]', or give a .npz."
+        ) from error

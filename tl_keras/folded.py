@@ -1,0 +1,153 @@
+"""Layers for heads that are no dense layer: a support vector machine with an RBF kernel, and nearest neighbours.
+
+They compute in float64 what scikit-learn computes in float64, from the same float32 embeddings: votes are
+discontinuous, and a distance that is rounded otherwise gives another class. What they keep is stored as float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_TINY = 1e-300  # the logarithm of a probability of 0 stays finite
+
+
+def size_in_bytes(network: keras.Model) -> int:
+    """What a network's weights take in an exported model."""
+    return sum(int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize for weight in network.weights)
+
+
+class _Scaled(keras.layers.Layer):  # type: ignore[misc]
+    """What both layers share: kept embeddings, and the scaling of these and of what comes in.
+
+    Args:
+        count: n, embeddings that are kept.
+        dim: d, of an embedding.
+        unit: each embedding is brought to length 1, instead of centred and divided.
+    """
+
+    def __init__(self, *, count: int, dim: int, unit: bool, name: str = "logits") -> None:
+        super().__init__(name=name, dtype="float64", autocast=False)
+        self._sizes: dict[str, Any] = {"count": count, "dim": dim, "unit": unit}
+        self.kept = self._add("kept", (count, dim), "float32")
+        self.center = self._add("center", (dim,), "float64")
+        self.spread = self._add("spread", (dim,), "float64")
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        return {"name": self.name, **self._sizes}
+
+    def _add(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        return self.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
+
+    def _scale(self, embeddings: tf.Tensor) -> tf.Tensor:
+        values = tf.cast(embeddings, tf.float64)
+        if self._sizes["unit"]:
+            norms = tf.norm(values, axis=1, keepdims=True)
+            return values / tf.where(norms > 0, norms, 1.0)
+        return (values - self.center) / self.spread
+
+    def _square_distances(self, embeddings: tf.Tensor) -> tf.Tensor:
+        """Squared Euclidean distances to what is kept, float64 `(b, n)`."""
+        a, b = self._scale(embeddings), self._scale(tf.convert_to_tensor(self.kept))
+        squares = tf.reduce_sum(a**2, 1)[:, tf.newaxis] + tf.reduce_sum(b**2, 1)
+        return tf.maximum(squares - 2 * tf.matmul(a, b, transpose_b=True), 0.0)
+
+
+@keras.saving.register_keras_serializable("tl_keras")
+class NearestNeighbours(_Scaled):
+    """Shares of the classes among the k nearest of the kept embeddings, as logarithms.
+
+    Args:
+        count: n, embeddings that are kept.
+        dim: d, of an embedding.
+        unit: see `_Scaled`.
+        num_classes: classes.
+        k: neighbours that vote.
+    """
+
+    def __init__(self, *, count: int, dim: int, unit: bool, num_classes: int, k: int, name: str = "logits") -> None:
+        """See the class."""
+        super().__init__(count=count, dim=dim, unit=unit, name=name)
+        self._sizes |= {"num_classes": num_classes, "k": k}
+        self.labels = self._add("labels", (count,), "int32")
+
+    def call(self, embeddings: tf.Tensor) -> tf.Tensor:
+        """Embeddings, float32 `(b, d)` → logarithms of probabilities, float64 `(b, classes)`."""
+        nearest = tf.math.top_k(-self._square_distances(embeddings), self._sizes["k"]).indices
+        labels = tf.gather(tf.convert_to_tensor(self.labels), nearest)
+        votes = tf.reduce_mean(tf.one_hot(labels, self._sizes["num_classes"], dtype=tf.float64), axis=1)
+        return tf.math.log(tf.maximum(votes, _TINY))
+
+    def compute_output_shape(self, input_shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`(b, classes)`."""
+        return (input_shape[0], self._sizes["num_classes"])
+
+
+@keras.saving.register_keras_serializable("tl_keras")
+class SupportVectors(_Scaled):
+    """A support vector machine with an RBF kernel (libsvm's one against one), calibrated by sigmoids.
+
+    The kept embeddings are the support vectors, class by class, each class padded to the same number.
+
+    Args:
+        count: n, support vectors with their padding: classes × the most of any class.
+        dim: d, of an embedding.
+        unit: see `_Scaled`.
+        num_classes: classes.
+        gamma: of the kernel exp(-gamma |x - s|²).
+    """
+
+    def __init__(
+        self, *, count: int, dim: int, unit: bool, num_classes: int, gamma: float, name: str = "logits"
+    ) -> None:
+        """See the class."""
+        super().__init__(count=count, dim=dim, unit=unit, name=name)
+        self._sizes |= {"num_classes": num_classes, "gamma": gamma}
+        sigmoids = 1 if num_classes == 2 else num_classes
+        # of each class's vectors, their weight against each other class; zero for the padding
+        self.dual = self._add("dual", (num_classes, count // num_classes, num_classes), "float64")
+        self.intercepts = self._add("intercepts", (num_classes, num_classes), "float64")
+        self.slope = self._add("slope", (sigmoids,), "float64")
+        self.offset = self._add("offset", (sigmoids,), "float64")
+
+    def call(self, embeddings: tf.Tensor) -> tf.Tensor:
+        """Embeddings, float32 `(b, d)` → logits, float64 `(b, classes)`."""
+        classes = self._sizes["num_classes"]
+        kernel = tf.exp(-self._sizes["gamma"] * self._square_distances(embeddings))
+        by_class = tf.reshape(kernel, (-1, classes, self._sizes["count"] // classes))
+        halves = tf.einsum("bcn,cnm->bcm", by_class, tf.convert_to_tensor(self.dual))
+        # [b, i, j] for i < j: i against j, above 0 where i wins
+        against = halves + tf.transpose(halves, (0, 2, 1)) + self.intercepts
+        if classes == 2:
+            decision = -against[:, 0, 1:2]  # scikit-learn's is above 0 for the second class
+            return tf.concat([tf.zeros_like(decision), -(self.slope * decision + self.offset)], 1)
+        decision = _join_votes(against, classes)
+        return tf.math.log_sigmoid(-(self.slope * decision + self.offset))
+
+    def compute_output_shape(self, input_shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`(b, classes)`."""
+        return (input_shape[0], self._sizes["num_classes"])
+
+
+def _join_votes(against: tf.Tensor, classes: int) -> tf.Tensor:
+    """One decision a class from those between two: votes, and a share below a third by the sum of confidences.
+
+    The formula is scikit-learn's (`sklearn.utils.multiclass._ovr_decision_function`).
+
+    Args:
+        against: float64 `(b, classes, classes)`, of which the upper triangle counts.
+        classes: their number.
+
+    Returns:
+        float64 `(b, classes)`.
+    """
+    upper = tf.linalg.band_part(tf.ones((classes, classes), tf.float64), 0, -1) - tf.eye(classes, dtype=tf.float64)
+    wins = tf.cast(against >= 0, tf.float64) * upper
+    losses = upper - wins
+    votes = tf.reduce_sum(wins, 2) + tf.reduce_sum(losses, 1)
+    confidences = tf.reduce_sum(against * upper, 2) - tf.reduce_sum(against * upper, 1)
+    return votes + confidences / (3 * (tf.abs(confidences) + 1))

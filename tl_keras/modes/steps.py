@@ -1,0 +1,299 @@
+"""The steps that finetune and extract share: their recipes differ in what is trained, not in what is around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tl_keras.backbones.embed import BATCH_SIZE, Embedded, embed
+from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
+from tl_keras.classifier import Classifier, load_trained
+from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, parse_kwargs
+from tl_keras.data.examples import Examples, scan, split_source
+from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
+from tl_keras.data.sources import load_source
+from tl_keras.data.splits import SPLITS, check_classes
+from tl_keras.errors import UserError
+from tl_keras.evaluation.metrics import headline
+from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
+from tl_keras.export.parity import ParityProcess
+from tl_keras.export.saved_model import Exported, describe_request, export_saved_model, name_model
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
+
+_PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
+_KEPT_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 20
+
+
+def load_backbone(config: BackboneConfig, *, with_top: bool = False) -> tuple[Preset, keras.Model]:
+    """The backbone with the weights asked for, one flat graph.
+
+    Args:
+        config: which, with which weights.
+        with_top: see `build_backbone`.
+
+    Raises:
+        UserError: no such backbone, or no such weights.
+    """
+    if not is_run(config.weights):
+        preset = find_preset(config.backbone or "")
+        size = config.image_size or preset.image_size
+        kwargs = parse_kwargs(config.backbone_kwargs)
+        backbone = build_backbone(
+            preset, weights=config.weights, image_size=size, kwargs=kwargs, with_top=with_top and bool(preset.top)
+        )
+        return preset, backbone
+    earlier = load_trained(config.weights)
+    preset = find_preset(config.backbone or earlier.backbone)
+    size = config.image_size or earlier.image_size
+    if (preset.name, size) != (earlier.backbone, earlier.image_size) or config.backbone_kwargs:
+        raise UserError(
+            f"--weights={config.weights} is a {earlier.backbone} of {earlier.image_size} pixels; it can't become "
+            f"{preset.name} of {size}. Leave out --backbone, --backbone_kwargs and --image_size."
+        )
+    return preset, earlier.embedder
+
+
+@dataclasses.dataclass
+class Job:
+    """One run while it goes on: where it writes, what it reads, how long it took.
+
+    Attributes:
+        config: all settings.
+        screen: what the user sees.
+        watch: seconds by stage.
+        folder: the run folder.
+        examples: labelled images; those that turn out broken are left out as they are found.
+        warnings: lines about the data that were shown.
+    """
+
+    config: Config
+    screen: Screen
+    watch: Stopwatch
+    folder: RunFolder
+    examples: Examples
+    warnings: list[str]
+
+    def embed(
+        self, trunks: Sequence[keras.Model], preset: Preset, *, image_size: int, mirrored: bool = False
+    ) -> list[Embedded]:
+        """Sends every image through the trunk, leaves out what can't be decoded, and says so.
+
+        Args:
+            trunks: see `embed.embed`.
+            preset: of the backbone.
+            image_size: side of its images in pixels.
+            mirrored: whether training images are wanted mirrored as well.
+
+        Returns:
+            The embeddings of each trunk.
+        """
+        resize, engine = self.config.backbone.resize, self.config.engine
+        read = self.examples.source.read
+        found = embed(
+            trunks,
+            wanted=wanted_views(self.examples, mirrored=mirrored),
+            digests=self.examples.digests,
+            images=functools.partial(make_images, read, image_size=image_size, resize=resize, batch_size=BATCH_SIZE),
+            address={
+                "backbone": preset.name,
+                "image_shape": [image_size, image_size, 3],
+                "resize": resize,
+                "decoder": DECODER_VERSION,
+            },
+            engine=engine.engine,
+            precision=engine.precision,
+            store_dir=engine.store_dir or default_store_dir(),
+            show=self.screen.line,
+            show_progress=self.screen.progress,
+        )
+        if found[0].broken:
+            reasons = {
+                position: explain_broken(content, image_size=image_size, resize=resize) or "changed while it was read"
+                for position, content in read(found[0].broken)
+            }
+            limit = self.config.data.max_broken_fraction
+            self.examples = self.examples.without(reasons, max_broken_fraction=limit, report=_reporter(self.folder))
+        if self.examples.broken:
+            count = len(self.examples.broken)
+            self.screen.line(f"broken: {count} images are left out, listed in {self.folder.path}/broken.csv")
+        for warning in _check_classes(self.examples):
+            if warning not in self.warnings:
+                self.screen.line(warning)
+        return found
+
+    def finish(
+        self,
+        classifier: Classifier,
+        probabilities: dict[str, np.ndarray],
+        *,
+        embedded: Embedded,
+        parity: ParityProcess | None,
+        chosen: str,
+        interrupted: bool = False,
+        more: dict[str, Any] | None = None,
+    ) -> Result:
+        """Measures, writes and exports a classifier: the end of both recipes.
+
+        Args:
+            classifier: what was trained.
+            probabilities: split → float32 `(n, classes)`, of val and test.
+            embedded: what it was trained on.
+            parity: the process that compares the exported model, where one is wanted.
+            chosen: what was chosen on val, in the plural.
+            interrupted: whether training was cut short; then nothing is exported.
+            more: further entries of `metrics.json`.
+        """
+        config, screen, watch, folder = self.config, self.screen, self.watch, self.folder
+        precision = embedded.choice.precision
+        with watch.stage("evaluation"):
+            metrics = write_evaluation(folder, self.examples, probabilities) | (more or {})
+            samples, expected = _sample(self.examples, probabilities, _PARITY_IMAGES[precision])
+            classifier.save(
+                folder.path / "classifier", samples=samples[:_KEPT_SAMPLES], expected=expected[:_KEPT_SAMPLES]
+            )
+        metrics["interrupted"] = interrupted
+        metrics["environment"] = describe_environment(engine=embedded.choice.engine, precision=precision)
+        metrics["timing"] = _describe_timing(watch, embedded)
+        folder.write_json("metrics.json", metrics)
+
+        exported = None
+        if parity and not interrupted:
+            screen.line(_last_line(metrics, folder, None, chosen))  # whatever becomes of the export
+            with watch.stage("export"):
+                exported = export_saved_model(
+                    classifier,
+                    export_dir=config.run.export_dir,
+                    name=config.run.model_name or name_model(classifier.name),
+                    samples=samples,
+                    expected=expected,
+                    precision=precision,
+                    show=screen.line,
+                    parity=parity,
+                )
+            metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
+            folder.write_json("metrics.json", metrics)
+            screen.line(f"try it: {describe_request(exported.path)}")
+        screen.line(_last_line(metrics, folder, exported, chosen))
+        status = INTERRUPTED if interrupted else 0
+        return Result(folder.path, exported.path if exported else None, metrics, status)
+
+    def finish_without_labels(self, embedded: Embedded) -> Result:
+        """Ends a run that was to give embeddings alone."""
+        choice = embedded.choice
+        metrics = {
+            "environment": describe_environment(engine=choice.engine, precision=choice.precision),
+            "timing": _describe_timing(self.watch, embedded),
+        }
+        self.folder.write_json("metrics.json", metrics)
+        self.screen.line(f"no labels, hence no probe · {self.folder.path}")
+        return Result(self.folder.path, None, metrics)
+
+
+def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *, unlabelled: bool = False) -> Job:
+    """Finds the labelled images, splits them, makes the run folder, and reads every image's bytes once.
+
+    Args:
+        config: all settings.
+        preset: of the backbone.
+        screen: what the user sees.
+        watch: seconds by stage.
+        unlabelled: whether images without labels will do.
+
+    Raises:
+        UserError: the data can't be found or used, or the run folder can't be made.
+    """
+    data = config.data
+    with watch.stage("data"):
+        source = load_source(
+            data.dataset or "", data_dir=data.data_dir, classes=data.classes, allow_unlabelled=unlabelled
+        )
+        splits, warnings = source.splits, list[str]()
+        if source.class_names:
+            splits, warnings = split_source(
+                source,
+                val_fraction=data.val_fraction,
+                test_fraction=data.test_fraction,
+                shots=data.shots,
+                seed=config.run.seed,
+                draws=config.probe.repeats,
+            )
+        folder = RunFolder.create(
+            config.run.run_dir or name_run(config.mode, source.name, preset.name),
+            overwrite=config.run.overwrite,
+            config=config.as_dict(),
+            flags=config.as_flags(),
+        )
+        examples = scan(
+            source,
+            splits,
+            max_broken_fraction=data.max_broken_fraction,
+            show_progress=screen.progress,
+            report=_reporter(folder),
+        )
+    warnings = list(dict.fromkeys([*source.notes, *warnings, *_check_classes(examples)]))
+    counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS)
+    screen.line(f"device: {describe_device()}")
+    labels = f"{counts}; {len(examples.class_names):,} classes" if source.class_names else f"{len(source.ids):,} images"
+    screen.line(f"data: {source.name}: {labels}")
+    for warning in warnings:
+        screen.line(warning)
+    return Job(config, screen, watch, folder, examples, warnings)
+
+
+def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:
+    """Which views of which images are needed: all as they are; training images mirrored as well, if asked for.
+
+    Returns:
+        Index into `embed.VIEWS` → positions, int64 `(m,)`.
+    """
+    views = {0: np.flatnonzero(examples.splits >= 0)}
+    return views | {1: examples.positions("train")} if mirrored else views
+
+
+def _reporter(folder: RunFolder) -> Callable[[list[tuple[str, str]]], None]:
+    return functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
+
+
+def _check_classes(examples: Examples) -> list[str]:
+    if not examples.class_names:
+        return []
+    return check_classes(examples.source.labels, examples.splits, examples.class_names)
+
+
+def _sample(examples: Examples, probabilities: dict[str, np.ndarray], count: int) -> tuple[list[bytes], np.ndarray]:
+    """Some evaluated images, drawn from the last split, with their probabilities; at most 64 MB of them but for one."""
+    split = list(probabilities)[-1]
+    total = len(probabilities[split])
+    rows = np.random.default_rng(0).permutation(total)[: min(count, total)]
+    positions = examples.positions(split)[rows]
+    row_of = dict(zip(positions.tolist(), rows.tolist(), strict=True))
+    contents, kept, size = [], [], 0
+    for position, content in examples.source.read(positions):
+        if size and size + len(content) > _SAMPLE_BYTES:
+            break
+        contents.append(content)
+        kept.append(row_of[position])
+        size += len(content)
+    return contents, probabilities[split][kept]
+
+
+def _describe_timing(watch: Stopwatch, embedded: Embedded) -> dict[str, Any]:
+    rate = round(embedded.computed / embedded.seconds, 1) if embedded.computed else None
+    return {
+        "seconds": dict(watch.seconds),
+        "trunk_images": embedded.computed,
+        "trunk_images_per_second": rate,
+    }
+
+
+def _last_line(metrics: dict[str, Any], folder: RunFolder, exported: Exported | None, chosen: str) -> str:
+    split = "test" if "test" in metrics else "val"
+    note = "" if split == "test" else f" ({chosen} were chosen on it; there is no test split)"
+    parts = [headline(split, metrics[split]) + note, str(folder.path)]
+    return " · ".join([*parts, str(exported.path)] if exported else parts)

@@ -1,0 +1,112 @@
+"""Folding: a fitted probe as a Keras head of stock TensorFlow ops, its scaler inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from tl_keras.folded import NearestNeighbours, SupportVectors
+from tl_keras.probes.estimators import PROBES, Fitted
+
+
+def fold(fitted: Fitted, *, num_classes: int) -> keras.Model:
+    """Turns scikit-learn's probe into a Keras head that gives the same probabilities.
+
+    Scaler, linear probe and the slopes of its sigmoids become one dense layer. It computes in float64, as scikit-learn
+    does: weights of a large C cancel each other out, and float32 would lose the rest.
+
+    Args:
+        fitted: fitted on labels 0 to `num_classes` - 1, each of which occurs.
+        num_classes: classes.
+
+    Returns:
+        Embeddings, float32 `(b, dim)` → logits, float64 `(b, num_classes)`, whose softmax is `predict_proba`.
+    """
+    scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
+    if list(probe.classes_) != list(range(num_classes)):
+        raise ValueError(f"the probe knows {len(probe.classes_)} classes of {num_classes}")
+    if fitted.name == "knn":
+        layers: list[Any] = [_fold_neighbours(fitted, num_classes)]
+    elif fitted.name == "rbf_svm":
+        layers = [_fold_support_vectors(fitted, num_classes)]
+    else:
+        layers = _fold_linear(fitted, scaler, probe, num_classes)
+    dim = fitted.embeddings.shape[1]
+    inputs = outputs = keras.Input((dim,), name="embeddings")
+    for layer in layers:
+        outputs = layer(outputs)
+    return keras.Model(inputs, outputs, name="head")
+
+
+def _fold_linear(fitted: Fitted, scaler: Any, probe: Any, num_classes: int) -> list[Any]:
+    kernel = np.atleast_2d(probe.coef_).astype(np.float64).T
+    bias = np.atleast_1d(probe.intercept_).astype(np.float64)
+    center, spread = _center_and_spread(scaler, len(kernel))
+    kernel = kernel / spread[:, np.newaxis]
+    bias = bias - center @ kernel
+    if PROBES[fitted.name].calibrated:
+        slope, offset = np.array(fitted.sigmoids).T
+        kernel, bias = -kernel * slope, -(bias * slope + offset)
+    if num_classes == 2:
+        kernel = np.concatenate([np.zeros_like(kernel), kernel], 1)
+        bias = np.concatenate([np.zeros_like(bias), bias])
+    unit = keras.layers.UnitNormalization(dtype="float64", name="unit")
+    one_sigmoid_each = PROBES[fitted.name].calibrated and num_classes > 2
+    dense = keras.layers.Dense(
+        num_classes, dtype="float64", activation="log_sigmoid" if one_sigmoid_each else None, name="logits"
+    )
+    dense.build((None, len(kernel)))
+    dense.set_weights([kernel, bias])
+    return [unit, dense] if isinstance(scaler, Normalizer) else [dense]
+
+
+def _fold_neighbours(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
+    scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
+    count, dim = fitted.embeddings.shape
+    unit = isinstance(scaler, Normalizer)
+    layer = NearestNeighbours(count=count, dim=dim, unit=unit, num_classes=num_classes, k=probe.n_neighbors)
+    _assign(layer, scaler, kept=fitted.embeddings, labels=probe._y)  # it has no public name
+    return layer
+
+
+def _fold_support_vectors(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
+    scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
+    dim, most = fitted.embeddings.shape[1], int(probe.n_support_.max())
+    kept = np.zeros((num_classes, most, dim), np.float32)
+    dual = np.zeros((num_classes, most, num_classes))
+    intercepts = np.zeros((num_classes, num_classes))
+    sign = -1 if num_classes == 2 else 1  # of two classes scikit-learn turns libsvm's signs round
+    start = 0
+    for label, count in enumerate(probe.n_support_):
+        part = slice(start, start + count)
+        kept[label, :count] = fitted.embeddings[probe.support_[part]]
+        others = [other for other in range(num_classes) if other != label]
+        dual[label, :count, others] = sign * probe.dual_coef_[:, part]
+        start += count
+    intercepts[np.triu_indices(num_classes, 1)] = sign * probe.intercept_
+    layer = SupportVectors(
+        count=num_classes * most,
+        dim=dim,
+        unit=isinstance(scaler, Normalizer),
+        num_classes=num_classes,
+        gamma=fitted.pipeline["kernel"].gamma_,
+    )
+    slope, offset = np.array(fitted.sigmoids).T
+    _assign(layer, scaler, kept=kept.reshape(-1, dim), dual=dual, intercepts=intercepts, slope=slope, offset=offset)
+    return layer
+
+
+def _assign(layer: Any, scaler: Any, **weights: np.ndarray) -> None:
+    center, spread = _center_and_spread(scaler, layer.kept.shape[1])
+    for name, values in {"center": center, "spread": spread, **weights}.items():
+        getattr(layer, name).assign(values)
+
+
+def _center_and_spread(scaler: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a scaler takes off and divides by, float64 `(dim,)` each; nothing where it does neither."""
+    if isinstance(scaler, StandardScaler):
+        return scaler.mean_.astype(np.float64), scaler.scale_.astype(np.float64)
+    return np.zeros(dim), np.ones(dim)
