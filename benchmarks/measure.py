@@ -27,6 +27,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("/tmp/tl_keras_benchmarks"), help="runs, stores, copies")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", default="", help="parts to run, comma-separated")
+    parser.add_argument("--torch", default="", help="extract: a Python that has torch and torchvision")
+    parser.add_argument("--networks", default="ResNet50,VGG16,MobileNetV2,EfficientNetB0,ConvNeXtTiny", help="extract")
+    parser.add_argument("--engine", default="auto", help="extract's memory")
     arguments = parser.parse_args()
     arguments.data = arguments.data.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,7 @@ def describe_machine() -> dict[str, Any]:
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     flags = Path("/proc/cpuinfo").read_text()
-    packages = ("tensorflow", "keras", "scikit-learn", "numpy")
+    packages = ("tensorflow", "keras", "scikit-learn", "numpy", "openvino")
     return {
         "cpu": f"{len(cpu)} x {cpu[0]}",
         "avx512_bf16": "avx512_bf16" in flags,

@@ -1,7 +1,6 @@
-"""Speeds of the parts. Parts: trunk, tail, precision, decode, memory.
+"""Speeds of the parts. Parts: tail, precision, decode, memory.
 
-python -m benchmarks.trunk --only=trunk
-trunk: ResNet50, files to store, through the whole pipeline, beside Keras `predict` on the same files.
+python -m benchmarks.trunk --only=tail
 tail: an epoch of conv5 on stored maps beside an epoch of plain Keras with the same layers trained.
 precision: what --precision=auto sees on MobileNetV2 and ResNet50.
 decode: a photograph of 12 megapixels, decoded and resized in full and at libjpeg's scale.
@@ -11,7 +10,6 @@ memory: peak memory of a whole run on 400 and on 4,000 images.
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import shutil
@@ -23,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, clock, parse, run_process, spread, write_results
-
-TRUNK_IMAGES = 640
 
 
 def main() -> None:
@@ -98,15 +94,12 @@ def measure_precision(arguments: Any) -> dict[str, Any]:
     _, sample = next(make_images(source.read, positions, image_size=224, resize="crop", batch_size=32))
     weights = str(arguments.data / MOBILENET_WEIGHTS)
     rows = {"MobileNetV2": (weights, {"alpha": 0.35}), "ResNet50": ("none", {})}
-    return {
-        name: [
-            engines._measure(build_backbone(find_preset(name), weights=w, image_size=224, kwargs=k), sample, 10**6)[
-                0
-            ].reason
-            for _ in range(arguments.runs)
-        ]
-        for name, (w, k) in rows.items()
-    }
+    found = {}
+    for name, (weights, kwargs) in rows.items():
+        backbone = build_backbone(find_preset(name), weights=weights, image_size=224, kwargs=kwargs)
+        runs = [engines._measure("tensorflow", "auto", backbone, sample, 10**6) for _ in range(arguments.runs)]
+        found[name] = [choice.reason for choice, _ in runs]
+    return found
 
 
 def measure_decode(arguments: Any) -> dict[str, Any]:
@@ -170,12 +163,7 @@ def measure_memory(arguments: Any) -> dict[str, Any]:
     }
 
 
-def quiet(*_: Any) -> None:
-    """Shows nothing."""
-
-
 PARTS = {
-    "trunk": measure_trunk,
     "tail": measure_tail,
     "precision": measure_precision,
     "decode": measure_decode,

@@ -523,6 +523,8 @@ def _check_probe(config: Config) -> None:
     if probe.repeats > 1 and config.data.shots is None:
         raise UserError("--repeats draws training examples anew, so many a class: give --shots with it.")
     output = probe.embeddings_output
+    if output and len(probe.feature_layer) > 1:
+        raise UserError("--embeddings_output is of one layer: give one --feature_layer with it.")
     if output and not output.endswith((".npz", ".parquet")):
         raise UserError(f"--embeddings_output={output}: allowed are files that end in .npz or .parquet. Rename it.")
 

@@ -198,7 +198,7 @@ def choose_engine(
     Raises:
         UserError: an engine that is not installed or does not take the network, or a precision that is not to be had.
     """
-    on_gpu = bool(tf.config.list_logical_devices("GPU"))
+    on_gpu = bool(tf.config.list_logical_devices("GPU")) and engine != "openvino"
     _check_wanted(engine, precision, on_gpu)
     if engine == "auto" and (on_gpu or not has_openvino()):
         engine = "tensorflow"
@@ -282,9 +282,11 @@ def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
 def _check_wanted(engine: str, precision: str, on_gpu: bool) -> None:
     if engine == "openvino" and not has_openvino():
         raise UserError("--engine=openvino is not installed. Install it: pip install 'tl_keras[openvino]'.")
-    if precision == "float16" and (not on_gpu or engine == "openvino"):
+    if precision == "float16" and engine == "openvino":
+        raise UserError("--precision=float16 is a GPU's, and OpenVINO runs on the CPU here. Use --precision=auto.")
+    if precision == "float16" and not on_gpu:
         raise UserError("--precision=float16 needs a GPU, and TensorFlow sees none. Use --precision=auto.")
-    if precision == "bfloat16" and on_gpu and engine != "openvino":
+    if precision == "bfloat16" and on_gpu:
         raise UserError("--precision=bfloat16 is the CPU's; on a GPU use --precision=float16 or auto.")
 
 

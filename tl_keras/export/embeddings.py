@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import zipfile
@@ -20,6 +19,21 @@ from tl_keras.run import disk_errors
 _ROWS = 1000  # read and written at once
 
 ReadEmbeddings = Callable[[np.ndarray], np.ndarray]
+
+
+def check_output(path: str) -> None:
+    """Finds out before anything is computed whether the file can be written.
+
+    Raises:
+        UserError: Parquet without pyarrow, a folder of that name, or a folder that can't be written.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"--embeddings_output={path} is a folder. Give the file a name in it.")
+    if path.endswith(".parquet"):
+        _import_pyarrow()
+    with disk_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
 
 
 def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str:
@@ -78,9 +92,7 @@ def _write_npz(path: Path, examples: Examples, positions: np.ndarray, read: Read
 
 
 def _write_parquet(path: Path, examples: Examples, positions: np.ndarray, read: ReadEmbeddings, dim: int) -> None:
-    with _needs_pyarrow():
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    pa, pq = _import_pyarrow()
     columns = _columns(examples, positions)
     text = [(name, pa.string()) for name in columns]
     schema = pa.schema([*text, ("embedding", pa.list_(pa.float32(), dim))])
@@ -98,11 +110,12 @@ def _as_text(value: str) -> str:
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-@contextlib.contextmanager
-def _needs_pyarrow() -> Iterator[None]:
+def _import_pyarrow() -> tuple[Any, Any]:
     try:
-        yield
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise UserError(
             "--embeddings_output=*.parquet needs pyarrow. Install it: pip install 'tl_keras[parquet]', or give a .npz."
         ) from error
+    return pyarrow, pyarrow.parquet

@@ -32,6 +32,12 @@ _CPU_FLAGS = {
 }
 
 
+_OPTIONAL = {
+    "openvino": "the faster engine on most CPUs: pip install 'tl_keras[openvino]'",
+    "pyarrow": "embeddings as Parquet: pip install 'tl_keras[parquet]'",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One line of the doctor's: fine, or with what to do."""
@@ -76,6 +82,14 @@ def _check_versions() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(f"{name} is not installed", f"pip install {name}")
     yield Finding(", ".join(installed))
+    yield Finding("optional: " + ", ".join(map(_describe_optional, _OPTIONAL)))
+
+
+def _describe_optional(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {name} ({_OPTIONAL[name]})"
 
 
 def _check_devices() -> Iterator[Finding]:

@@ -21,11 +21,11 @@ from tl_keras.data.examples import Examples, draw_shots
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval
 from tl_keras.evaluation.tables import format_table, write_examples
-from tl_keras.export.embeddings import write_embeddings
+from tl_keras.export.embeddings import check_output, write_embeddings
 from tl_keras.export.parity import ParityProcess
 from tl_keras.folded import size_in_bytes
 from tl_keras.modes.steps import Job, load_backbone, load_job
-from tl_keras.probes.estimators import PROBES, Fitted, Recipe, fit_probe
+from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_probe
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_memory
 from tl_keras.probes.search import Labelled, Search, choose_parameter
@@ -50,8 +50,11 @@ def run(config: Config) -> Result:
         trunks = [read_layer(backbone, layer, pooling=config.probe.pooling) for layer in layers]
     job = load_job(config, preset, screen, watch, unlabelled=config.probe.embeddings_output is not None)
     if job.examples.class_names:
+        _check(job, trunks)
         probes = ", ".join(config.probe.probe)
         screen.line(f"probe: {probes} on {', '.join(layers)}; weights: {config.backbone.weights}")
+    if config.probe.embeddings_output:
+        check_output(config.probe.embeddings_output)
 
     with watch.stage("trunk"):
         embedded = job.embed(trunks, preset, image_size=int(backbone.input_shape[1]))
@@ -125,7 +128,8 @@ class _Candidate:
             "layer": self.layer,
             "probe": self.probe,
             "dim": int(self.trunk.output_shape[1]),
-            PROBES[self.probe].parameter: self.fitted.value,
+            "parameter": PROBES[self.probe].parameter,
+            "value": self.fitted.value,
             "val_accuracy": self.accuracy,
             "val_accuracy_ci95": list(accuracy_interval(self.correct, len(self.val_probabilities))),
             "seconds": round(self.seconds, 3),
@@ -141,6 +145,20 @@ def _wants_top(config: Config) -> bool:
         return False
     top = find_preset(config.backbone.backbone or "").top
     return bool(top) and (not config.probe.feature_layer or bool(set(top) & set(config.probe.feature_layer)))
+
+
+def _check(job: Job, trunks: Sequence[keras.Model]) -> None:
+    """Finds out before anything long is computed what would stop the run after it."""
+    config, examples = job.config.probe, job.examples
+    if config.refit == "train+val" and not len(examples.positions("test")):
+        raise UserError(
+            "--refit=train+val leaves nothing to measure the classifier on: there is no test split. Give one, carve it "
+            "with --test_fraction, or leave --refit out."
+        )
+    for probe in config.probe:
+        check_probe(probe, examples.labels("train"), value=config.probe_parameter)
+        for trunk in trunks:
+            check_memory(probe, count=int(np.sum(examples.splits >= 0)), dim=int(trunk.output_shape[1]))
 
 
 def _recipe(job: Job) -> Recipe:
@@ -162,7 +180,6 @@ def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str) -> _Candi
     """Chooses the parameter, fits on train, scores on val."""
     start = time.perf_counter()
     examples = job.examples
-    check_memory(probe, count=int(np.sum(examples.splits >= 0)), dim=int(trunk.output_shape[1]))
     search, fitted = _fit(job, examples, embedded, probe)
     head = fold(fitted, num_classes=len(examples.class_names))
     probabilities = _predict(examples, embedded, head, "val")
@@ -202,11 +219,6 @@ def _warn_of_convergence(job: Job, fitted: Fitted, search: Search | None) -> Non
 
 def _refit(job: Job, winner: _Candidate) -> Fitted:
     """The winner on train and val together; val's figures stay those of the one fitted on train alone."""
-    if not len(job.examples.positions("test")):
-        raise UserError(
-            "--refit=train+val leaves nothing to measure the classifier on: there is no test split. Give one, carve it "
-            "with --test_fraction, or leave --refit out."
-        )
     both = _read(job.examples, winner.embedded, "train", "val")
     return fit_probe(winner.probe, winner.fitted.value, *both, _recipe(job))
 

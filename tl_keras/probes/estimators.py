@@ -28,6 +28,7 @@ _DECADES = tuple(10.0**power for power in range(-6, 6))
 _THIRDS = tuple(10 ** (part / 3) for part in (-2, -1, 1, 2))
 _NEIGHBOURS = (100.0, 50.0, 30.0, 20.0, 15.0, 10.0, 7.0, 5.0, 3.0, 2.0, 1.0)
 _CALIBRATION_FOLDS = 5
+_DUAL_UNTIL = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,9 @@ def _logistic_regression(value: float, recipe: Recipe) -> Any:
 
 
 def _linear_svm(value: float, recipe: Recipe) -> Any:
-    return LinearSVC(C=value, max_iter=recipe.max_iter, random_state=recipe.seed)
+    """Coordinate descent in the dual for a small C, where it takes a third of the time; see benchmarks/probes.py."""
+    dual = True if value <= _DUAL_UNTIL else "auto"
+    return LinearSVC(C=value, dual=dual, max_iter=recipe.max_iter, random_state=recipe.seed)
 
 
 def _rbf_svm(value: float, recipe: Recipe) -> Any:  # noqa: ARG001 (all are built alike)
@@ -150,6 +153,26 @@ class Fitted:
         return [(float(one.a_), float(one.b_)) for one in self.estimator.calibrated_classifiers_[0].calibrators]
 
 
+def check_probe(name: str, labels: np.ndarray, *, value: float | None) -> None:
+    """Checks that a probe can be fitted on so many examples.
+
+    Args:
+        name: of the probe.
+        labels: of train, int `(n,)`, every class from 0 up.
+        value: of its parameter, where it is asked for.
+
+    Raises:
+        UserError: a class has too few examples for the calibration, or knn has fewer examples than neighbours.
+    """
+    if name == "knn" and value and value > len(labels):
+        raise UserError(f"--probe=knn can't ask {value:g} neighbours: train has {len(labels)} examples. Ask fewer.")
+    if PROBES[name].calibrated and int(np.bincount(labels).min()) < 2:
+        raise UserError(
+            f"--probe={name} has no probabilities of its own: they are calibrated on examples held out, and a "
+            "class has one alone. Give more images, or --probe=logistic_regression."
+        )
+
+
 def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarray, recipe: Recipe) -> Fitted:
     """Fits scaler, estimator and, where it has no probabilities, sigmoids on out-of-fold decisions (Platt 1999).
 
@@ -164,11 +187,10 @@ def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarra
         The fitted probe.
 
     Raises:
-        UserError: a class has too few examples for the calibration, or knn has fewer examples than neighbours.
+        UserError: see `check_probe`.
     """
     probe = PROBES[name]
-    if name == "knn" and value > len(labels):
-        raise UserError(f"--probe=knn can't ask {value:g} neighbours: train has {len(labels)} examples. Ask fewer.")
+    check_probe(name, labels, value=value)
     kernel = [("kernel", RbfKernel())] if name == "rbf_svm" else []
     estimator: Any = Pipeline([("scaler", build_scaler(recipe.scale)), *kernel, ("probe", probe.build(value, recipe))])
     if probe.calibrated:
@@ -178,7 +200,7 @@ def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarra
                 f"--probe={name} has no probabilities of its own: they are calibrated on examples held out, and a "
                 "class has one alone. Give more images, or --probe=logistic_regression."
             )
-        folds = min(_CALIBRATION_FOLDS, fewest)
+        folds = min(_CALIBRATION_FOLDS, int(np.bincount(labels).min()))
         estimator = CalibratedClassifierCV(estimator, method="sigmoid", cv=folds, ensemble=False, n_jobs=-1)
     exact = embeddings if name == "logistic_regression" else embeddings.astype(np.float64)  # as the others would
     with quiet(), joblib.parallel_backend("threading"):
