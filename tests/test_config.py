@@ -17,6 +17,7 @@ from tl_keras.config import (
     Config,
     DataConfig,
     EngineConfig,
+    ProbeConfig,
     ReadConfig,
     RunConfig,
     TrainingConfig,
@@ -30,7 +31,7 @@ from tl_keras.config import (
 )
 from tl_keras.errors import UserError
 
-GROUPS = (DataConfig, BackboneConfig, TrainingConfig, EngineConfig, RunConfig, ReadConfig)
+GROUPS = (DataConfig, BackboneConfig, TrainingConfig, ProbeConfig, EngineConfig, RunConfig, ReadConfig)
 FIELDS = [field for group in GROUPS for field in dataclasses.fields(group)]
 TYPES = {name: kind for group in GROUPS for name, kind in typing.get_type_hints(group).items()}
 
@@ -77,7 +78,7 @@ def test_every_field_has_a_flag_of_its_own_type():
     for field in FIELDS:
         flag = flags[field.name]
         assert flag.help == field.metadata["help"]
-        assert flag.value == (None if TYPES[field.name] == tuple[str, ...] else field.default)
+        assert flag.value == ((list(field.default) or None) if TYPES[field.name] == tuple[str, ...] else field.default)
         kinds = {TYPES[field.name], *typing.get_args(TYPES[field.name])}
         wanted = "bool" if bool in kinds else "int" if int in kinds else "float" if float in kinds else "string"
         if TYPES[field.name] != tuple[str, ...]:
@@ -92,7 +93,8 @@ def test_the_help_names_every_flag_with_its_modes_choices_and_default():
         for choice in field.metadata["choices"] or ():
             assert choice in line
         if field.default not in {None, (), ""}:
-            assert f"(default: {field.default})" in line
+            shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            assert f"(default: {shown})" in line
     assert max(map(len, lines)) < 260
 
 
@@ -101,7 +103,8 @@ def test_a_flag_that_another_mode_uses_is_refused_by_name(mode):
     values = {bool: "true", int: "1", float: "0.5"}
     for field in FIELDS:
         kinds = {TYPES[field.name], *typing.get_args(TYPES[field.name])}
-        text = "x=1" if field.name == "backbone_kwargs" else "x"
+        texts = {"backbone_kwargs": "x=1", "probe": "knn", "embeddings_output": "x.npz"}
+        text = texts.get(field.name, "x")
         value = next((one for kind, one in values.items() if kind in kinds), (field.metadata["choices"] or (text,))[0])
         arguments = [f"--mode={mode}", f"--{field.name}={value}"]
         arguments += ["--classifier=x"] * (mode in {"evaluate", "predict", "export"} and field.name != "classifier")
@@ -115,6 +118,8 @@ def test_a_flag_that_another_mode_uses_is_refused_by_name(mode):
 def test_a_mode_has_its_own_defaults_and_only_its_own():
     assert parse("--mode=finetune").data.dataset == "stanford_dogs"
     assert parse("--mode=finetune").backbone.backbone == "ResNet50"
+    assert parse("--mode=extract").backbone.backbone == "VGG16"
+    assert parse("--mode=extract").probe.probe == ("logistic_regression",)
     assert parse("--mode=evaluate", "--classifier=x").data.dataset is None
 
 
@@ -236,7 +241,7 @@ def test_the_last_of_two_flags_counts_and_a_file_counts_where_it_stands(tmp_path
 def test_fields_that_this_version_does_not_know_are_left_out_and_those_it_lacks_have_their_default():
     values = json.loads(json.dumps(FULL.as_dict()))
     values["training"]["mixup"] = 0.2
-    values["probe"] = {"probe": "knn"}
+    values["distillation"] = {"teacher": "x"}
     assert from_dict(values) == FULL
     del values["training"]["monitor"], values["engine"]
     found = from_dict(values)

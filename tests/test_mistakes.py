@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import SMALL, make_image, run_main, write_colour_folder, write_image
 
-TRAIN = "--mode=finetune"
+TRAIN, READ = "--mode=finetune", "--mode=extract"
 COLOURS = "--dataset=folder:{colours}"
 NET = " ".join(SMALL)
 
@@ -33,6 +33,15 @@ def manifest(text: str | bytes) -> Callable[[Path], None]:
 
 def one_class(tmp: Path) -> None:
     write_image(tmp / "one" / "cats" / "a.jpg", make_image(1))
+
+
+def train_and_val(tmp: Path) -> None:
+    for split in ("train", "val"):
+        write_colour_folder(tmp / "two" / split, each=3, first=0 if split == "train" else 3)
+
+
+def flat_folder(tmp: Path) -> None:
+    write_image(tmp / "flat" / "a.jpg", make_image(1))
 
 
 def val_alone_has_a_class(tmp: Path) -> None:
@@ -253,6 +262,66 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         nothing,
         "float16 needs a GPU",
     ),
+    # extract
+    ("unknown probe", f"{READ} {COLOURS} --probe=rbf", nothing, "--probe=rbf is not known. Did you mean: rbf_svm?"),
+    ("a probe twice", f"{READ} {COLOURS} --probe=knn,knn", nothing, "--probe=knn,knn names one twice. Name each once."),
+    (
+        "one value, two probes",
+        f"{READ} {COLOURS} --probe=knn,ridge --probe_parameter=3",
+        nothing,
+        "--probe_parameter is one probe's: give one --probe with it, or leave it out.",
+    ),
+    (
+        "half a neighbour",
+        f"{READ} {COLOURS} --probe=knn --probe_parameter=2.5",
+        nothing,
+        "--probe_parameter=2.5 is no number of neighbours. Give a whole one.",
+    ),
+    (
+        "more neighbours than images",
+        f"{READ} {COLOURS} {NET} --probe=knn --probe_parameter=500 --run_dir={{tmp}}/r",
+        nothing,
+        "--probe=knn can't ask 500 neighbours: train has ",
+    ),
+    ("draws of nothing", f"{READ} {COLOURS} --repeats=3", nothing, "so many a class: give --shots with it."),
+    (
+        "one shot and sigmoids",
+        f"{READ} {COLOURS} {NET} --probe=linear_svm --shots=1 --run_dir={{tmp}}/r",
+        nothing,
+        "--probe=linear_svm has no probabilities of its own",
+    ),
+    (
+        "refitted on all there is",
+        f"{READ} --dataset=folder:{{tmp}}/two {NET} --refit=train+val --run_dir={{tmp}}/r",
+        train_and_val,
+        "--refit=train+val leaves nothing to measure the classifier on: there is no test split.",
+    ),
+    (
+        "no such feature layer",
+        f"{READ} {COLOURS} {NET} --feature_layer=conv9",
+        nothing,
+        "--feature_layer=conv9: SmallConvNet has no such layer. Nearest: conv",
+    ),
+    (
+        "embeddings as what",
+        f"{READ} {COLOURS} --embeddings_output=e.csv",
+        nothing,
+        "--embeddings_output=e.csv: allowed are files that end in .npz or .parquet. Rename it.",
+    ),
+    (
+        "embeddings of two layers",
+        f"{READ} {COLOURS} --feature_layer=pool1,pool2 --embeddings_output=e.npz",
+        nothing,
+        "--embeddings_output is of one layer: give one --feature_layer with it.",
+    ),
+    (
+        "embeddings into a file",
+        f"{READ} {COLOURS} {NET} --embeddings_output={{tmp}}/file/e.npz --run_dir={{tmp}}/r",
+        a_file,
+        "file/e.npz can't be written",
+    ),
+    ("no labels to learn", f"{READ} --dataset=folder:{{tmp}}/flat {NET}", flat_folder, "no images in "),
+    ("epochs of a probe", f"{READ} --epochs=3", nothing, "--epochs is not used by --mode=extract. It belongs to: fine"),
     # places
     ("a full run folder", f"{TRAIN} {COLOURS} {NET} --run_dir={{tmp}}/run --overwrite", full_run_dir, "exists already"),
     (

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from tl_keras.backbones.cut import choose_trainable, cut, list_cuts, list_from_values
+from tl_keras.backbones.cut import choose_trainable, cut, list_cuts, list_from_values, read_layer
 from tl_keras.errors import UserError
 
 IMAGES = np.random.default_rng(0).uniform(0, 255, (3, 8, 8, 3)).astype("float32")
@@ -175,3 +175,42 @@ def test_from_inside_a_block_names_the_nearest_that_work(backbone):
 
 def test_from_an_unknown_layer_names_the_nearest(backbone):
     assert user_error(choose, backbone, "from:b_conv1").startswith("Toy has no layer 'b_conv1'. Nearest: b_conv_1, ")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pool"),
+    [
+        ("avg", lambda maps: maps.mean((1, 2))),
+        ("max", lambda maps: maps.max((1, 2))),
+        ("flatten", lambda maps: maps.reshape(len(maps), -1)),
+    ],
+)
+@pytest.mark.parametrize("layer", ["stem", "a_out", "top"])
+def test_a_layer_is_read_as_it_is_and_pooled(backbone, layer, pooling, pool):
+    reader = read_layer(backbone, layer, pooling=pooling)
+    maps = keras.Model(backbone.input, backbone.get_layer(layer).output)(IMAGES).numpy()
+    np.testing.assert_allclose(reader(IMAGES), pool(maps), rtol=1e-5, atol=1e-6)
+    assert reader.layers[-1].name == reader.operations[-1].name == f"{layer}_{pooling}"
+
+
+def test_a_layer_that_gives_a_vector_is_not_pooled(backbone):
+    reader = read_layer(backbone, "embedding_pool", pooling="max")
+    np.testing.assert_allclose(reader(IMAGES), backbone(IMAGES), rtol=1e-6)
+    assert reader.operations[-1].name == "embedding_pool"
+
+
+def test_an_addition_without_a_layer_can_be_read(backbone):
+    additions = [one.name for one in backbone.operations if not isinstance(one, keras.layers.Layer)]
+    assert additions
+    for name in additions:
+        reader = read_layer(backbone, name, pooling="avg")
+        maps = keras.Model(backbone.input, next(one.output for one in backbone.operations if one.name == name))(IMAGES)
+        np.testing.assert_allclose(reader(IMAGES), maps.numpy().mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_layer_to_read_is_answered_with_shapes(backbone):
+    message = user_error(read_layer, backbone, "topbn", pooling="avg")
+    assert message.startswith("--feature_layer=topbn: Toy has no such layer. Nearest: top_bn (")
+    assert "x5), " in message
+    assert "Layers that all later ones hang on: stem (" in message
+    assert "preprocessing" not in message.partition("hang on")[2]

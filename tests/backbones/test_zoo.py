@@ -485,3 +485,31 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
         zoo._load_weights_file(backbone, tmp_path / "other.weights.h5")
     for old, new in zip(before, backbone.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_vgg16_with_its_top_ends_in_fc2():
+    vgg = BACKBONES["VGG16"]
+    backbone = build_backbone(vgg, weights="none", image_size=32, with_top=True)
+    assert backbone.output_shape == (None, 4096)
+    assert [layer.name for layer in backbone.layers][-3:] == list(vgg.top) == ["flatten", "fc1", "fc2"]
+    assert "embedding_pool" not in [layer.name for layer in backbone.layers]
+
+
+def test_the_top_needs_imagenets_own_image_size():
+    with pytest.raises(UserError) as error:
+        build_backbone(BACKBONES["VGG16"], weights="imagenet", image_size=96, with_top=True)
+    assert str(error.value) == (
+        "the layers flatten, fc1, fc2 of VGG16 have ImageNet weights for images of 224 pixels a side alone, not 96. "
+        "Leave out --image_size, or read another layer."
+    )
+
+
+def test_a_weights_file_without_the_top_does_not_fit_the_network_with_it(tmp_path):
+    vgg = BACKBONES["VGG16"]
+    build_backbone(vgg, weights="none", image_size=32).save_weights(tmp_path / "notop.weights.h5")
+    with pytest.raises(UserError, match="does not fit VGG16: its layer 'fc1' needs shapes"):
+        build_backbone(vgg, weights=str(tmp_path / "notop.weights.h5"), image_size=32, with_top=True)
+    whole = build_backbone(vgg, weights="none", image_size=32, with_top=True)
+    whole.save_weights(tmp_path / "top.weights.h5")
+    again = build_backbone(vgg, weights=str(tmp_path / "top.weights.h5"), image_size=32, with_top=True)
+    np.testing.assert_allclose(again(IMAGES), whole(IMAGES), rtol=1e-5)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 
-from tl_keras.data.examples import Examples, scan, split_source
+from tl_keras.data.examples import Examples, draw_shots, scan, split_source
 from tl_keras.data.sources import Source
 from tl_keras.data.splits import UNUSED
 from tl_keras.errors import UserError
@@ -141,3 +141,19 @@ def test_shots_are_drawn_after_the_split_and_warnings_are_of_all():
     assert warnings == []
     assert np.bincount(source.labels[splits == 0]).tolist() == [3, 3]
     np.testing.assert_array_equal(splits[everything > 0], everything[everything > 0])
+
+
+def test_the_examples_of_several_draws_are_kept_and_each_draw_is_found_in_them():
+    memory = Memory([GOOD] * 60)
+    split = {"val_fraction": 0.2, "test_fraction": 0.2}
+    union, _ = split_source(memory.source, **split, shots=3, seed=5, draws=4)
+    examples = Examples(memory.source, union, np.zeros(60, "V32"), {})
+    drawn = []
+    for seed in range(5, 9):
+        alone, _ = split_source(memory.source, **split, shots=3, seed=seed)
+        again = draw_shots(examples, shots=3, seed=seed)
+        np.testing.assert_array_equal(again.splits, alone)
+        drawn.append(set(again.positions("train").tolist()))
+        assert len(drawn[-1]) == 6
+    assert set(examples.positions("train").tolist()) == set().union(*drawn)
+    assert len(set().union(*drawn)) > 6

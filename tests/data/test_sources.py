@@ -308,3 +308,33 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", refuse)  # root reads everything
     assert error_of(f"folder:{tmp_path}").endswith("can't be read: Permission denied. Check its permissions.")
+
+
+def test_a_flat_folder_is_read_without_labels_where_that_will_do(tmp_path):
+    put(tmp_path, "b.jpg", "a.png", ".hidden.jpg", "notes.txt")
+    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+    assert (source.ids, source.class_names) == (["a.png", "b.jpg"], ())
+    assert source.labels.tolist() == source.splits.tolist() == [0, 0]
+    assert dict(source.read([0, 1])) == {0: b"a.png", 1: b"b.jpg"}
+    assert "no images in" in error_of(f"folder:{tmp_path}")
+
+
+def test_class_folders_stay_classes_where_labels_are_not_needed(tmp_path):
+    put(tmp_path, "x/1.jpg", "y/1.jpg")
+    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+    assert source.class_names == ("x", "y")
+
+
+def test_a_manifest_without_labels_will_do_where_none_are_needed(tmp_path):
+    put(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "m.csv").write_text("path,split\n2.jpg,test\n1.jpg,train\n")
+    source = load_source(f"csv:{tmp_path / 'm.csv'}", data_dir=None, allow_unlabelled=True)
+    assert (source.ids, source.class_names, source.splits.tolist()) == (["2.jpg", "1.jpg"], (), [2, 0])
+    assert "Expected the columns path,label[,split]" in error_of(f"csv:{tmp_path / 'm.csv'}")
+
+
+def test_a_label_that_is_missing_in_one_line_is_missed_all_the_same(tmp_path):
+    put(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "m.csv").write_text("path,label\n1.jpg,x\n2.jpg,\n")
+    with pytest.raises(UserError, match="line 3 has no label"):
+        load_source(f"csv:{tmp_path / 'm.csv'}", data_dir=None, allow_unlabelled=True)

@@ -17,6 +17,7 @@ from tl_keras.evaluation.metrics import measure
 from tl_keras.evaluation.tables import (
     describe_device,
     describe_environment,
+    format_table,
     write_evaluation,
     write_examples,
     write_predictions,
@@ -121,3 +122,11 @@ def test_the_device_is_the_cpu_or_the_gpus_by_name(monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(details))
     monkeypatch.setattr(tf.config.experimental, "get_device_details", details.get)
     assert describe_device() == "NVIDIA L4, GPU"
+
+
+def test_a_tables_columns_are_as_wide_as_their_widest_cell():
+    assert format_table(("a", "long", ""), [("xyz", "1", "best"), ("x", "22", "")]) == [
+        "a    long",
+        "xyz  1     best",
+        "x    22",
+    ]
