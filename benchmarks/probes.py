@@ -22,7 +22,7 @@ from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, parse, run_process, writ
 
 LAYERS = "block_12_add,block_15_add,embedding_pool"
 PROBES = ("logistic_regression", "linear_svm", "rbf_svm", "knn", "ridge")
-LIMIT = 300
+LIMIT = 200
 SWEEP = (12_000, 2048, 20)
 LARGE = (12_000, 4096, 120)
 VAL = 1200

@@ -355,7 +355,8 @@ def _name_layers(network: keras.Model) -> None:
     import keras
 
     poolings = [layer for layer in network.layers if isinstance(layer, keras.layers.GlobalAveragePooling2D)]
-    poolings[-1].name = "embedding_pool"
+    for pooling in poolings[-1:]:  # VGG with its top has none
+        pooling.name = "embedding_pool"
     outline = [(type(operation).__name__, operation.name) for operation in network.operations]
     for operation, name in zip(network.operations, _number_anew(outline), strict=True):
         operation.name = name
