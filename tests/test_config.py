@@ -182,8 +182,31 @@ FULL = Config(
     engine=EngineConfig(other("engine"), other("precision"), "/st ore"),
     run=RunConfig("/r un/=1", other("overwrite"), other("export"), "/mo dels", "na-me", 2**31 - 1),
 )
+READ_FULL = Config(
+    "extract",
+    data=DataConfig("csv:/my photos/m.csv", shots=5),
+    backbone=BackboneConfig("VGG19"),
+    probe=ProbeConfig(
+        feature_layer=("fc1", "block5_pool"),
+        pooling=other("pooling"),
+        probe=("knn",),
+        scale=other("scale"),
+        probe_parameter=3.0,
+        choose_by=other("choose_by"),
+        refit=other("refit"),
+        max_iter=77,
+        repeats=9,
+    ),
+)
 CONFIGS = {
     "everything": FULL,
+    "extract": READ_FULL,
+    "embeddings": Config(
+        "extract",
+        DataConfig("digits"),
+        BackboneConfig("VGG16"),
+        probe=ProbeConfig(embeddings_output="/out put/e,1.parquet"),
+    ),
     "defaults": Config("finetune", DataConfig("digits"), BackboneConfig("SmallConvNet")),
     "predict": Config("predict", read=ReadConfig("runs/x", ("a,b.jpg", "c d/*.png", "café.jpg", "/x"), "o.csv")),
     "evaluate": Config("evaluate", DataConfig(classes=("x",)), read=ReadConfig("saved_models/x/1")),
@@ -196,6 +219,9 @@ def test_the_fullest_config_differs_from_the_defaults_everywhere():
     for group in ("data", "backbone", "training", "engine", "run"):
         for field in dataclasses.fields(getattr(FULL, group)):
             assert getattr(getattr(FULL, group), field.name) != field.default, field.name
+    for field in dataclasses.fields(ProbeConfig):
+        values = {getattr(settings.probe, field.name) for settings in CONFIGS.values()}
+        assert values > {field.default}, field.name
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
@@ -320,6 +346,34 @@ def test_overwrite_never_deletes_what_is_read(tmp_path, monkeypatch):
     Config("finetune", run=RunConfig(run_dir=".", overwrite=True))  # imagenet is no file
 
 
+@pytest.mark.parametrize(
+    ("probe", "text"),
+    [
+        ({"probe": ()}, "--probe is empty. "),
+        ({"probe": ("none",)}, "--probe=none gives embeddings alone: "),
+        ({"probe": ("none", "knn"), "embeddings_output": "x.npz"}, "--probe=none gives embeddings alone: "),
+        ({"probe": ("knn", "svm")}, "--probe=svm is not known. "),
+        ({"feature_layer": ("a", "b", "a")}, "--feature_layer=a,b,a names one twice. Name each once."),
+        ({"probe_parameter": 1e10}, "--probe_parameter=10000000000.0 is out of range. Allowed: 1e-09 to"),
+        ({"repeats": 1001}, "--repeats=1001 is out of range. Allowed: 1 to 1000."),
+        ({"embeddings_output": "x.NPZ"}, "--embeddings_output=x.NPZ: allowed are files that end in .npz or .parquet."),
+    ],
+)
+def test_a_probe_that_can_not_be_is_refused_before_anything_is_loaded(probe, text):
+    assert error_of(Config, "extract", probe=ProbeConfig(**probe)).startswith(text)
+
+
+def test_one_value_is_one_probes_and_may_be_any_number_but_of_neighbours():
+    Config("extract", probe=ProbeConfig(probe=("ridge",), probe_parameter=0.3))
+    Config("extract", probe=ProbeConfig(probe=("knn",), probe_parameter=3.0))
+    assert "is no number of neighbours" in error_of(
+        Config, "extract", probe=ProbeConfig(probe=("knn",), probe_parameter=0.3)
+    )
+    assert "--probe_parameter is one probe's" in error_of(
+        Config, "extract", probe=ProbeConfig(probe=("knn", "ridge"), probe_parameter=3.0)
+    )
+
+
 # small functions
 
 
@@ -406,6 +460,8 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_stands(monkeypatch):
     settings = parse("--mode=finetune", "--dataset=folder:~/photos", "--run_dir=~/run", "--weights=~/w.h5")
     assert settings.data.dataset == "folder:/home/someone/photos"
     assert (settings.run.run_dir, settings.backbone.weights) == ("/home/someone/run", "/home/someone/w.h5")
+    settings = parse("--mode=extract", "--embeddings_output=~/e.npz")
+    assert settings.probe.embeddings_output == "/home/someone/e.npz"
     settings = parse("--mode=predict", "--classifier=~/run", "--images=~/a.jpg,b.jpg", "--output=~/p.csv")
     assert settings.read.images == ("/home/someone/a.jpg", "b.jpg")
     assert (settings.read.classifier, settings.read.output) == ("/home/someone/run", "/home/someone/p.csv")

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tl_keras.folded import SupportVectors, size_in_bytes
-from tl_keras.probes.estimators import Recipe, fit_probe
+from tl_keras.probes.estimators import PROBES, Recipe, fit_probe
 from tl_keras.probes.fold import fold
 
 RNG = np.random.default_rng(0)
@@ -26,6 +26,29 @@ def compare(name: str, value: float, *, scale: str, fit: np.ndarray = EMBEDDINGS
 @pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "rbf_svm", "ridge"])
 def test_an_embedding_of_zeros_has_no_length_to_be_brought_to_one(name):
     compare(name, 1.0, scale="l2", others=np.concatenate([OTHERS, np.zeros((1, 6), np.float32)]))
+
+
+@pytest.mark.parametrize("scale", ["standard", "l2", "none"])
+@pytest.mark.parametrize("name", PROBES)
+def test_embeddings_that_are_all_the_same_give_what_scikit_learn_gives(name, scale):
+    compare(name, 1.0, scale=scale, fit=np.ones_like(EMBEDDINGS), others=np.ones((3, 6), np.float32))
+
+
+@pytest.mark.parametrize("scale", ["l2", "none"])
+def test_two_classes_with_unequal_numbers_of_support_vectors(scale):
+    few = LABELS < 2
+    fitted = fit_probe("rbf_svm", 10.0, EMBEDDINGS[few], LABELS[few], Recipe(scale=scale, max_iter=1000, seed=0))
+    first, second = fitted.pipeline[-1].n_support_
+    assert first != second
+    answer = tf.nn.softmax(fold(fitted, num_classes=2)(OTHERS)).numpy()
+    np.testing.assert_allclose(answer, fitted.estimator.predict_proba(OTHERS.astype(np.float64)), atol=1e-9)
+
+
+def test_a_class_that_was_not_fitted_can_not_be_folded():
+    few = LABELS < 2
+    fitted = fit_probe("ridge", 1.0, EMBEDDINGS[few], LABELS[few], Recipe(scale="none", max_iter=1000, seed=0))
+    with pytest.raises(ValueError, match="^the probe knows 2 classes of 3$"):
+        fold(fitted, num_classes=3)
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "rbf_svm", "knn"])
@@ -61,7 +84,7 @@ def test_an_empty_batch_gives_nothing():
 
 
 def test_a_layer_is_made_again_from_its_config():
-    layer = SupportVectors(count=6, dim=4, unit=True, num_classes=3, gamma=0.5)
+    layer = SupportVectors(counts=(1, 2, 3), dim=4, unit=True, gamma=0.5)
     again = SupportVectors.from_config(layer.get_config())
     assert [weight.shape for weight in again.weights] == [weight.shape for weight in layer.weights]
     assert again.get_config() == layer.get_config()

@@ -264,6 +264,9 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
     ),
     # extract
     ("unknown probe", f"{READ} {COLOURS} --probe=rbf", nothing, "--probe=rbf is not known. Did you mean: rbf_svm?"),
+    ("no probe", f"{READ} {COLOURS} --probe=", nothing, "--probe is empty. Allowed: logistic_regression,"),
+    ("no probe and no output", f"{READ} {COLOURS} --probe=none", nothing, "give it without another probe, with --emb"),
+    ("a pooling of nothing", f"{READ} {COLOURS} {NET} --pooling=max", nothing, "--pooling=max is of a feature map,"),
     ("a probe twice", f"{READ} {COLOURS} --probe=knn,knn", nothing, "--probe=knn,knn names one twice. Name each once."),
     (
         "one value, two probes",
@@ -282,6 +285,25 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         f"{READ} {COLOURS} {NET} --probe=knn --probe_parameter=500 --run_dir={{tmp}}/r",
         nothing,
         "--probe=knn can't ask 500 neighbours: train has ",
+    ),
+    (
+        "a probe and nothing",
+        f"{READ} {COLOURS} --probe=knn,",
+        nothing,
+        "--probe has an empty part: is there a comma too many?",
+    ),
+    ("a layer twice", f"{READ} {COLOURS} --feature_layer=fc1,fc1", nothing, "--feature_layer=fc1,fc1 names one twice."),
+    (
+        "no strength",
+        f"{READ} {COLOURS} --probe_parameter=0",
+        nothing,
+        "--probe_parameter=0.0 is out of range. Allowed: 1e-09 to",
+    ),
+    (
+        "fc2 of another size",
+        f"{READ} {COLOURS} --backbone=VGG16 --image_size=96",
+        nothing,
+        "have ImageNet weights for images of 224 pixels a side alone, not 96.",
     ),
     ("draws of nothing", f"{READ} {COLOURS} --repeats=3", nothing, "so many a class: give --shots with it."),
     (

@@ -171,7 +171,7 @@ class ProbeConfig:
     pooling: str = _setting("avg", "of a layer that gives a feature map", _PROBE, choices=("avg", "max", "flatten"))
     probe: tuple[str, ...] = _setting(
         ("logistic_regression",),
-        "logistic_regression, linear_svm, rbf_svm, knn, ridge; several, comma-separated, are compared on val",
+        f"{', '.join(PROBES)}; several, comma-separated, are compared on val; none: embeddings alone",
         _PROBE,
     )
     scale: str = _setting(
@@ -190,7 +190,7 @@ class ProbeConfig:
     choose_by: str = _setting(
         "auto",
         "what decides that value: val; cv: stratified cross-validation within train and val; auto: cv where val has "
-        "fewer than 1,000 images",
+        "fewer than 1,000 images and fewer than train",
         _PROBE,
         choices=("auto", "val", "cv"),
     )
@@ -508,8 +508,10 @@ def _check_together(config: Config) -> None:
 
 def _check_probe(config: Config) -> None:
     probe = config.probe
+    if not probe.probe:
+        raise UserError(f"--probe is empty. Allowed: {', '.join(PROBES)}, none.")
     for name in probe.probe:
-        _check_choice("probe", name, PROBES)
+        _check_choice("probe", name, (*PROBES, "none"))
     for name, values in (("probe", probe.probe), ("feature_layer", probe.feature_layer)):
         if len(set(values)) < len(values):
             raise UserError(f"--{name}={','.join(values)} names one twice. Name each once.")
@@ -522,7 +524,13 @@ def _check_probe(config: Config) -> None:
             )
     if probe.repeats > 1 and config.data.shots is None:
         raise UserError("--repeats draws training examples anew, so many a class: give --shots with it.")
+    _check_embeddings_output(probe)
+
+
+def _check_embeddings_output(probe: ProbeConfig) -> None:
     output = probe.embeddings_output
+    if "none" in probe.probe and (len(probe.probe) > 1 or not output):
+        raise UserError("--probe=none gives embeddings alone: give it without another probe, with --embeddings_output.")
     if output and len(probe.feature_layer) > 1:
         raise UserError("--embeddings_output is of one layer: give one --feature_layer with it.")
     if output and not output.endswith((".npz", ".parquet")):

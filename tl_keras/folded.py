@@ -6,6 +6,7 @@ discontinuous, and a distance that is rounded otherwise gives another class. Wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -18,6 +19,11 @@ _TINY = 1e-300  # the logarithm of a probability of 0 stays finite
 def size_in_bytes(network: keras.Model) -> int:
     """What a network's weights take in an exported model."""
     return sum(int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize for weight in network.weights)
+
+
+def has_votes(network: keras.Model) -> bool:
+    """Whether a classifier's probabilities jump where a vote changes, so that only its decisions can be compared."""
+    return isinstance(network.layers[-1], _Scaled)
 
 
 class _Scaled(keras.layers.Layer):  # type: ignore[misc]
@@ -91,35 +97,34 @@ class NearestNeighbours(_Scaled):
 class SupportVectors(_Scaled):
     """A support vector machine with an RBF kernel (libsvm's one against one), calibrated by sigmoids.
 
-    The kept embeddings are the support vectors, class by class, each class padded to the same number.
+    The kept embeddings are the support vectors, class by class.
 
     Args:
-        count: n, support vectors with their padding: classes × the most of any class.
+        counts: support vectors of each class.
         dim: d, of an embedding.
         unit: see `_Scaled`.
-        num_classes: classes.
         gamma: of the kernel exp(-gamma |x - s|²).
     """
 
-    def __init__(
-        self, *, count: int, dim: int, unit: bool, num_classes: int, gamma: float, name: str = "logits"
-    ) -> None:
+    def __init__(self, *, counts: Sequence[int], dim: int, unit: bool, gamma: float, name: str = "logits") -> None:
         """See the class."""
-        super().__init__(count=count, dim=dim, unit=unit, name=name)
-        self._sizes |= {"num_classes": num_classes, "gamma": gamma}
+        super().__init__(count=sum(counts), dim=dim, unit=unit, name=name)
+        self._sizes = {"counts": list(counts), "dim": dim, "unit": unit, "gamma": gamma}
+        num_classes = len(counts)
         sigmoids = 1 if num_classes == 2 else num_classes
-        # of each class's vectors, their weight against each other class; zero for the padding
-        self.dual = self._add("dual", (num_classes, count // num_classes, num_classes), "float64")
+        # each vector's weight against each class; against its own it has none
+        self.dual = self._add("dual", (sum(counts), num_classes), "float64")
         self.intercepts = self._add("intercepts", (num_classes, num_classes), "float64")
         self.slope = self._add("slope", (sigmoids,), "float64")
         self.offset = self._add("offset", (sigmoids,), "float64")
 
     def call(self, embeddings: tf.Tensor) -> tf.Tensor:
         """Embeddings, float32 `(b, d)` → logits, float64 `(b, classes)`."""
-        classes = self._sizes["num_classes"]
+        counts = self._sizes["counts"]
+        classes = len(counts)
         kernel = tf.exp(-self._sizes["gamma"] * self._square_distances(embeddings))
-        by_class = tf.reshape(kernel, (-1, classes, self._sizes["count"] // classes))
-        halves = tf.einsum("bcn,cnm->bcm", by_class, tf.convert_to_tensor(self.dual))
+        parts = zip(tf.split(kernel, counts, 1), tf.split(tf.convert_to_tensor(self.dual), counts, 0), strict=True)
+        halves = tf.stack([tf.matmul(*part) for part in parts], 1)
         # [b, i, j] for i < j: i against j, above 0 where i wins
         against = halves + tf.transpose(halves, (0, 2, 1)) + self.intercepts
         if classes == 2:
@@ -130,7 +135,7 @@ class SupportVectors(_Scaled):
 
     def compute_output_shape(self, input_shape: tuple[Any, ...]) -> tuple[Any, ...]:
         """`(b, classes)`."""
-        return (input_shape[0], self._sizes["num_classes"])
+        return (input_shape[0], len(self._sizes["counts"]))
 
 
 def _join_votes(against: tf.Tensor, classes: int) -> tf.Tensor:

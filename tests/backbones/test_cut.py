@@ -199,6 +199,22 @@ def test_a_layer_that_gives_a_vector_is_not_pooled(backbone):
     assert reader.operations[-1].name == "embedding_pool"
 
 
+def test_layers_are_read_beside_each_other_with_the_backbones_own_weights(backbone):
+    first, second = (read_layer(backbone, layer, pooling="avg") for layer in ("stem", "a_out"))
+    before = second(IMAGES).numpy()
+    joined = keras.Model(backbone.input, [first.output, second.output])(IMAGES)
+    np.testing.assert_allclose(joined[1], before, rtol=1e-6)
+    backbone.get_layer("stem").bias.assign_add(np.ones(4))
+    assert np.abs(second(IMAGES) - before).max() > 0.1
+
+
+def test_a_layer_that_gives_no_map_and_no_vector_can_not_be_read(backbone):
+    pixels = keras.layers.Reshape((64, 3), name="pixels")(backbone.input)
+    rows = keras.Model(backbone.input, keras.layers.GlobalAveragePooling1D(name="mean")(pixels), name="Rows")
+    message = user_error(read_layer, rows, "pixels", pooling="avg")
+    assert message.startswith("--feature_layer=pixels: Rows has no such layer. Nearest: mean (3).")
+
+
 def test_an_addition_without_a_layer_can_be_read(backbone):
     additions = [one.name for one in backbone.operations if not isinstance(one, keras.layers.Layer)]
     assert additions

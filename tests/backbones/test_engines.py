@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -183,7 +184,7 @@ def machine(monkeypatch):
 
 
 def choose(tmp_path, precision="auto", engine="auto", count=7000):
-    return choose_engine(engine, precision, None, IMAGES, count=count, note=tmp_path / "note.json")
+    return choose_engine(engine, precision, None, IMAGES, count=count, notes=[tmp_path / "note.json"])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,26 @@ def test_the_answer_is_kept_whatever_the_clock_says_later(tmp_path, machine):
     for count in (1, 7000, 69_999):
         assert choose(tmp_path, count=count) == (first, None)
     assert not machine.built
+
+
+def test_a_layer_keeps_its_engine_whichever_it_is_read_together_with(tmp_path, machine):
+    def read(*layers: str) -> Choice:
+        notes = [tmp_path / layer for layer in layers]
+        return choose_engine("auto", "auto", None, IMAGES, count=7000, notes=notes)[0]
+
+    first = read("a")
+    machine.faster = 1.0  # now float32 would be taken
+    assert read("b", "a") == first
+    assert read("b") == first
+    assert read("c").precision == "float32"
+
+
+def test_an_openvino_that_can_not_be_loaded_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(
+        UserError, match=r"^OpenVINO does not take .*: import of openvino halted.*Use --engine=tensorflow"
+    ):
+        OpenVinoEngine(build_trunk(), batch_size=2, precision="float32")
 
 
 def test_the_question_is_asked_again_for_ten_times_the_images(tmp_path, machine):

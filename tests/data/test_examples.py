@@ -143,6 +143,17 @@ def test_shots_are_drawn_after_the_split_and_warnings_are_of_all():
     np.testing.assert_array_equal(splits[everything > 0], everything[everything > 0])
 
 
+def test_a_draw_changes_neither_val_nor_test_nor_what_it_is_drawn_from():
+    splits = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2, 2], np.int8)
+    examples = Examples(Memory([GOOD] * 10).source, splits, np.zeros(10, "V32"), {})
+    drawn = draw_shots(examples, shots=1, seed=0)
+    assert np.bincount(drawn.labels("train")).tolist() == [1, 1]
+    np.testing.assert_array_equal(drawn.splits[6:], splits[6:])
+    np.testing.assert_array_equal(examples.splits, [0] * 6 + [1, 1, 2, 2])
+    with pytest.raises(UserError, match=r"^--shots=4 is more than a class has: the smallest has 3 in train\."):
+        draw_shots(examples, shots=4, seed=0)
+
+
 def test_the_examples_of_several_draws_are_kept_and_each_draw_is_found_in_them():
     memory = Memory([GOOD] * 60)
     split = {"val_fraction": 0.2, "test_fraction": 0.2}

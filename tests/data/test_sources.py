@@ -333,6 +333,25 @@ def test_a_manifest_without_labels_will_do_where_none_are_needed(tmp_path):
     assert "Expected the columns path,label[,split]" in error_of(f"csv:{tmp_path / 'm.csv'}")
 
 
+def test_classes_are_asked_of_images_that_have_none(tmp_path):
+    put(tmp_path, "1.jpg")
+    with pytest.raises(UserError, match=r"^--classes: the data has no ") as error:
+        load_source(f"folder:{tmp_path}", data_dir=None, classes=("red",), allow_unlabelled=True)
+    assert "It has: ." not in str(error.value)
+
+
+def test_an_image_beside_class_folders_is_no_class(tmp_path):
+    put(tmp_path, "1.jpg", "x/2.jpg", "y/3.jpg")
+    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+    assert source.ids == ["x/2.jpg", "y/3.jpg"]
+
+
+def test_a_folder_without_any_image_is_refused_with_labels_or_without(tmp_path):
+    put(tmp_path, "notes.txt")
+    with pytest.raises(UserError, match=r"^no images in "):
+        load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+
+
 def test_a_label_that_is_missing_in_one_line_is_missed_all_the_same(tmp_path):
     put(tmp_path, "1.jpg", "2.jpg")
     (tmp_path / "m.csv").write_text("path,label\n1.jpg,x\n2.jpg,\n")

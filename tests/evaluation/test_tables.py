@@ -124,6 +124,10 @@ def test_the_device_is_the_cpu_or_the_gpus_by_name(monkeypatch):
     assert describe_device() == "NVIDIA L4, GPU"
 
 
+def test_a_table_without_rows_is_its_header():
+    assert format_table(("a", "long", ""), []) == ["a  long"]
+
+
 def test_a_tables_columns_are_as_wide_as_their_widest_cell():
     assert format_table(("a", "long", ""), [("xyz", "1", "best"), ("x", "22", "")]) == [
         "a    long",

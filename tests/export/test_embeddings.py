@@ -81,6 +81,34 @@ def test_a_write_that_fails_leaves_the_file_of_before(tmp_path, monkeypatch, nam
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["e.npz", "e.parquet"])
+def test_an_interruption_leaves_nothing_half_written(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(embeddings, "_ROWS", 2)
+
+    def interrupt(positions: np.ndarray) -> np.ndarray:
+        if 5 in positions:
+            raise KeyboardInterrupt
+        return VALUES[positions]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_embeddings(str(tmp_path / name), make_examples(), interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["e.npz", "e.parquet"])
+def test_embeddings_are_read_in_pieces_and_in_order(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(embeddings, "_ROWS", 4)
+    asked: list[list[int]] = []
+
+    def note(positions: np.ndarray) -> np.ndarray:
+        asked.append(positions.tolist())
+        return VALUES[positions]
+
+    write_embeddings(str(tmp_path / name), make_examples(), note)
+    assert asked[-2:] == [[0, 1, 2, 3], [5, 6]]
+    assert max(map(len, asked)) == 4
+
+
 def test_what_can_not_be_written_is_found_before_anything_is_computed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"is a folder\. Give the file a name in it\.$"):

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import keras
@@ -14,7 +15,8 @@ import pytest
 
 import tl_keras
 from tests.conftest import SMALL, run_main, write_colour_folder
-from tl_keras.probes.estimators import PROBES
+from tl_keras.modes import extract
+from tl_keras.probes import memory
 
 NET = ("--mode=extract", *SMALL, "--engine=tensorflow")
 
@@ -110,7 +112,9 @@ def test_finetune_reads_the_embeddings_that_extract_kept(exported, place, colour
 
 def test_layers_and_probes_are_compared_in_one_pass_and_the_best_on_val_wins(tmp_path, colour_folder, capsys):
     place = Place(tmp_path, f"folder:{colour_folder}")
-    run = place.run("--feature_layer=pool1,pool2,embedding_pool", "--probe=knn,ridge", "--pooling=max")
+    run = place.run(
+        "--feature_layer=pool1,pool2,embedding_pool", "--probe=knn,ridge", "--pooling=max", "--choose_by=val"
+    )
     metrics, screen = metrics_of(run), capsys.readouterr().out
     assert metrics["timing"]["trunk_images"] == 90  # each image once, for three layers
     candidates = metrics["candidates"]
@@ -128,7 +132,7 @@ def test_layers_and_probes_are_compared_in_one_pass_and_the_best_on_val_wins(tmp
         row = next(line for line in screen.splitlines() if re.match(rf"{one['layer']} +{one['probe']} ", line))
         assert f"{one['val_accuracy']:.3f} [{low:.3f}, {high:.3f}]" in row
         assert row.endswith("best on val") == (one == metrics["probe"])
-    again = place.run("--feature_layer=pool2", "--pooling=max")
+    again = place.run("--feature_layer=pool2", "--pooling=max", "--probe_parameter=1")
     assert metrics_of(again)["timing"]["trunk_images"] == 0
 
 
@@ -178,6 +182,103 @@ def test_refitted_on_val_too_the_figures_of_val_stay_those_of_before(place, expo
     assert metrics_of(refitted)["export"]["largest_difference"] < 1e-5  # test's, by the refitted probe
 
 
+def test_a_classifier_that_was_refitted_on_val_is_not_praised_for_val(place, tmp_path, capsys):
+    run = place.run("--refit=train+val", "--probe_parameter=1")
+    capsys.readouterr()
+    assert run_main("--mode=evaluate", f"--classifier={run}", f"--run_dir={tmp_path / 'e'}") == 0
+    rows = rows_of(tmp_path / "e" / "predictions.csv")
+    warned = f"the classifier was trained on {sum(row['split'] == 'val' for row in rows)} images of the same ids"
+    assert warned in capsys.readouterr().out or "val" not in metrics_of(tmp_path / "e")
+
+
+def write_manifest(path: Path, colours: Path, split_of, more: str = "") -> str:
+    """Every image in the split that its number gives."""
+    images = enumerate(sorted(colours.glob("*/*.jpg")))
+    rows = [f"{image},{image.parent.name},{split_of(number)}\n" for number, image in images]
+    path.write_text("path,label,split\n" + "".join(rows) + more)
+    return f"csv:{path}"
+
+
+def test_a_test_split_that_can_not_be_decoded_leaves_nothing_to_refit_for(place, colour_folder, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 a JPEG's beginning")
+    dataset = write_manifest(
+        tmp_path / "m.csv", colour_folder, lambda n: "train" if n % 3 else "val", "broken.jpg,red,test\n"
+    )
+    flags = ("--refit=train+val", "--probe_parameter=1", "--max_broken_fraction=0.1")
+    Place(place.root / "broken", dataset).run(*flags, f"--store_dir={place.root / 'store'}", status=1)
+    assert "--refit=train+val leaves nothing to measure the classifier on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "chosen"), [(("--probe_parameter=1",), False), (("--probe=knn",), True)])
+def test_a_headline_from_val_says_what_was_chosen_on_it_and_no_more(
+    place, colour_folder, tmp_path, capsys, flags, chosen
+):
+    dataset = write_manifest(tmp_path / "m.csv", colour_folder, lambda n: "train" if n % 3 else "val")
+    other = Place(tmp_path, dataset)
+    run = other.run(*flags, "--choose_by=val", f"--store_dir={place.root / 'store'}")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("val accuracy ")
+    assert last.endswith(str(run))
+    assert "there is no test split" in last
+    assert ("chosen on it" in last) == chosen
+
+
+def test_neighbours_that_nobody_asked_for_are_no_mistake_of_the_users(place):
+    """Of few shots beside a large val: what is chosen fits what it is fitted on."""
+    run = place.run("--probe=knn", "--shots=2", "--val_fraction=0.5")
+    probe = metrics_of(run)["probe"]
+    assert 1 <= probe["value"] <= 6
+    assert sum(row["split"] == "train" for row in rows_of(run / "splits.csv")) == 6
+
+
+def test_draws_are_refitted_as_the_run_is(tmp_path):
+    place = Place(tmp_path, "digits")
+    flags = ("--classes=1,7,8", "--shots=2", "--repeats=2", "--probe_parameter=0.001", "--refit=train+val")
+    metrics = metrics_of(place.run(*flags))
+    assert metrics["few_shot"]["accuracies"][0] == metrics["test"]["accuracy"]
+
+
+def test_an_interruption_leaves_no_metrics_and_no_model(place, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract, "fit_probe", interrupt)
+    before = sorted(place.root.glob("models/*/*"))
+    run = place.run("--probe_parameter=1", export=True, status=130)
+    assert not (run / "metrics.json").exists()
+    assert not (run / "classifier").exists()
+    assert sorted(place.root.glob("models/*/*")) == before
+
+
+def too_little_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_free_bytes", lambda: 1000)
+
+
+def no_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "prepare", "text"),
+    [
+        ((), too_little_memory, "needs some 0.0 GB of memory, 0.0 GB are free."),
+        (("--embeddings_output=e.parquet",), no_pyarrow, "--embeddings_output=*.parquet needs pyarrow."),
+        (("--probe=knn", "--probe_parameter=400"), None, "--probe=knn can't ask 400 neighbours: train has "),
+        (("--probe=ridge", "--shots=1"), None, "--probe=ridge has no probabilities of its own"),
+    ],
+    ids=["memory", "pyarrow", "neighbours", "sigmoids"],
+)
+def test_what_would_stop_a_run_is_found_before_the_trunk(place, tmp_path, monkeypatch, capsys, flags, prepare, text):
+    monkeypatch.chdir(tmp_path)
+    if prepare:
+        prepare(monkeypatch)
+    place.run(*flags, f"--store_dir={tmp_path / 'store'}", status=1)
+    shown = capsys.readouterr()
+    assert text in shown.err
+    assert shown.err.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
 def test_few_shots_are_drawn_several_times(tmp_path, capsys):
     place = Place(tmp_path, "digits")
     flags = ("--classes=1,7,8", "--probe=ridge", "--probe_parameter=1")
@@ -194,8 +295,8 @@ def test_few_shots_are_drawn_several_times(tmp_path, capsys):
     assert alone["test"] == metrics_of(run)["test"]
 
 
-@pytest.mark.parametrize("probe", PROBES)
-def test_every_probe_is_exported_and_its_size_said(place, probe, capsys):
+@pytest.mark.parametrize("probe", ["knn", "rbf_svm", "ridge"])  # a linear SVM becomes the layers that ridge does
+def test_every_kind_of_head_is_exported_and_its_size_said(place, probe, capsys):
     run = place.run(f"--probe={probe}", "--shots=8", export=True)
     assert metrics_of(run)["export"]["decisions"] == 1
     assert metrics_of(run)["export"]["largest_difference"] < 1e-5
@@ -227,6 +328,57 @@ def test_images_without_labels_give_embeddings_alone(tmp_path, colour_folder, ki
     assert rows_of(run / "broken.csv")[0]["id"] == "5.jpg"
     assert metrics_of(run)["timing"]["trunk_images"] == 9
     assert capsys.readouterr().out.splitlines()[-1] == f"no labels, hence no probe · {run}"
+
+
+def test_embeddings_alone_need_neither_labels_nor_train(tmp_path, colour_folder, capsys):
+    """Of labelled images too, and of a manifest whose images are all of one split."""
+    output = tmp_path / "e.npz"
+    flags = ("--probe=none", f"--embeddings_output={output}")
+    run = Place(tmp_path, f"folder:{colour_folder}").run(*flags)
+    with np.load(output, allow_pickle=False) as file:
+        assert file["embedding"].shape == (90, 128)
+        assert set(file["label"]) == {"blue", "green", "red"}
+        assert set(file["split"]) == {"train", "val", "test"}
+    assert not (run / "classifier").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == f"--probe=none · {run}"
+    images = sorted(colour_folder.glob("*/*.jpg"))[:3]
+    (tmp_path / "m.csv").write_text("path,split\n" + "".join(f"{image},test\n" for image in images))
+    run = Place(tmp_path / "other", f"csv:{tmp_path / 'm.csv'}").run(*flags, f"--store_dir={tmp_path / 'store'}")
+    with np.load(output, allow_pickle=False) as file:
+        assert file["id"].tolist() == [str(image) for image in images]
+
+
+@pytest.mark.parametrize("content", [b"no image", b"\xff\xd8\xff\xe0 a JPEG's beginning"], ids=["read", "decoded"])
+def test_a_folder_of_nothing_but_broken_images_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "flat").mkdir()
+    for number in range(3):
+        (tmp_path / "flat" / f"{number}.jpg").write_bytes(content)
+    place = Place(tmp_path, f"folder:{tmp_path / 'flat'}")
+    run = place.run(f"--embeddings_output={tmp_path / 'e.npz'}", "--max_broken_fraction=1", status=1)
+    error = capsys.readouterr().err
+    assert error.startswith("tl_keras: error: ")
+    assert error.count("\n") == 1
+    assert len(rows_of(run / "broken.csv")) == 3
+    assert not (tmp_path / "e.npz").exists()
+
+
+def test_without_a_probe_labels_are_written_and_nothing_is_learnt(tmp_path, place):
+    output = tmp_path / "e.npz"
+    run = place.run("--probe=none", f"--embeddings_output={output}")
+    with np.load(output, allow_pickle=False) as file:
+        assert set(file["label"]) == {"blue", "green", "red"}
+        assert set(file["split"]) == {"train", "val", "test"}
+    assert not {"val", "test", "probe"} & metrics_of(run).keys()
+    assert not (run / "classifier").exists()
+
+
+def test_both_engines_decide_alike(place, exported):
+    other = place.run("--engine=openvino")
+    assert metrics_of(other)["environment"]["engine"] == "openvino"
+    assert metrics_of(other)["timing"]["trunk_images"] == 90
+    first, second = (rows_of(run / "predictions.csv") for run in (exported, other))
+    assert [row["predicted"] for row in first] == [row["predicted"] for row in second]
+    np.testing.assert_allclose(*(np.load(run / "probabilities.npy") for run in (exported, other)), atol=1e-3)
 
 
 def test_embeddings_are_those_that_the_exported_model_gives(place, exported, colour_folder, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
+from threadpoolctl import threadpool_info
 
 from tl_keras.probes import search
 from tl_keras.probes.estimators import PROBES, Recipe
@@ -84,20 +87,48 @@ def test_the_grid_has_every_decade_and_thirds_around_the_best(name):
     assert found.value == pytest.approx(10**middle, rel=10 ** (2 / 3))
 
 
+def score_by(monkeypatch, scores: dict[int, float]) -> None:
+    """Scores by the decade, in place of fits; between those given on a straight line."""
+    powers = list(scores)
+    monkeypatch.setattr(
+        search._Path,
+        "_score_one",
+        lambda self, value, fit, score: float(np.interp(np.log10(value), powers, list(scores.values()))),
+    )
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_a_linear_svm_ends_its_path_after_two_decades_below_the_best(monkeypatch, cores):
-    monkeypatch.setattr(search.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(
-        search._SlowPath, "_score_one", lambda self, value, fit, score: 0.9 - abs(np.log10(value) + 3) / 9
-    )
+    monkeypatch.setattr(search.joblib, "cpu_count", lambda: cores)
+    score_by(monkeypatch, {-6: 0.5, -3: 0.9, 6: 0.1})
     found, _ = choose("linear_svm")
     assert found.value == pytest.approx(1e-3)
     decades = [power for power in range(-6, 6) if 10.0**power in found.scores]
     assert decades == [-6, -5, -4, -3, -2, -1]
+    assert len(found.scores) == 6 + 4
+
+
+def test_what_is_chosen_does_not_depend_on_the_machines_cores(monkeypatch):
+    """A second peak behind two decades below the first is past the end of the path, however many are tried at once."""
+    score_by(monkeypatch, {-6: 0.5, -3: 0.8, -2: 0.5, -1: 0.5, 2: 0.9, 6: 0.1})
+    found = {}
+    for cores in (1, 2, 4, 16):
+        monkeypatch.setattr(search.joblib, "cpu_count", lambda cores=cores: cores)
+        found[cores] = choose("linear_svm")[0].value
+    assert found == dict.fromkeys(found, pytest.approx(found[1]))
+
+
+@pytest.mark.parametrize("choose_by", ["val", "cv"])
+@pytest.mark.parametrize("name", PROBES)
+def test_nothing_is_warned_of_on_the_screen(name, choose_by):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _ = choose(name, choose_by=choose_by, scale="none", max_iter=20)
+    assert found.scores
 
 
 def test_a_linear_svm_is_scored_roughly_and_fitted_to_the_end():
-    path = search._SlowPath("linear_svm", RECIPE, 1)
+    path = search._RoughPath("linear_svm", RECIPE, 1)
     rough, final = path._build(1.0), PROBES["linear_svm"].build(1.0, RECIPE)
     assert (rough.max_iter, rough.tol) == (100, 0.01)
     assert (final.max_iter, final.tol) == (1000, 0.0001)
@@ -109,10 +140,42 @@ def test_neighbours_are_not_more_than_there_are_examples():
     assert list(found.scores) == [7, 5, 3, 2, 1]
 
 
-@pytest.mark.parametrize(("count", "choose_by"), [(999, "cv"), (1000, "val")])
-def test_a_small_val_is_not_trusted_alone(count, choose_by):
-    found, _ = choose("knn", val=make(count, 1), choose_by="auto")
-    assert found.chosen_by == ("val" if choose_by == "val" else "5-fold cross-validation within train and val, 2 times")
+@pytest.mark.parametrize(
+    ("train", "val", "chosen_by"),
+    [
+        (1100, 1000, "val"),
+        (1100, 999, "5-fold cross-validation within train and val"),
+        (150, 149, "5-fold cross-validation within train and val, 5 times"),
+        (150, 150, "val"),  # folds would be larger than train, and their best value of larger data
+    ],
+)
+def test_a_small_val_is_not_trusted_alone_where_train_is_larger(train, val, chosen_by):
+    assert choose("knn", make(train, 0), make(val, 1), choose_by="auto")[0].chosen_by == chosen_by
+
+
+def test_neighbours_are_not_more_than_train_has_however_large_the_folds():
+    train = TRAIN[0][:9], TRAIN[1][:9]
+    assert max(choose("knn", train, choose_by="cv")[0].scores) == 7
+
+
+def test_a_train_smaller_than_val_is_not_chosen_for_by_folds_of_the_size_of_val():
+    found, _ = choose("knn", train=make(30, 0), val=make(300, 1), choose_by="auto")
+    assert found.chosen_by == "val"
+    assert max(found.scores) == 30
+
+
+def test_neighbours_are_not_more_than_train_has_though_folds_have_more():
+    found, _ = choose("knn", train=make(15, 0), val=make(120, 1), choose_by="cv")
+    assert max(found.scores) == 15
+
+
+def test_the_number_of_threads_is_afterwards_what_it_was():
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info()]
+
+    before = threads()
+    choose("ridge", choose_by="cv")
+    assert threads() == before
 
 
 def test_cross_validation_scores_every_example_as_often_as_the_folds_are_drawn():

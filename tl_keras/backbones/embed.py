@@ -207,12 +207,12 @@ def _choose_engine(
 ) -> tuple[Choice, Any]:
     if trunk is None:
         return _NO_TRUNK, PixelEngine()
-    text = repr([sorted(address.items()) for address in addresses])
-    note = store_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.engine.json"
+    names = [hashlib.sha256(repr(sorted(address.items())).encode()).hexdigest()[:16] for address in addresses]
+    notes = [store_dir / f"{name}.engine.json" for name in names]
     sample = next((pixels for _, pixels in images(positions[:BATCH_SIZE])), None)
     if sample is None:
         return Choice("tensorflow", "float32", "no image could be decoded"), None
-    return choose_engine(engine, precision, trunk, sample, count=len(positions), note=note)
+    return choose_engine(engine, precision, trunk, sample, count=len(positions), notes=notes)
 
 
 def _missing(stores: Sequence[EmbeddingStore], digests: np.ndarray, positions: np.ndarray, view: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ FASTER_AT_LEAST = 1.3  # benchmarks/trunk.py, precision: below that, bfloat16's 
 COSINE_AT_LEAST = 0.995  # at 0.990 (MobileNetV2) a probe lost 1 to 2 points when served in float32
 # A trunk that is done sooner is not worth a comparison. TensorFlow takes ten seconds to build and optimise its graph.
 _WORTH_SECONDS = {"bfloat16": 5.0, "tensorflow": 60.0}
-_OPENVINO_BATCH = 4  # benchmarks/extract.py: of 1 to 32 the fastest or within a few per cent of it
+_OPENVINO_BATCH = 4  # two at once, the faster of 4 and 32 on five networks (benchmarks/extract.py, bare OpenVINO)
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _GREW = 10  # so many times the images: the question is asked again
 _TIMED_RUNS = 2
+_SLOW_SECONDS = 1.0  # a batch that takes longer is timed once: clocks are not that noisy
+_OPENVINO_SAMPLE = 8  # images that tell its speed: it runs them by four
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +112,13 @@ class OpenVinoEngine:
         Raises:
             UserError: OpenVINO does not convert this network.
         """
-        import openvino
-
         self.batch_size = batch_size
         self._part = min(_OPENVINO_BATCH, batch_size)
         self._shapes = [tuple(shape[1:]) for shape in _as_list(trunk.output_shape)]
+        self._name = trunk.name
         with tempfile.TemporaryDirectory() as folder, _openvino_errors(trunk.name):
+            import openvino
+
             path = Path(folder) / "trunk.pb"
             frozen = freeze(trunk, batch_size=self._part, dtype=np.uint8)
             path.write_bytes(frozen.graph.as_graph_def().SerializeToString())
@@ -127,7 +130,8 @@ class OpenVinoEngine:
     def at(self, precision: str) -> OpenVinoEngine:
         """Returns an engine of the same converted trunk at another precision."""
         engine = copy.copy(self)
-        engine._compile(precision)
+        with _openvino_errors(self._name):
+            engine._compile(precision)
         return engine
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
@@ -139,10 +143,11 @@ class OpenVinoEngine:
                 part = output[start : start + self._part]
                 part[:] = request.get_output_tensor(position).data[: len(part)]
 
-        self._queue.set_callback(keep)
-        for start in range(0, len(images), self._part):
-            self._queue.start_async({0: _pad(images[start : start + self._part], self._part)}, start)
-        self._queue.wait_all()
+        with _openvino_errors(self._name):
+            self._queue.set_callback(keep)
+            for start in range(0, len(images), self._part):
+                self._queue.start_async({0: _pad(images[start : start + self._part], self._part)}, start)
+            self._queue.wait_all()
         return outputs
 
     def _compile(self, precision: str) -> None:
@@ -176,7 +181,7 @@ def build_engine(choice: Choice, trunk: keras.Model | None, *, batch_size: int) 
 
 
 def choose_engine(
-    engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, *, count: int, note: Path
+    engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, *, count: int, notes: Sequence[Path]
 ) -> tuple[Choice, Engine | None]:
     """Takes the fastest engine that is installed, at the fastest precision that is true to float32.
 
@@ -190,7 +195,8 @@ def choose_engine(
         trunk: images, float32 `(batch, h, w, 3)` → embeddings, one output or several.
         sample: the first batch of images, uint8 `(b, h, w, 3)`.
         count: images to embed in all.
-        note: the file that keeps the answer.
+        notes: the files that keep the answer, one for each output: whichever layers are read together, a layer's
+            embeddings are found again.
 
     Returns:
         The choice, and an engine where one was built to find out.
@@ -208,12 +214,15 @@ def choose_engine(
         return Choice(engine, "float32", "on the GPU, with TensorFloat-32 where it has it"), None
     if engine == "tensorflow" and not has_bfloat16():
         return Choice(engine, "float32", "this CPU has no bfloat16 instructions"), None
-    wanted, kept = {"engine": engine, "precision": precision, "openvino": openvino_version()}, _read_note(note)
-    if kept and kept["wanted"] == wanted and count < _GREW * kept["count"]:
-        return Choice(*kept["choice"]), None
-    choice, built = _measure(engine, precision, trunk, sample, count)
+    wanted = {"engine": engine, "precision": precision, "openvino": openvino_version()}
+    kept = [one for one in map(_read_note, notes) if one and one["wanted"] == wanted and count < _GREW * one["count"]]
+    if kept:
+        choice, built, count = Choice(*kept[0]["choice"]), None, kept[0]["count"]
+    else:
+        choice, built = _measure(engine, precision, trunk, sample, count)
     content = {"choice": dataclasses.astuple(choice), "wanted": wanted, "count": count}
-    write_atomically(note, json.dumps(content).encode())
+    for note in notes if len(kept) < len(notes) else ():
+        write_atomically(note, json.dumps(content).encode())
     return choice, built
 
 
@@ -336,6 +345,7 @@ class _Timed:
 def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np.ndarray, count: int) -> _Timed:
     """Float32 or, where it is faster and true to it, bfloat16; of one engine."""
     wanted = "float32" if precision == "auto" else precision
+    sample = sample[:_OPENVINO_SAMPLE] if name == "openvino" else sample
     exact = build_engine(Choice(name, wanted, ""), trunk, batch_size=len(sample))
     exact_embeddings, exact_seconds = _time(exact, sample)
     timed = _Timed(name, wanted, exact, exact_seconds, len(sample), "")
@@ -358,9 +368,10 @@ def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np
 
 def _time(engine: Any, images: np.ndarray) -> tuple[list[np.ndarray], float]:
     """Embeddings, and the shortest of some runs in seconds; the first, which optimises the graph, is not timed."""
+    start = time.perf_counter()
     embeddings = engine.run(images)
-    seconds = []
-    for _ in range(_TIMED_RUNS):
+    seconds: list[float] = []
+    for _ in range(_TIMED_RUNS if time.perf_counter() - start < _SLOW_SECONDS else 1):
         start = time.perf_counter()
         engine.run(images)
         seconds.append(time.perf_counter() - start)
@@ -383,7 +394,8 @@ def _as_list(shapes: Any) -> list[Any]:
 def _openvino_errors(network: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # OpenVINO's own exceptions are RuntimeErrors without a class of their own
+    # OpenVINO's own exceptions are RuntimeErrors without a class of their own; an install may lack its libraries
+    except (RuntimeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
         reason = next((line for line in lines if "No conversion rule" in line), lines[-1]).strip("- ")[:200].rstrip(".")
         raise UserError(f"OpenVINO does not take {network}: {reason}. Use --engine=tensorflow.") from error

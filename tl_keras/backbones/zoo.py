@@ -231,7 +231,14 @@ def build_backbone(
     published = None if path or weights == "none" else "imagenet"
     backbone = _build_network(preset, published, image_size, kwargs, with_top=with_top)
     if path:
-        _load_weights_file(backbone, path)
+        try:
+            _load_weights_file(backbone, path)
+        except UserError as error:
+            if not with_top:
+                raise
+            raise UserError(
+                f"{error} A file without the top will do for another layer: --feature_layer={preset.cuts[-1]}."
+            ) from error
     return backbone
 
 

@@ -51,9 +51,11 @@ def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str
         A line that says what was written.
 
     Raises:
-        UserError: Parquet without pyarrow, or the disk is full.
+        UserError: Parquet without pyarrow, no image at all, or the disk is full.
     """
     positions = np.flatnonzero(examples.splits >= 0)
+    if not len(positions):
+        raise UserError("no image could be decoded: there are no embeddings to write. broken.csv says why.")
     write = _write_parquet if path.endswith(".parquet") else _write_npz
     dim = read(positions[:1]).shape[1]
     with disk_errors(path):

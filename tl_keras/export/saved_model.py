@@ -18,6 +18,7 @@ import tensorflow as tf
 from tl_keras.classifier import Classifier, Servable
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
+from tl_keras.folded import has_votes
 from tl_keras.run import disk_errors
 
 AGREE_AT_LEAST = 0.99
@@ -91,7 +92,7 @@ def export_saved_model(
                 f"export: {agreement.count} images through the exported model in a fresh process: decisions agree in "
                 f"{agreement.decisions:.3f}, largest difference of a probability {agreement.largest_difference:.1e}"
             )
-            check_agreement(agreement, precision)
+            check_agreement(agreement, precision, has_votes=has_votes(classifier.network))
             unfinished.chmod(0o755)
             _warn_of_other_labels(parent, classifier.labels, show)
             return Exported(_take_version(unfinished, parent), agreement)
@@ -99,8 +100,13 @@ def export_saved_model(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_agreement(agreement: Agreement, precision: str) -> None:
+def check_agreement(agreement: Agreement, precision: str, *, has_votes: bool = False) -> None:
     """Refuses a model that answers otherwise than the classifier that was evaluated.
+
+    Args:
+        agreement: how well it agrees.
+        precision: of the trunk.
+        has_votes: whether its probabilities jump where a vote changes; then the decisions alone are judged.
 
     Raises:
         UserError: by more than the precision explains.
@@ -115,11 +121,12 @@ def check_agreement(agreement: Agreement, precision: str) -> None:
         precision = "TensorFloat-32"
     flips = round((1 - agreement.decisions) * agreement.count)
     too_many = flips > max(1, (1 - AGREE_AT_LEAST) * agreement.count)  # of few images one may flip: it tells nothing
-    if not agreement.largest_difference <= _DIFFERENCE_AT_MOST[precision] or too_many:
+    allowed = 1.0 if has_votes else _DIFFERENCE_AT_MOST[precision]
+    if not agreement.largest_difference <= allowed or too_many:
         raise UserError(
             f"the exported model is not what was evaluated: decisions agree in {agreement.decisions:.3f} (needed: "
             f"{AGREE_AT_LEAST}), largest difference {agreement.largest_difference:.1e} (allowed in {precision}: "
-            f"{_DIFFERENCE_AT_MOST[precision]:.0e}). Nothing was exported. {advice}; the run folder is kept."
+            f"{allowed:.0e}). Nothing was exported. {advice}; the run folder is kept."
         )
 
 

@@ -117,13 +117,20 @@ def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
         screen.line("note: an exported model does not say which of these images it was trained on; its run folder does")
         return
     with manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        trained = {row["id"] for row in csv.DictReader(file) if row["split"] == "train"}
+        trained = {row["id"] for row in csv.DictReader(file) if row["split"] in _fitted_splits(path)}
     leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
     if leaked:
         screen.line(
             f"warning: the classifier was trained on {leaked:,} images of the same ids; where they are the same "
             "images, these figures are too good"
         )
+
+
+def _fitted_splits(path: Path) -> set[str]:
+    """The splits that a run's classifier was fitted on in the end."""
+    is_run = (path / "config.json").is_file()
+    refit = from_dict(read_json(path / "config.json")).probe.refit if is_run else "train"
+    return set(refit.split("+"))
 
 
 def _predict(

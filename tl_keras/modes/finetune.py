@@ -14,15 +14,13 @@ from tl_keras.config import Config
 from tl_keras.data.splits import SPLITS
 from tl_keras.evaluation.tables import write_examples
 from tl_keras.export.parity import ParityProcess
-from tl_keras.modes.steps import load_backbone, load_job, wanted_views
+from tl_keras.modes.steps import PREDICT_BATCH, load_backbone, load_job, wanted_views
 from tl_keras.run import History, Result, Screen, Stopwatch
 from tl_keras.training.batches import predict_probabilities
 from tl_keras.training.callbacks import HISTORY_HEADER
 from tl_keras.training.fit import Progress
 from tl_keras.training.heads import attach
 from tl_keras.training.stages import Task, fit_head, fit_tail, new_head
-
-_PREDICT_BATCH = 128
 
 
 def run(config: Config) -> Result:
@@ -69,7 +67,7 @@ def run(config: Config) -> Result:
             trained = attach(head, tail) if has_tail else head
             probabilities = {
                 split: predict_probabilities(
-                    trained, embedded.read, examples.positions(split), batch_size=_PREDICT_BATCH
+                    trained, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH
                 )
                 for split in SPLITS[1:]
                 if len(examples.positions(split))

@@ -17,7 +17,7 @@ from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, p
 from tl_keras.data.examples import Examples, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
-from tl_keras.data.splits import SPLITS, check_classes
+from tl_keras.data.splits import SPLITS, carve, check_classes
 from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
@@ -26,6 +26,7 @@ from tl_keras.export.saved_model import Exported, describe_request, export_saved
 from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
 
 _PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
+PREDICT_BATCH = 128
 _KEPT_SAMPLES = 16
 _SAMPLE_BYTES = 64 << 20
 
@@ -70,6 +71,7 @@ class Job:
         folder: the run folder.
         examples: labelled images; those that turn out broken are left out as they are found.
         warnings: lines about the data that were shown.
+        embeddings_only: whether labels are neither learnt nor measured.
     """
 
     config: Config
@@ -78,6 +80,7 @@ class Job:
     folder: RunFolder
     examples: Examples
     warnings: list[str]
+    embeddings_only: bool = False
 
     def embed(
         self, trunks: Sequence[keras.Model], preset: Preset, *, image_size: int, mirrored: bool = False
@@ -122,7 +125,7 @@ class Job:
         if self.examples.broken:
             count = len(self.examples.broken)
             self.screen.line(f"broken: {count} images are left out, listed in {self.folder.path}/broken.csv")
-        for warning in _check_classes(self.examples):
+        for warning in [] if self.embeddings_only else _check_classes(self.examples):
             if warning not in self.warnings:
                 self.screen.line(warning)
         return found
@@ -183,7 +186,7 @@ class Job:
         status = INTERRUPTED if interrupted else 0
         return Result(folder.path, exported.path if exported else None, metrics, status)
 
-    def finish_without_labels(self, embedded: Embedded) -> Result:
+    def finish_without_probe(self, embedded: Embedded) -> Result:
         """Ends a run that was to give embeddings alone."""
         choice = embedded.choice
         metrics = {
@@ -191,11 +194,12 @@ class Job:
             "timing": _describe_timing(self.watch, embedded),
         }
         self.folder.write_json("metrics.json", metrics)
-        self.screen.line(f"no labels, hence no probe · {self.folder.path}")
+        why = "--probe=none" if self.examples.class_names else "no labels, hence no probe"
+        self.screen.line(f"{why} · {self.folder.path}")
         return Result(self.folder.path, None, metrics)
 
 
-def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *, unlabelled: bool = False) -> Job:
+def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -> Job:
     """Finds the labelled images, splits them, makes the run folder, and reads every image's bytes once.
 
     Args:
@@ -203,7 +207,6 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
         preset: of the backbone.
         screen: what the user sees.
         watch: seconds by stage.
-        unlabelled: whether images without labels will do.
 
     Raises:
         UserError: the data can't be found or used, or the run folder can't be made.
@@ -211,10 +214,16 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
     data = config.data
     with watch.stage("data"):
         source = load_source(
-            data.dataset or "", data_dir=data.data_dir, classes=data.classes, allow_unlabelled=unlabelled
+            data.dataset or "",
+            data_dir=data.data_dir,
+            classes=data.classes,
+            allow_unlabelled=config.probe.embeddings_output is not None,
         )
-        splits, warnings = source.splits, list[str]()
-        if source.class_names:
+        embeddings_only = not source.class_names or "none" in config.probe.probe
+        warnings: list[str] = []
+        if embeddings_only:
+            splits = carve(source.ids, source.splits, val_fraction=data.val_fraction, test_fraction=data.test_fraction)
+        else:
             splits, warnings = split_source(
                 source,
                 val_fraction=data.val_fraction,
@@ -236,14 +245,15 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
             show_progress=screen.progress,
             report=_reporter(folder),
         )
-    warnings = list(dict.fromkeys([*source.notes, *warnings, *_check_classes(examples)]))
+    missing = [] if embeddings_only else _check_classes(examples)
+    warnings = list(dict.fromkeys([*source.notes, *warnings, *missing]))
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS)
     screen.line(f"device: {describe_device()}")
     labels = f"{counts}; {len(examples.class_names):,} classes" if source.class_names else f"{len(source.ids):,} images"
     screen.line(f"data: {source.name}: {labels}")
     for warning in warnings:
         screen.line(warning)
-    return Job(config, screen, watch, folder, examples, warnings)
+    return Job(config, screen, watch, folder, examples, warnings, embeddings_only)
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:
@@ -261,8 +271,6 @@ def _reporter(folder: RunFolder) -> Callable[[list[tuple[str, str]]], None]:
 
 
 def _check_classes(examples: Examples) -> list[str]:
-    if not examples.class_names:
-        return []
     return check_classes(examples.source.labels, examples.splits, examples.class_names)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import joblib
@@ -66,12 +67,12 @@ class Probe:
 
 
 def _logistic_regression(value: float, recipe: Recipe) -> Any:
-    """L-BFGS: its cost an iteration is linear in images, dimensions and classes (docs/probes.md)."""
+    """L-BFGS: its cost an iteration is linear in images, dimensions and classes; Newton's is cubic in the last two."""
     return LogisticRegression(C=value, max_iter=recipe.max_iter, random_state=recipe.seed)
 
 
 def _linear_svm(value: float, recipe: Recipe) -> Any:
-    """Coordinate descent in the dual for a small C, where it takes a third of the time; see benchmarks/probes.py."""
+    """Coordinate descent in the dual for a small C, where it is the faster (benchmarks/probes.py, dual)."""
     dual = True if value <= _DUAL_UNTIL else "auto"
     return LinearSVC(C=value, dual=dual, max_iter=recipe.max_iter, random_state=recipe.seed)
 
@@ -99,7 +100,7 @@ PROBES: dict[str, Probe] = {
 
 
 class RbfKernel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """The RBF kernel with all that it was fitted on, by matrix products: libsvm's own takes seven times as long.
+    """The RBF kernel with all that it was fitted on, by matrix products: libsvm computes its own a number at a time.
 
     Its gamma is what scikit-learn's SVC calls "scale": one over dimensions times variance.
     """
@@ -194,12 +195,6 @@ def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarra
     kernel = [("kernel", RbfKernel())] if name == "rbf_svm" else []
     estimator: Any = Pipeline([("scaler", build_scaler(recipe.scale)), *kernel, ("probe", probe.build(value, recipe))])
     if probe.calibrated:
-        fewest = int(np.bincount(labels).min())
-        if fewest < 2:
-            raise UserError(
-                f"--probe={name} has no probabilities of its own: they are calibrated on examples held out, and a "
-                "class has one alone. Give more images, or --probe=logistic_regression."
-            )
         folds = min(_CALIBRATION_FOLDS, int(np.bincount(labels).min()))
         estimator = CalibratedClassifierCV(estimator, method="sigmoid", cv=folds, ensemble=False, n_jobs=-1)
     exact = embeddings if name == "logistic_regression" else embeddings.astype(np.float64)  # as the others would
@@ -215,17 +210,15 @@ def has_converged(estimator: Any, max_iter: int) -> bool:
     return not iterates or int(np.max(estimator.n_iter_)) < max_iter
 
 
-class quiet(warnings.catch_warnings):  # noqa: N801 (used as a function)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     """Keeps scikit-learn's warnings off the screen.
 
     Those of convergence, which `has_converged` is asked about, and those of ridge with so small an alpha that its
     matrix is singular, for which it takes another solver.
     """
-
-    def __enter__(self) -> Any:
-        """Ignores them."""
-        log = super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", LinAlgWarning)
         warnings.filterwarnings("ignore", "Singular matrix", UserWarning)
-        return log
+        yield

@@ -74,28 +74,23 @@ def _fold_neighbours(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
 
 def _fold_support_vectors(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
     scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
-    dim, most = fitted.embeddings.shape[1], int(probe.n_support_.max())
-    kept = np.zeros((num_classes, most, dim), np.float32)
-    dual = np.zeros((num_classes, most, num_classes))
+    counts = [int(count) for count in probe.n_support_]
+    dual = np.zeros((sum(counts), num_classes))
     intercepts = np.zeros((num_classes, num_classes))
     sign = -1 if num_classes == 2 else 1  # of two classes scikit-learn turns libsvm's signs round
-    start = 0
-    for label, count in enumerate(probe.n_support_):
-        part = slice(start, start + count)
-        kept[label, :count] = fitted.embeddings[probe.support_[part]]
-        others = [other for other in range(num_classes) if other != label]
-        dual[label, :count, others] = sign * probe.dual_coef_[:, part]
-        start += count
+    for label, rows in enumerate(np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])):
+        others = np.delete(np.arange(num_classes), label)
+        dual[np.ix_(rows, others)] = sign * probe.dual_coef_[:, rows].T
     intercepts[np.triu_indices(num_classes, 1)] = sign * probe.intercept_
     layer = SupportVectors(
-        count=num_classes * most,
-        dim=dim,
+        counts=counts,
+        dim=fitted.embeddings.shape[1],
         unit=isinstance(scaler, Normalizer),
-        num_classes=num_classes,
         gamma=fitted.pipeline["kernel"].gamma_,
     )
     slope, offset = np.array(fitted.sigmoids).T
-    _assign(layer, scaler, kept=kept.reshape(-1, dim), dual=dual, intercepts=intercepts, slope=slope, offset=offset)
+    kept = fitted.embeddings[probe.support_]
+    _assign(layer, scaler, kept=kept, dual=dual, intercepts=intercepts, slope=slope, offset=offset)
     return layer
 
 

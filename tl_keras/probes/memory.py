@@ -1,12 +1,19 @@
-"""Whether a probe's embeddings fit in memory: scikit-learn holds all of them at once."""
+"""Whether a probe fits in memory, and into one exported graph: scikit-learn holds all embeddings at once."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
+import joblib
+
 from tl_keras.errors import UserError
 
-# Copies of the embeddings in bytes a number: float32 as read, scaled, and what the estimator makes of them.
-_BYTES = {"logistic_regression": 12, "linear_svm": 24, "rbf_svm": 24, "knn": 20, "ridge": 24}
-_KERNEL_BYTES = 32  # a pair of examples: the kernel, and those of two folds of the calibration at once
+# Bytes a number of an embedding: float32 as read and as joined, then for each fold that is fitted at the same time what
+# scaling and solver make of it (liblinear keeps 16, ridge solves in float64).
+_BYTES, _BYTES_A_FOLD = 8, {"logistic_regression": 12, "linear_svm": 36, "rbf_svm": 16, "knn": 16, "ridge": 36}
+_KERNEL_BYTES = 16  # a pair of examples, for each fold
+_GRAPH_LIMIT_BYTES = 2_000_000_000
 
 
 def check_memory(probe: str, *, count: int, dim: int) -> None:
@@ -14,26 +21,41 @@ def check_memory(probe: str, *, count: int, dim: int) -> None:
 
     Args:
         probe: its name.
-        count: examples.
+        count: examples of train and val.
         dim: of an embedding.
 
     Raises:
-        UserError: it will not fit.
+        UserError: it will not fit, or can't be exported.
     """
-    need = count * dim * _BYTES[probe] + (count**2 * _KERNEL_BYTES if probe == "rbf_svm" else 0)
+    folds = min(joblib.cpu_count(), 5)
+    need = count * dim * (_BYTES + folds * _BYTES_A_FOLD[probe]) + folds * (
+        count**2 * _KERNEL_BYTES if probe == "rbf_svm" else min(count, dim) ** 2 * 16 if probe == "ridge" else 0
+    )
     free = _free_bytes()
-    if free is not None and need > free:
+    advice = "Read a smaller layer (--pooling=avg), take fewer images, or another probe."
+    if need > free:
         raise UserError(
             f"--probe={probe} on {count:,} embeddings of {dim:,} numbers needs some {need / 1e9:.1f} GB of memory, "
-            f"{free / 1e9:.1f} GB are free. Read a smaller layer (--pooling=avg), take fewer images, or another probe."
+            f"{free / 1e9:.1f} GB are free. {advice}"
+        )
+    if probe == "knn" and 4 * count * dim > _GRAPH_LIMIT_BYTES:
+        raise UserError(
+            f"--probe=knn keeps {count:,} embeddings of {dim:,} numbers in the exported model, "
+            f"{4 * count * dim / 1e9:.1f} GB; one graph holds 2 GB. {advice}"
         )
 
 
-def _free_bytes() -> int | None:
-    """Memory that programs can still have, as Linux tells it; None where it does not."""
+def _free_bytes() -> float:
+    """Memory that this process can still have, as Linux and its control group tell it; infinite where neither does."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024.0
     except (OSError, KeyError, ValueError):
-        return None
+        free = math.inf
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return free

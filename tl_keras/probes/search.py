@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import joblib
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.model_selection import RepeatedStratifiedKFold
@@ -31,17 +31,15 @@ class Search:
 
     Attributes:
         value: the best.
-        scores: value → accuracy, in the order of the values.
+        scores: value → accuracy, the simplest classifier first.
         chosen_by: `val`, or `5-fold cross-validation within train and val, 3 times`.
         unconverged: values at which the solver did not come to its end.
-        seconds: what it took.
     """
 
     value: float
     scores: dict[float, float]
     chosen_by: str
     unconverged: list[float]
-    seconds: float
 
 
 def choose_parameter(
@@ -54,42 +52,55 @@ def choose_parameter(
         train: embeddings, float32 `(n, dim)`, and labels, int `(n,)`.
         val: the same.
         recipe: of the estimators.
-        choose_by: `val`, `cv`, or `auto`: cross-validation where val has fewer than 1,000 images.
+        choose_by: `val`, `cv`, or `auto`: cross-validation where val has fewer than 1,000 images and train more than
+            val; its folds are then about as large as train, so that what is best for them is best for train.
         show_progress: shows how far it is.
 
     Returns:
         The best value, and all that were tried.
     """
-    start, probe = time.perf_counter(), PROBES[name]
+    probe = PROBES[name]
     folds, fewest, chosen_by = _make_folds(train, val, choose_by=choose_by, recipe=recipe)
-    cores = os.cpu_count() or 1
+    cores = joblib.cpu_count()
     paths = [_PATHS.get(name, _Path)(name, recipe, cores if len(folds) == 1 else 1) for _ in folds]
     scores: dict[float, list[float]] = {}
 
     def score(fold: int, values: Sequence[float]) -> dict[float, float]:
-        if len(folds) == 1:
-            return paths[fold].score(values, *folds[fold]())
-        with threadpool_limits(1):
-            return paths[fold].score(values, *folds[fold]())
+        return paths[fold].score(values, *folds[fold]())
 
     def try_values(values: Sequence[float]) -> None:
         show_progress(f"{name}: trying {probe.parameter} " + ", ".join(f"{value:.3g}" for value in values))
-        if len(folds) == 1:
-            found = [score(0, values)]
-        else:
-            found = Parallel(n_jobs=cores, prefer="threads")(delayed(score)(fold, values) for fold in range(len(folds)))
-        everywhere = [value for value in values if all(value in one for one in found)]
-        scores.update({value: [one[value] for one in found] for value in everywhere})
+        # set here, not in the threads: it is the whole process's, and the last thread to end would leave it set
+        one_thread = threadpool_limits(1) if len(folds) > 1 else contextlib.nullcontext()
+        with one_thread, quiet():
+            found = Parallel(n_jobs=cores if len(folds) > 1 else 1, prefer="threads")(
+                delayed(score)(fold, values) for fold in range(len(folds))
+            )
+        scores.update({value: [one[value] for one in found] for value in values})
 
-    with quiet():
-        try_values([value for value in probe.coarse if name != "knn" or value <= fewest])
-        best = _best(scores, scores)
-        if probe.fine:
-            try_values([best * factor for factor in probe.fine])
+    coarse = [value for value in probe.coarse if name != "knn" or value <= fewest]
+    for part in _split_path(name, coarse):
+        try_values(part)
+        tail = list(scores)[-_TAIL:]
+        if part[-1] != coarse[-1] and _best(scores, scores) not in tail and len(scores) > _TAIL:
+            break
+    best = _best(scores, scores)
+    if probe.fine:
+        try_values([best * factor for factor in probe.fine])
     ordered = sorted(scores, reverse=probe.coarse[0] > probe.coarse[-1])
     unconverged = sorted(set().union(*(path.unconverged for path in paths)))
     means = {value: float(np.mean(scores[value])) for value in ordered}
-    return Search(_best(scores, ordered), means, chosen_by, unconverged, time.perf_counter() - start)
+    return Search(_best(scores, ordered), means, chosen_by, unconverged)
+
+
+def _split_path(name: str, values: Sequence[float]) -> list[Sequence[float]]:
+    """The grid in parts, after each of which the path may end; of most probes in one.
+
+    A linear SVM's solver is the slower the larger C is: its path ends after two decades in a row below the best. The
+    parts are of two whatever the cores: what is chosen must not depend on the machine.
+    """
+    size = _TAIL if name == "linear_svm" else len(values)
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def _best(scores: dict[float, list[float]], values: Iterable[float]) -> float:
@@ -103,14 +114,15 @@ def _make_folds(
     """What is fitted on and what is scored, scaled by the statistics of the former; made when asked for.
 
     Returns:
-        The folds, how many examples the smallest is fitted on, and what was done in words.
+        The folds, how many examples the smallest of them and train have, and what was done in words.
     """
     labels = np.concatenate([train[1], val[1]])
-    fewest = int(np.bincount(labels)[np.unique(labels)].min())
-    if choose_by == "val" or (choose_by == "auto" and len(val[1]) >= SMALL_VAL) or fewest < 2:
+    rarest = int(np.bincount(labels)[np.unique(labels)].min())
+    trusted = len(val[1]) >= SMALL_VAL or len(train[1]) <= len(val[1])
+    if choose_by == "val" or (choose_by == "auto" and trusted) or rarest < 2:
         return [lambda: _scale(train, val, recipe)], len(train[1]), "val"
     embeddings = np.concatenate([train[0], val[0]])
-    number = min(_FOLDS, fewest)
+    number = min(_FOLDS, rarest)
     repeats = min(_REPEATS, -(-_SCORED // len(labels)))
     folds = RepeatedStratifiedKFold(n_splits=number, n_repeats=repeats, random_state=recipe.seed)
 
@@ -120,7 +132,8 @@ def _make_folds(
     times = f", {repeats} times" if repeats > 1 else ""
     parts = list(folds.split(embeddings, labels))
     how = f"{number}-fold cross-validation within train and val{times}"
-    return [make(*part) for part in parts], min(len(fit) for fit, _ in parts), how
+    fewest = min(len(train[1]), *(len(fit) for fit, _ in parts))
+    return [make(*part) for part in parts], fewest, how
 
 
 def _scale(fit: Labelled, score: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
@@ -129,7 +142,7 @@ def _scale(fit: Labelled, score: Labelled, recipe: Recipe) -> tuple[Labelled, La
 
 
 class _Path:
-    """Scores values of a parameter one after the other, or side by side on several cores."""
+    """Scores values of a parameter, side by side on several cores."""
 
     def __init__(self, name: str, recipe: Recipe, cores: int) -> None:
         self._probe, self._recipe, self._cores = PROBES[name], recipe, cores
@@ -171,31 +184,12 @@ class _WarmPath(_Path):
         return found
 
 
-class _SlowPath(_Path):
-    """Linear SVM, whose solver is the slower the larger C is: two decades in a row below the best end the path.
-
-    A hundred iterations to a hundredth tell which value is best; what is fitted in the end is solved to the end.
-    """
-
-    def __init__(self, name: str, recipe: Recipe, cores: int) -> None:
-        super().__init__(name, recipe, cores)
-        self._best = -1.0
-
-    def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
-        found: dict[float, float] = {}
-        for start in range(0, len(values), self._cores):
-            found |= super().score(values[start : start + self._cores], fit, score)
-            self._best = max(self._best, *found.values())
-            if len(values) > _TAIL and len(found) > _TAIL and max(list(found.values())[-_TAIL:]) < self._best:
-                break
-        return found
+class _RoughPath(_Path):
+    """Linear SVM: a hundred iterations to a hundredth tell which value is best; the last fit is solved to the end."""
 
     def _build(self, value: float) -> Any:
-        return (
-            super()
-            ._build(value)
-            .set_params(tol=_ROUGH_TOLERANCE, max_iter=min(_ROUGH_ITERATIONS, self._recipe.max_iter))
-        )
+        iterations = min(_ROUGH_ITERATIONS, self._recipe.max_iter)
+        return super()._build(value).set_params(tol=_ROUGH_TOLERANCE, max_iter=iterations)
 
 
 class _KernelPath(_Path):
@@ -228,7 +222,7 @@ class _NeighboursPath(_Path):
 
 _PATHS: dict[str, type[_Path]] = {
     "logistic_regression": _WarmPath,
-    "linear_svm": _SlowPath,
+    "linear_svm": _RoughPath,
     "rbf_svm": _KernelPath,
     "knn": _NeighboursPath,
 }
