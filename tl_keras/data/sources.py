@@ -67,7 +67,7 @@ def load_source(
         allow_unlabelled: whether a folder of images without class folders, or a manifest without labels, will do.
 
     Returns:
-        The source; without labels it has no classes, and all its images are in train.
+        The source; without labels it has no classes.
 
     Raises:
         UserError: it can't be found, reached or understood; the text says what to do.
@@ -263,6 +263,8 @@ def _from_files(
 
 def _only(source: Source, classes: Sequence[str]) -> Source:
     """The source with only some classes, in order of name."""
+    if not source.class_names:
+        raise UserError("--classes: the data has no labels. Leave it out.")
     wanted = [_as_id(name.strip()) for name in classes]
     for name in wanted:
         if name not in source.class_names:

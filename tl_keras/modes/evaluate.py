@@ -116,8 +116,9 @@ def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
     if not os.path.isfile(manifest):
         screen.line("note: an exported model does not say which of these images it was trained on; its run folder does")
         return
+    fitted = _fitted_splits(path)
     with manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        trained = {row["id"] for row in csv.DictReader(file) if row["split"] in _fitted_splits(path)}
+        trained = {row["id"] for row in csv.DictReader(file) if row["split"] in fitted}
     leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
     if leaked:
         screen.line(

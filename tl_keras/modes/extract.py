@@ -33,6 +33,8 @@ from tl_keras.run import Result, Screen, Stopwatch
 from tl_keras.training.batches import predict_probabilities
 from tl_keras.training.heads import attach
 
+_HEADER = ("layer", "probe", "parameter", "dim", "val accuracy", "seconds")
+
 
 def run(config: Config) -> Result:
     """Fits probes on the embeddings of one layer or several; what is best on val is evaluated and exported.
@@ -69,16 +71,20 @@ def run(config: Config) -> Result:
             screen.line(write_embeddings(config.probe.embeddings_output, job.examples, embedded[0].read))
     if job.embeddings_only:
         return job.finish_without_probe(embedded[0])
+    _check_refit(config.probe, job.examples)  # all of test may have turned out broken
 
     # the process that checks the export loads TensorFlow while the probe is fitted
     with ParityProcess() if config.run.export else contextlib.nullcontext() as parity:
         with watch.stage("probe"):
             candidates, winner = _compare(job, trunks, embedded)
             more: dict[str, Any] = {"candidates": [one.as_dict() for one in candidates], "probe": winner.as_dict()}
-            fitted = _refit(job, winner) if config.probe.refit == "train+val" else winner.fitted
+            fitted = winner.fitted
+            if config.probe.refit == "train+val":
+                fitted = _refit(job, job.examples, winner, winner.value)
+                _warn_of_convergence(job, fitted, None)
             head = fold(fitted, num_classes=len(job.examples.class_names))
             if config.probe.repeats > 1:
-                more["few_shot"] = _repeat(job, every, winner)
+                more["few_shot"] = _repeat(job, every, winner, fitted)
         with watch.stage("evaluation"):
             probabilities = {"val": winner.val_probabilities}
             if len(job.examples.positions("test")):
@@ -92,7 +98,7 @@ def run(config: Config) -> Result:
             embedding_layer=winner.trunk.layers[-1].name,
             resize=config.backbone.resize,
         )
-        chosen = "layers and probes" if len(candidates) > 1 else "the probe's parameters"
+        chosen = "layers and probes" if len(candidates) > 1 else "the probe's parameters" if winner.search else ""
         return job.finish(classifier, probabilities, embedded=winner.embedded, parity=parity, chosen=chosen, more=more)
 
 
@@ -166,15 +172,14 @@ def _compare(
             winner = candidate if winner is None or is_best else winner
             candidates.append(dataclasses.replace(candidate, fitted=None))
             if several:
-                job.folder.write_json("metrics.json", {"candidates": [one.as_dict() for one in candidates]})
+                job.folder.write_csv("candidates.csv", _HEADER, [one.as_row() for one in candidates])
                 job.screen.line(f"{candidate.layer}, {probe}: val accuracy {candidate.as_row()[4]}")
     if winner is None:
         raise ValueError("no probe was tried")
     if several:
-        header = ("layer", "probe", "parameter", "dim", "val accuracy", "seconds", "")
         best = [one.layer == winner.layer and one.probe == winner.probe for one in candidates]
         rows = [(*one.as_row(), "best on val" * is_best) for one, is_best in zip(candidates, best, strict=True)]
-        for line in format_table(header, rows):
+        for line in format_table((*_HEADER, ""), rows):
             job.screen.line(line)
     else:
         how = winner.search.chosen_by if winner.search else "asked for"
@@ -201,16 +206,20 @@ def _wants_top(config: Config) -> bool:
 
 def _check(config: ProbeConfig, examples: Examples, trunks: Sequence[keras.Model]) -> None:
     """Finds out before anything long is computed what would stop the run after it."""
-    if config.refit == "train+val" and not len(examples.positions("test")):
-        raise UserError(
-            "--refit=train+val leaves nothing to measure the classifier on: there is no test split. Give one, carve it "
-            "with --test_fraction, or leave --refit out."
-        )
+    _check_refit(config, examples)
     count = len(examples.positions("train")) + len(examples.positions("val"))
     for probe in config.probe:
         check_probe(probe, examples.labels("train"), value=config.probe_parameter)
         for trunk in trunks:
             check_memory(probe, count=count, dim=int(trunk.output_shape[1]))
+
+
+def _check_refit(config: ProbeConfig, examples: Examples) -> None:
+    if config.refit == "train+val" and not len(examples.positions("test")):
+        raise UserError(
+            "--refit=train+val leaves nothing to measure the classifier on: there is no test split. Give one, carve it "
+            "with --test_fraction, or leave --refit out."
+        )
 
 
 def _recipe(job: Job) -> Recipe:
@@ -267,24 +276,23 @@ def _warn_of_convergence(job: Job, fitted: Fitted, search: Search | None) -> Non
         job.screen.line(f"note: the best {PROBES[name].parameter} of {name} is the end of its grid, {search.value:.3g}")
 
 
-def _refit(job: Job, winner: _Candidate) -> Fitted:
+def _refit(job: Job, examples: Examples, winner: _Candidate, value: float) -> Fitted:
     """The winner on train and val together; val's figures stay those of the one fitted on train alone."""
-    both = _read(job.examples, winner.embedded, "train", "val")
-    fitted = fit_probe(winner.probe, winner.value, *both, _recipe(job))
-    _warn_of_convergence(job, fitted, None)
-    return fitted
+    both = _read(examples, winner.embedded, "train", "val")
+    return fit_probe(winner.probe, value, *both, _recipe(job))
 
 
-def _repeat(job: Job, examples: Examples, winner: _Candidate) -> dict[str, Any]:
-    """The winner's layer and probe on other draws of as many examples a class: mean and spread."""
+def _repeat(job: Job, examples: Examples, winner: _Candidate, first: Fitted) -> dict[str, Any]:
+    """The winner's layer and probe on other draws of as many examples a class; the first is the run's own."""
     config, accuracies = job.config, []
     split = "test" if len(examples.positions("test")) else "val"
     val = _read(examples, winner.embedded, "val")
     for repeat in range(config.probe.repeats):
         drawn = draw_shots(examples, shots=int(config.data.shots or 0), seed=config.run.seed + repeat)
-        fitted = winner.fitted
+        fitted = first
         if repeat:
             _, fitted = _fit(job, winner.probe, _read(drawn, winner.embedded, "train"), val)
+            fitted = _refit(job, drawn, winner, fitted.value) if config.probe.refit == "train+val" else fitted
         head = fold(fitted, num_classes=len(drawn.class_names))
         probabilities = _predict(drawn, winner.embedded, head, split)
         accuracies.append(float((probabilities.argmax(1) == drawn.labels(split)).mean()))

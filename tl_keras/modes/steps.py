@@ -148,7 +148,7 @@ class Job:
             probabilities: split → float32 `(n, classes)`, of val and test.
             embedded: what it was trained on.
             parity: the process that compares the exported model, where one is wanted.
-            chosen: what was chosen on val, in the plural.
+            chosen: what was chosen on val, in the plural; empty where nothing was.
             interrupted: whether training was cut short; then nothing is exported.
             more: further entries of `metrics.json`.
         """
@@ -220,10 +220,10 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -
             allow_unlabelled=config.probe.embeddings_output is not None,
         )
         embeddings_only = not source.class_names or "none" in config.probe.probe
-        warnings: list[str] = []
-        if embeddings_only:
+        splits, warnings = source.splits, list[str]()
+        if embeddings_only and (source.splits == 0).any():
             splits = carve(source.ids, source.splits, val_fraction=data.val_fraction, test_fraction=data.test_fraction)
-        else:
+        elif not embeddings_only:
             splits, warnings = split_source(
                 source,
                 val_fraction=data.val_fraction,
@@ -302,6 +302,7 @@ def _describe_timing(watch: Stopwatch, embedded: Embedded) -> dict[str, Any]:
 
 def _last_line(metrics: dict[str, Any], folder: RunFolder, exported: Exported | None, chosen: str) -> str:
     split = "test" if "test" in metrics else "val"
-    note = "" if split == "test" else f" ({chosen} were chosen on it; there is no test split)"
+    choices = f"{chosen} were chosen on it; " if chosen else ""
+    note = "" if split == "test" else f" ({choices}there is no test split)"
     parts = [headline(split, metrics[split]) + note, str(folder.path)]
     return " · ".join([*parts, str(exported.path)] if exported else parts)
