@@ -305,6 +305,12 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         nothing,
         "have ImageNet weights for images of 224 pixels a side alone, not 96.",
     ),
+    (
+        "shots for no probe",
+        f"{READ} {COLOURS} --probe=none --embeddings_output=e.npz --shots=3",
+        nothing,
+        "--shots draws what a probe is fitted on: leave it out with --probe=none.",
+    ),
     ("draws of nothing", f"{READ} {COLOURS} --repeats=3", nothing, "so many a class: give --shots with it."),
     (
         "one shot and sigmoids",

@@ -524,11 +524,13 @@ def _check_probe(config: Config) -> None:
             )
     if probe.repeats > 1 and config.data.shots is None:
         raise UserError("--repeats draws training examples anew, so many a class: give --shots with it.")
-    _check_embeddings_output(probe)
+    _check_embeddings_output(probe, config.data.shots)
 
 
-def _check_embeddings_output(probe: ProbeConfig) -> None:
+def _check_embeddings_output(probe: ProbeConfig, shots: int | None) -> None:
     output = probe.embeddings_output
+    if "none" in probe.probe and shots is not None:
+        raise UserError("--shots draws what a probe is fitted on: leave it out with --probe=none.")
     if "none" in probe.probe and (len(probe.probe) > 1 or not output):
         raise UserError("--probe=none gives embeddings alone: give it without another probe, with --embeddings_output.")
     if output and len(probe.feature_layer) > 1:

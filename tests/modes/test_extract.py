@@ -132,6 +132,13 @@ def test_layers_and_probes_are_compared_in_one_pass_and_the_best_on_val_wins(tmp
         row = next(line for line in screen.splitlines() if re.match(rf"{one['layer']} +{one['probe']} ", line))
         assert f"{one['val_accuracy']:.3f} [{low:.3f}, {high:.3f}]" in row
         assert row.endswith("best on val") == (one == metrics["probe"])
+    written = rows_of(run / "candidates.csv")
+    assert [(row["layer"], int(row["dim"]), float(row["val_accuracy"])) for row in written] == [
+        (one["layer"], one["dim"], one["val_accuracy"]) for one in candidates
+    ]
+    assert [[float(row["ci95_low"]), float(row["ci95_high"])] for row in written] == [
+        one["val_accuracy_ci95"] for one in candidates
+    ]
     again = place.run("--feature_layer=pool2", "--pooling=max", "--probe_parameter=1")
     assert metrics_of(again)["timing"]["trunk_images"] == 0
 

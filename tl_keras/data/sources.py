@@ -144,6 +144,12 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
         ids, paths = [_as_id(path.relative_to(root).as_posix()) for path in images], [str(path) for path in images]
         return _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
     if not labelled:
+        flat = len(list_images(root))
+        if flat:
+            raise UserError(
+                f"no images in class folders: {flat:,} lie in {root} itself. Expected {root}/CLASS/*.jpg. For "
+                "embeddings without labels: --mode=extract --embeddings_output=FILE.npz."
+            )
         raise UserError(
             f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
         )

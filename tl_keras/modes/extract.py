@@ -33,6 +33,7 @@ from tl_keras.run import Result, Screen, Stopwatch
 from tl_keras.training.batches import predict_probabilities
 from tl_keras.training.heads import attach
 
+_COLUMNS = ("layer", "probe", "dim", "parameter", "value", "val_accuracy", "ci95_low", "ci95_high", "seconds")
 _HEADER = ("layer", "probe", "parameter", "dim", "val accuracy", "seconds")
 
 
@@ -145,6 +146,11 @@ class _Candidate:
             "tried": [[value, score] for value, score in self.search.scores.items()] if self.search else [],
         }
 
+    def as_cells(self) -> tuple[Any, ...]:
+        """For `candidates.csv`."""
+        row = self.as_dict()
+        return tuple(row[name] for name in _COLUMNS[:6]) + (*self.interval, row["seconds"])
+
     def as_row(self) -> tuple[str, ...]:
         """For the screen."""
         low, high = self.interval
@@ -172,7 +178,7 @@ def _compare(
             winner = candidate if winner is None or is_best else winner
             candidates.append(dataclasses.replace(candidate, fitted=None))
             if several:
-                job.folder.write_csv("candidates.csv", _HEADER, [one.as_row() for one in candidates])
+                job.folder.write_csv("candidates.csv", _COLUMNS, [one.as_cells() for one in candidates])
                 job.screen.line(f"{candidate.layer}, {probe}: val accuracy {candidate.as_row()[4]}")
     if winner is None:
         raise ValueError("no probe was tried")
