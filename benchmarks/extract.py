@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, clock, parse, run_process, spread, write_results
+from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, clock, measure_peak, parse, run_process, spread, write_results
 
 IMAGES = {"MobileNetV2": 1024, "EfficientNetB0": 640, "ResNet50": 320, "ConvNeXtTiny": 192, "VGG16": 96}
 PREDICT_IMAGES = {"ConvNeXtTiny": 64}  # Keras takes five images a second
@@ -252,12 +252,7 @@ def measure_memory(arguments: Any) -> dict[str, Any]:
             *(f"--weights={arguments.data / MOBILENET_WEIGHTS}", f"--run_dir={arguments.work / 'memory_run'}"),
             *("--overwrite", f"--embeddings_output={arguments.work / 'copies.npz'}", f"--engine={arguments.engine}"),
         ]
-        code = "import resource,subprocess,sys;subprocess.run(sys.argv[1:],check=True,stdout=subprocess.DEVNULL);"
-        code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-        result = subprocess.run(
-            [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT, check=True
-        )
-        peaks[count] = int(result.stdout.splitlines()[-1]) / 1024
+        peaks[count] = measure_peak(command)
         shutil.rmtree(folder)
     return {
         "peak memory on 1,000 images, MB": round(peaks[1000]),

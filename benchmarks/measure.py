@@ -78,6 +78,16 @@ def run_process(arguments: Sequence[str], **environment: str) -> tuple[float, st
     return time.perf_counter() - start, result.stdout
 
 
+def measure_peak(command: Sequence[str]) -> float:
+    """Peak memory of a whole process, MB."""
+    code = "import resource,subprocess,sys;subprocess.run(sys.argv[1:],check=True,stdout=subprocess.DEVNULL);"
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return int(result.stdout.splitlines()[-1]) / 1024
+
+
 def write_results(name: str, results: dict[str, Any]) -> None:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}

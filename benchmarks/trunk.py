@@ -14,13 +14,12 @@ import io
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, clock, parse, run_process, spread, write_results
+from benchmarks.measure import MOBILENET_WEIGHTS, clock, measure_peak, parse, run_process, spread, write_results
 
 
 def main() -> None:
@@ -150,12 +149,7 @@ def measure_memory(arguments: Any) -> dict[str, Any]:
             *("--overwrite", f"--store_dir={arguments.work / f'store_{count}'}", "--noexport"),
         ]
         shutil.rmtree(arguments.work / f"store_{count}", ignore_errors=True)
-        code = "import resource,subprocess,sys;subprocess.run(sys.argv[1:],check=True,stdout=subprocess.DEVNULL);"
-        code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-        result = subprocess.run(
-            [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT, check=True
-        )
-        peaks[count] = int(result.stdout.splitlines()[-1]) / 1024
+        peaks[count] = measure_peak(command)
     return {
         "peak memory on 400 images, MB": round(peaks[400]),
         "on 4,000, MB": round(peaks[4000]),

@@ -26,7 +26,7 @@ from tl_keras.folded import size_in_bytes  # and makes Keras know the layers the
 from tl_keras.run import disk_errors, read_json, write_atomically
 
 TOP_K = 5
-_GRAPH_LIMIT_BYTES = 2_000_000_000  # a protobuf holds at most 2 GiB
+GRAPH_LIMIT_BYTES = 2_000_000_000  # a protobuf holds at most 2 GiB
 _FORMAT = 1
 _PREDICT_BATCH = 32
 _NETWORK_FILE, _DESCRIPTION_FILE, _SAMPLES_FILE = "network.keras", "classifier.json", "samples.npz"
@@ -108,7 +108,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         """
         super().__init__(name="classifier")
         size = size_in_bytes(classifier.network)
-        if size > _GRAPH_LIMIT_BYTES:
+        if size > GRAPH_LIMIT_BYTES:
             raise UserError(
                 f"the network has {size / 1e9:.1f} GB of weights; one graph holds 2 GB. Choose a smaller backbone."
             )

@@ -118,12 +118,11 @@ def _find_candidate(backbone: keras.Model, name: str) -> Any:
     }
     if name in shapes:
         return backbone.operations[_find_position(backbone, name)]
-    close = [known for known in shapes if known.startswith(name)][:_NAMED]
-    close = close or difflib.get_close_matches(name, shapes, n=3, cutoff=0.0)
     cuts = [known for known in list_cuts(backbone) if known in shapes and known not in NOT_COUNTED]
+    close = _find_close(name, list(shapes))
     raise UserError(
-        f"--feature_layer={name}: {backbone.name} has no such layer. Nearest: {_describe(close, shapes)}. Layers that "
-        f"all later ones hang on: {_describe(cuts, shapes)}."
+        f"--feature_layer={name}: {backbone.name} has no such layer. Nearest: {_describe(close, shapes)}. "
+        f"Layers that all later ones hang on: {_describe(cuts, shapes)}."
     )
 
 
@@ -260,10 +259,15 @@ def _find_cuts(operations: Sequence[Any]) -> list[int]:
 def _find_position(backbone: keras.Model, name: str) -> int:
     names = [operation.name for operation in backbone.operations]
     if name not in names:
-        close = [known for known in names if known.startswith(name)][:_NAMED]
-        close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-        raise UserError(f"{backbone.name} has no layer {name!r}. Nearest: {', '.join(close)}. Use one of its layers.")
+        close = ", ".join(_find_close(name, names))
+        raise UserError(f"{backbone.name} has no layer {name!r}. Nearest: {close}. Use one of its layers.")
     return names.index(name)
+
+
+def _find_close(name: str, names: Sequence[str]) -> list[str]:
+    """The names that begin with an unknown one; where none does, those most like it."""
+    begun = [known for known in names if known.startswith(name)][:_NAMED]
+    return begun or difflib.get_close_matches(name, names, n=3, cutoff=0.0)
 
 
 def _name_neighbours(backbone: keras.Model, names: Sequence[str], position: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -49,6 +49,13 @@ class Examples:
     def ids(self, split: str) -> list[str]:
         """A split's ids."""
         return [self.source.ids[position] for position in self.positions(split)]
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Id, split and label of every example in use, in the source's order; without classes empty but for the id."""
+        names, source = self.class_names, self.source
+        for position in np.flatnonzero(self.splits >= 0).tolist():
+            described = (SPLITS[self.splits[position]], names[source.labels[position]]) if names else ("", "")
+            yield (source.ids[position], *described)
 
     def without(self, broken: dict[int, str], *, max_broken_fraction: float, report: ReportBroken) -> Examples:
         """The same examples, more of them left out.

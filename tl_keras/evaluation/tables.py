@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from tl_keras import __version__
 from tl_keras.data.examples import Examples
-from tl_keras.data.splits import SPLITS
 from tl_keras.evaluation.metrics import measure
 from tl_keras.run import RunFolder, write_atomically
 
@@ -41,13 +40,7 @@ def write_evaluation(folder: RunFolder, examples: Examples, probabilities: Mappi
 
 def write_examples(folder: RunFolder, examples: Examples) -> None:
     """Writes `splits.csv`: what was used for what, in the source's order."""
-    names, source = examples.class_names, examples.source
-    used = np.flatnonzero(examples.splits >= 0).tolist()
-    rows = (
-        (source.ids[p], SPLITS[examples.splits[p]] if names else "", names[source.labels[p]] if names else "")
-        for p in used
-    )
-    folder.write_csv("splits.csv", ("id", "split", "label"), rows)
+    folder.write_csv("splits.csv", ("id", "split", "label"), examples.rows())
 
 
 def write_predictions(folder: RunFolder, examples: Examples, probabilities: Mapping[str, np.ndarray]) -> None:

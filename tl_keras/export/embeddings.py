@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from tl_keras.data.examples import Examples
-from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
 from tl_keras.run import disk_errors
 
@@ -67,13 +66,8 @@ def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str
     return f"embeddings: {len(positions):,} of {dim:,} numbers · {path}"
 
 
-def _columns(examples: Examples, positions: np.ndarray) -> dict[str, list[str]]:
-    source, names = examples.source, examples.class_names
-    return {
-        "id": [source.ids[p] for p in positions.tolist()],
-        "split": [SPLITS[examples.splits[p]] if names else "" for p in positions],
-        "label": [names[source.labels[p]] if names else "" for p in positions],
-    }
+def _columns(examples: Examples) -> dict[str, list[str]]:
+    return dict(zip(("id", "split", "label"), map(list, zip(*examples.rows(), strict=True)), strict=True))
 
 
 def _batches(positions: np.ndarray, read: ReadEmbeddings) -> Iterator[tuple[int, np.ndarray]]:
@@ -83,7 +77,7 @@ def _batches(positions: np.ndarray, read: ReadEmbeddings) -> Iterator[tuple[int,
 
 def _write_npz(path: Path, examples: Examples, positions: np.ndarray, read: ReadEmbeddings, dim: int) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, values in _columns(examples, positions).items():
+        for name, values in _columns(examples).items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(values, dtype=np.str_), allow_pickle=False)
         with archive.open("embedding.npy", "w", force_zip64=True) as file:
@@ -95,7 +89,7 @@ def _write_npz(path: Path, examples: Examples, positions: np.ndarray, read: Read
 
 def _write_parquet(path: Path, examples: Examples, positions: np.ndarray, read: ReadEmbeddings, dim: int) -> None:
     pa, pq = _import_pyarrow()
-    columns = _columns(examples, positions)
+    columns = _columns(examples)
     text = [(name, pa.string()) for name in columns]
     schema = pa.schema([*text, ("embedding", pa.list_(pa.float32(), dim))])
     with pq.ParquetWriter(path, schema) as writer:

@@ -54,7 +54,7 @@ def export_saved_model(
     classifier: Classifier,
     *,
     export_dir: str,
-    name: str,
+    name: str | None,
     samples: Sequence[bytes],
     expected: np.ndarray,
     precision: str,
@@ -66,7 +66,7 @@ def export_saved_model(
     Args:
         classifier: what was evaluated.
         export_dir: the folder of all models.
-        name: the model's name.
+        name: the model's name; None: the classifier's own.
         samples: m encoded images, m at least 1.
         expected: their probabilities as evaluated, float32 `(m, classes)`.
         precision: of the trunk that gave them; what it may explain of a difference.
@@ -81,7 +81,7 @@ def export_saved_model(
     """
     own = contextlib.nullcontext(parity) if parity else ParityProcess()
     with own as parity, disk_errors(f"the model folder {export_dir}"):
-        parent = Path(export_dir) / name
+        parent = Path(export_dir) / (name or name_model(classifier.name))
         parent.mkdir(parents=True, exist_ok=True)
         # a name that is no number: TF Serving ignores it
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tl_keras.classifier import find_folder, load_samples, load_trained
 from tl_keras.config import Config
-from tl_keras.export.saved_model import describe_request, export_saved_model, name_model
+from tl_keras.export.saved_model import describe_request, export_saved_model
 from tl_keras.run import Result, Screen, read_json
 
 
@@ -19,7 +19,7 @@ def run(config: Config) -> Result:
     exported = export_saved_model(
         classifier,
         export_dir=config.run.export_dir,
-        name=config.run.model_name or name_model(classifier.name),
+        name=config.run.model_name,
         samples=samples,
         expected=expected,
         precision=metrics["environment"]["precision"],

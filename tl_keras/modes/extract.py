@@ -53,19 +53,14 @@ def run(config: Config) -> Result:
         trunks = [read_layer(backbone, layer, pooling=config.probe.pooling) for layer in layers]
         _check_pooling(trunks, layers, config.probe.pooling)
     job = load_job(config, preset, screen, watch)
-    drawn = job.examples
-    if config.data.shots and config.probe.repeats > 1:
-        drawn = draw_shots(job.examples, shots=config.data.shots, seed=config.run.seed)
     if not job.embeddings_only:
-        _check(config.probe, drawn, trunks)
+        _check(config.probe, _draw(job.examples, config), trunks)
         probes = ", ".join(config.probe.probe)
         screen.line(f"probe: {probes} on {', '.join(layers)}; weights: {config.backbone.weights}")
 
     with watch.stage("trunk"):
         embedded = job.embed(trunks, preset, image_size=int(backbone.input_shape[1]))
-    every = job.examples
-    if config.data.shots and config.probe.repeats > 1:
-        job.examples = draw_shots(every, shots=config.data.shots, seed=config.run.seed)
+    every, job.examples = job.examples, _draw(job.examples, config)
     write_examples(job.folder, job.examples)
     if config.probe.embeddings_output:
         with watch.stage("embeddings"):
@@ -220,6 +215,13 @@ def _check(config: ProbeConfig, examples: Examples, trunks: Sequence[keras.Model
             check_memory(probe, count=count, dim=int(trunk.output_shape[1]))
 
 
+def _draw(examples: Examples, config: Config, repeat: int = 0) -> Examples:
+    """One of several draws of a few training examples; where there is but one, the examples are drawn already."""
+    if config.probe.repeats == 1:
+        return examples
+    return draw_shots(examples, shots=int(config.data.shots or 0), seed=config.run.seed + repeat)
+
+
 def _check_refit(config: ProbeConfig, examples: Examples) -> None:
     if config.refit == "train+val" and not len(examples.positions("test")):
         raise UserError(
@@ -294,7 +296,7 @@ def _repeat(job: Job, examples: Examples, winner: _Candidate, first: Fitted) -> 
     split = "test" if len(examples.positions("test")) else "val"
     val = _read(examples, winner.embedded, "val")
     for repeat in range(config.probe.repeats):
-        drawn = draw_shots(examples, shots=int(config.data.shots or 0), seed=config.run.seed + repeat)
+        drawn = _draw(examples, config, repeat)
         fitted = first
         if repeat:
             _, fitted = _fit(job, winner.probe, _read(drawn, winner.embedded, "train"), val)

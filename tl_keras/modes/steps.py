@@ -22,7 +22,7 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
 from tl_keras.export.parity import ParityProcess
-from tl_keras.export.saved_model import Exported, describe_request, export_saved_model, name_model
+from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
 from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
 
 _PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
@@ -172,7 +172,7 @@ class Job:
                 exported = export_saved_model(
                     classifier,
                     export_dir=config.run.export_dir,
-                    name=config.run.model_name or name_model(classifier.name),
+                    name=config.run.model_name,
                     samples=samples,
                     expected=expected,
                     precision=precision,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import joblib
 
+from tl_keras.classifier import GRAPH_LIMIT_BYTES
 from tl_keras.errors import UserError
 
 # Bytes a number of an embedding: float32 as read and as joined, then for each fold that is fitted at the same time what
 # scaling and solver make of it (liblinear keeps 16, ridge solves in float64).
 _BYTES, _BYTES_A_FOLD = 8, {"logistic_regression": 12, "linear_svm": 36, "rbf_svm": 16, "knn": 16, "ridge": 36}
 _KERNEL_BYTES = 16  # a pair of examples, for each fold
-_GRAPH_LIMIT_BYTES = 2_000_000_000
 
 
 def check_memory(probe: str, *, count: int, dim: int) -> None:
@@ -38,7 +38,7 @@ def check_memory(probe: str, *, count: int, dim: int) -> None:
             f"--probe={probe} on {count:,} embeddings of {dim:,} numbers needs some {need / 1e9:.1f} GB of memory, "
             f"{free / 1e9:.1f} GB are free. {advice}"
         )
-    if probe == "knn" and 4 * count * dim > _GRAPH_LIMIT_BYTES:
+    if probe == "knn" and 4 * count * dim > GRAPH_LIMIT_BYTES:
         raise UserError(
             f"--probe=knn keeps {count:,} embeddings of {dim:,} numbers in the exported model, "
             f"{4 * count * dim / 1e9:.1f} GB; one graph holds 2 GB. {advice}"
