@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -346,3 +347,31 @@ def test_a_full_disk_behind_standard_output_is_one_line():
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert result.returncode == 1
     assert result.stderr == "tl_keras: error: the disk is full. What is complete is kept: free space, run again.\n"
+
+
+_SWALLOWS = """
+import signal, sys, time
+from tl_keras import main
+
+class Closes:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def run(argv):
+    closes = Closes()
+    del closes
+    time.sleep(20)
+    return 0
+
+main._run = run
+main.entry_point()
+"""
+
+
+def test_an_interrupt_that_a_destructor_swallows_is_not_lost():
+    start = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", _SWALLOWS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 130, process.stderr
+    assert "interrupted" in process.stderr
+    assert "Exception ignored" not in process.stderr
+    assert time.monotonic() - start < 15

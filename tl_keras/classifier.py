@@ -26,9 +26,11 @@ from tl_keras.folded import size_in_bytes  # and makes Keras know the layers the
 from tl_keras.run import disk_errors, read_json, write_atomically
 
 TOP_K = 5
+EXAMPLE_FEATURE = "image_bytes"  # of the tf.train.Examples that the signature `classify` takes
 GRAPH_LIMIT_BYTES = 2_000_000_000  # a protobuf holds at most 2 GiB
 _FORMAT = 1
 _PREDICT_BATCH = 32
+_DECODING_FILE = "tl_keras.json"
 _NETWORK_FILE, _DESCRIPTION_FILE, _SAMPLES_FILE = "network.keras", "classifier.json", "samples.npz"
 
 
@@ -100,8 +102,12 @@ class Servable(tf.Module):  # type: ignore[misc]
     and TensorFlow's optimiser can fold and fuse it.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, *, max_pixels: int | None = None) -> None:
         """Freezes the classifier's network.
+
+        Args:
+            classifier: what was trained.
+            max_pixels: larger images are invalid; None: there is no limit.
 
         Raises:
             UserError: the network is too large for one graph.
@@ -112,7 +118,7 @@ class Servable(tf.Module):  # type: ignore[misc]
             raise UserError(
                 f"the network has {size / 1e9:.1f} GB of weights; one graph holds 2 GB. Choose a smaller backbone."
             )
-        self._image_size, self._resize = classifier.image_size, classifier.resize
+        self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
         self._network = _freeze(classifier.network, classifier.embedding_layer)
         self._labels = classifier.labels
         self.endpoints = self._make_endpoints()  # "signatures" is a name that SavedModel keeps for itself
@@ -121,11 +127,11 @@ class Servable(tf.Module):  # type: ignore[misc]
         image_bytes = tf.TensorSpec((None,), tf.string, name="image_bytes")
         side = self._image_size
         pixels = tf.TensorSpec((None, side, side, 3), tf.float32, name="images")
+        examples = tf.TensorSpec((None,), tf.string, name="inputs")  # TF Serving's Classify API wants these names
 
         @tf.function(input_signature=(image_bytes,), autograph=False)
         def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-            images, valid = decode_batch(image_bytes, image_size=side, resize=self._resize)
-            return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
+            return self._classify(image_bytes)
 
         @tf.function(input_signature=(pixels,), autograph=False)
         def serve_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -133,11 +139,32 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         @tf.function(input_signature=(image_bytes,), autograph=False)
         def serve_embeddings(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-            images, valid = decode_batch(image_bytes, image_size=side, resize=self._resize)
+            images, valid = self._decode(image_bytes)
             embeddings = self._run(tf.cast(images, tf.float32))[0]
             return {"embeddings": tf.where(valid[:, tf.newaxis], embeddings, 0.0)}
 
-        return {"serving_default": serve, "pixels": serve_pixels, "embeddings": serve_embeddings}
+        @tf.function(input_signature=(examples,), autograph=False)
+        def serve_examples(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            features = {EXAMPLE_FEATURE: tf.io.FixedLenFeature((), tf.string, default_value="")}
+            answer = self._classify(tf.io.parse_example(inputs, features)[EXAMPLE_FEATURE])
+            return {"classes": answer["labels"], "scores": answer["scores"]}
+
+        return {
+            "serving_default": serve,
+            "pixels": serve_pixels,
+            "embeddings": serve_embeddings,
+            "classify": serve_examples,
+        }
+
+    def _decode(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        decoded: tuple[tf.Tensor, tf.Tensor] = decode_batch(
+            image_bytes, image_size=self._image_size, resize=self._resize, max_pixels=self._max_pixels
+        )
+        return decoded
+
+    def _classify(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        images, valid = self._decode(image_bytes)
+        return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
 
     def _run(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Embeddings and probabilities; an empty batch gets one row, which no convolution can do without."""
@@ -163,9 +190,9 @@ class Servable(tf.Module):  # type: ignore[misc]
 class LoadedClassifier:
     """A classifier to be used: from a run folder or an exported model, the same graph either way."""
 
-    def __init__(self, serve: Any, labels: Sequence[str], *, image_size: int, resize: str) -> None:
-        """Args: serve: the signature `serving_default`."""
-        self._serve, self.labels, self._image_size, self._resize = serve, tuple(labels), image_size, resize
+    def __init__(self, serve: Any, labels: Sequence[str], decoding: dict[str, Any]) -> None:
+        """Args: serve: the signature `serving_default`; decoding: the keywords of `images.decode` that it uses."""
+        self._serve, self.labels, self._decoding = serve, tuple(labels), decoding
 
     def predict(self, images: Sequence[str | Path | bytes] | str | Path | bytes) -> list[dict[str, Any]]:
         """Classifies images.
@@ -216,11 +243,7 @@ class LoadedClassifier:
         labels = [label.decode("utf-8") for label in row["labels"]]
         error = ""
         if not row["valid"]:
-            error = (
-                explain_unreadable(content)
-                or explain_broken(content, image_size=self._image_size, resize=self._resize)
-                or "can't be decoded"
-            )
+            error = explain_unreadable(content) or explain_broken(content, **self._decoding) or "can't be decoded"
         return {
             "predicted": labels[0],
             "probability": float(row["scores"][0]),
@@ -250,8 +273,7 @@ def load(path: str) -> LoadedClassifier:
     return LoadedClassifier(
         servable.endpoints["serving_default"],
         classifier.labels,
-        image_size=classifier.image_size,
-        resize=classifier.resize,
+        {"image_size": classifier.image_size, "resize": classifier.resize},
     )
 
 
@@ -335,6 +357,22 @@ def read_labels(path: Path) -> list[str]:
         raise UserError(f"{path} has no assets/labels.txt: it was not exported by tl_keras.") from error
 
 
+def read_decoding(path: Path) -> dict[str, Any]:
+    """How an exported model brings images to size, and its limit of pixels; as `write_decoding` wrote it.
+
+    A model that an earlier version exported does not say; its images are taken to be cropped, without a limit.
+    """
+    file = path / "assets.extra" / _DECODING_FILE
+    known = read_json(file) if file.is_file() else {}
+    return {"resize": known.get("resize", "crop"), "max_pixels": known.get("max_pixels")}
+
+
+def write_decoding(path: Path, classifier: Classifier, *, max_pixels: int | None) -> None:
+    """Keeps beside an exported model what its graph does not tell: see `read_decoding`."""
+    content = {"resize": classifier.resize, "image_size": classifier.image_size, "max_pixels": max_pixels}
+    write_atomically(path / "assets.extra" / _DECODING_FILE, json.dumps(content).encode())
+
+
 def _check_fit(classifier: Classifier) -> None:
     """Checks that the description is this network's.
 
@@ -358,7 +396,7 @@ def _load_exported(path: Path) -> LoadedClassifier:
         raise UserError(
             f"the exported model {path} is damaged: {type(error).__name__}: {first}. Export it again."
         ) from error
-    return LoadedClassifier(_Kept(model, serve), labels, image_size=size, resize="crop")
+    return LoadedClassifier(_Kept(model, serve), labels, {"image_size": size, **read_decoding(path)})
 
 
 class _Kept:

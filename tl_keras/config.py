@@ -20,13 +20,14 @@ from absl import flags
 from tl_keras.errors import UserError
 
 MODEL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # TF Serving does not undo the escapes of an address
-MODES = ("finetune", "extract", "evaluate", "predict", "export", "doctor")
+MODES = ("finetune", "extract", "evaluate", "predict", "export", "serve", "doctor")
 PROBES = ("logistic_regression", "linear_svm", "rbf_svm", "knn", "ridge")
 _TRAIN = ("finetune",)
 _PROBE = ("extract",)
 _MAKE = (*_TRAIN, *_PROBE)
 _DATA = (*_MAKE, "evaluate")
 _READ = ("evaluate", "predict", "export")
+_SERVE = ("serve",)
 _EXPORT = (*_MAKE, "export")
 _RUN = (*_MAKE, "evaluate")
 _PATHS = (
@@ -39,6 +40,8 @@ _PATHS = (
     "images",
     "output",
     "embeddings_output",
+    "models_config",
+    "deploy",
 )
 
 
@@ -208,14 +211,14 @@ class EngineConfig:
 
     engine: str = _setting(
         "auto",
-        "what runs the trunk; auto: what is installed and fastest here",
-        _MAKE,
+        "what runs the trunk, or the served network; auto: what is installed and fastest here",
+        (*_MAKE, *_SERVE),
         choices=("auto", "tensorflow", "openvino"),
     )
     precision: str = _setting(
         "auto",
         "auto: bfloat16 where it is 1.3 times faster and true to float32; float16 needs a GPU",
-        _MAKE,
+        (*_MAKE, *_SERVE),
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     store_dir: str | None = _setting(None, "the embedding store (tl_keras in the user's cache)", (*_MAKE, "doctor"))
@@ -228,8 +231,14 @@ class RunConfig:
     run_dir: str | None = _setting(None, "the run folder (runs/MODE-DATA-BACKBONE-TIME)", _RUN)
     overwrite: bool = _setting(False, "replace the run folder of an earlier run", _RUN)
     export: bool = _setting(True, "export a SavedModel when the run ends", _MAKE)
-    export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", _EXPORT)
-    model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", _EXPORT)
+    export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", (*_EXPORT, *_SERVE))
+    model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", (*_EXPORT, *_SERVE))
+    deploy: str | None = _setting(
+        None, "a folder for what TF Serving is started with: its configs, Compose, Kubernetes, a client", ("export",)
+    )
+    max_pixels: int = _setting(
+        50_000_000, "larger images are invalid to the exported model", (*_EXPORT, *_SERVE), minimum=1
+    )
     seed: int = _setting(0, "of everything random", _MAKE, minimum=0, maximum=2**31 - 1)
 
 
@@ -237,9 +246,28 @@ class RunConfig:
 class ReadConfig:
     """What a finished classifier is used on."""
 
-    classifier: str | None = _setting(None, "a run folder or an exported version folder", _READ)
+    classifier: str | None = _setting(
+        None, "a run folder or an exported version folder (serve: all models in --export_dir)", (*_READ, *_SERVE)
+    )
     images: tuple[str, ...] = _setting((), "files, folders or globs, comma-separated", ("predict",))
     output: str | None = _setting(None, "the CSV of predictions (standard output)", ("predict",))
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """The local server."""
+
+    host: str = _setting("127.0.0.1", "where to listen; 0.0.0.0: on every network", _SERVE)
+    port: int = _setting(8501, "of REST; 0: any that is free", _SERVE, minimum=0, maximum=65535)
+    grpc_port: int = _setting(8500, "of gRPC; 0: any that is free", _SERVE, minimum=0, maximum=65535)
+    models_config: str | None = _setting(
+        None, "a list of models as TF Serving's --model_config_file, with version policies and labels", _SERVE
+    )
+    max_batch_size: int = _setting(32, "images that requests are put together to", _SERVE, minimum=1, maximum=32)
+    max_queued_images: int = _setting(1024, "that may wait for one model; above: 429", _SERVE, minimum=1)
+    max_request_bytes: int = _setting(64 << 20, "of a request's body; above: 413", _SERVE, minimum=1)
+    max_request_images: int = _setting(256, "in one request; above: 400", _SERVE, minimum=1)
+    request_timeout_seconds: float = _setting(30.0, "until a request is answered; above: 504", _SERVE, minimum=0.001)
 
 
 _GROUPS: dict[str, type[Any]] = {
@@ -250,6 +278,7 @@ _GROUPS: dict[str, type[Any]] = {
     "engine": EngineConfig,
     "run": RunConfig,
     "read": ReadConfig,
+    "serve": ServeConfig,
 }
 
 
@@ -265,6 +294,7 @@ class Config:
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
     read: ReadConfig = ReadConfig()
+    serve: ServeConfig = ServeConfig()
 
     def __post_init__(self) -> None:
         """Checks each setting alone, then those that depend on each other.
@@ -498,6 +528,10 @@ def _check_together(config: Config) -> None:
         )
     if config.mode == "predict" and not config.read.images:
         raise UserError("--images is missing. Give files, folders or globs, comma-separated: --images=photo.jpg.")
+    if config.serve.models_config and config.read.classifier:
+        raise UserError("--models_config lists what is served: leave --classifier out with it.")
+    if config.mode == "serve" and config.engine.precision == "float16":
+        raise UserError("--precision=float16 is the trunk's on a GPU. Use --precision=auto, float32 or bfloat16.")
     if config.run.model_name and not re.fullmatch(MODEL_NAME, config.run.model_name):
         raise UserError(
             f"--model_name={config.run.model_name} is not a name that TF Serving's addresses can hold. Allowed: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import importlib
@@ -11,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 
 from absl import flags
@@ -20,6 +22,7 @@ from tl_keras.errors import UserError
 from tl_keras.run import INTERRUPTED
 
 _MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
+_REPEAT_SECONDS = 0.05  # until what swallowed it has returned
 _CHATTER = re.compile(
     r"^(WARNING: All log messages before|[IW]\d{4} |To enable the following instructions|.*failed call to cuInit)"
 )
@@ -55,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_stdout()
         print("tl_keras: error: the disk is full. What is complete is kept: free space, run again.", file=sys.stderr)
         return 1
+
+
+def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops a Ctrl-C that comes while a destructor or a callback runs, of which TensorFlow has many."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(_REPEAT_SECONDS, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _silence_stdout() -> None:
@@ -126,6 +137,7 @@ def _start_devices() -> None:
 
 def entry_point() -> None:
     """The installed command `tl_keras`."""
+    sys.unraisablehook = _repeat_interrupt
     sys.exit(main())
 
 

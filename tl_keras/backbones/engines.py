@@ -76,13 +76,13 @@ class TensorFlowEngine:
         self._graph = tf.Graph()
         with self._graph.as_default():
             tf.graph_util.import_graph_def(frozen.graph.as_graph_def(), name="")
-        self._session = tf.compat.v1.Session(graph=self._graph, config=_session_config(precision))
+        self._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
         self._feed, self._fetch = frozen.inputs[0].name, [output.name for output in frozen.outputs]
 
     def at(self, precision: str) -> TensorFlowEngine:
         """Returns an engine of the same frozen graph at another precision: freezing takes seconds."""
         engine = copy.copy(self)
-        engine._session = tf.compat.v1.Session(graph=self._graph, config=_session_config(precision))
+        engine._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
         return engine
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
@@ -256,7 +256,12 @@ def freeze(trunk: keras.Model, *, batch_size: int, dtype: Any) -> Any:
     def run_trunk(images: tf.Tensor) -> tf.Tensor:
         return trunk(tf.cast(images, tf.float32), training=False)
 
-    return convert_variables_to_constants_v2(run_trunk.get_concrete_function())
+    return freeze_function(run_trunk.get_concrete_function())
+
+
+def freeze_function(function: Any) -> Any:
+    """A concrete function with its variables made constants and its calls inlined."""
+    return convert_variables_to_constants_v2(function)
 
 
 def has_bfloat16() -> bool:
@@ -411,7 +416,8 @@ def _match_outputs(model: Any, frozen: Any) -> list[int]:
     return positions
 
 
-def _session_config(precision: str) -> Any:
+def session_config(precision: str) -> Any:
+    """A session's options: of `bfloat16` what TF Serving's `--mixed_precision=bfloat16` sets."""
     config = tf.compat.v1.ConfigProto()
     rewrites = config.graph_options.rewrite_options
     if precision == "bfloat16":

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tl_keras.classifier import Classifier, Servable
+from tl_keras.classifier import Classifier, Servable, write_decoding
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
+from tl_keras.export.warmup import write_warmup
 from tl_keras.folded import has_votes
 from tl_keras.run import disk_errors
 
@@ -58,6 +59,7 @@ def export_saved_model(
     samples: Sequence[bytes],
     expected: np.ndarray,
     precision: str,
+    max_pixels: int,
     show: Callable[[str], None],
     parity: ParityProcess | None = None,
 ) -> Exported:
@@ -70,6 +72,7 @@ def export_saved_model(
         samples: m encoded images, m at least 1.
         expected: their probabilities as evaluated, float32 `(m, classes)`.
         precision: of the trunk that gave them; what it may explain of a difference.
+        max_pixels: larger images are invalid to the model.
         show: shows a line.
         parity: the process that compares, where it was started before.
 
@@ -86,7 +89,7 @@ def export_saved_model(
         # a name that is no number: TF Serving ignores it
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
         try:
-            _write(classifier, unfinished)
+            write_version(classifier, unfinished, name=parent.name, max_pixels=max_pixels)
             agreement = parity.compare(unfinished, samples, expected)
             show(
                 f"export: {agreement.count} images through the exported model in a fresh process: decisions agree in "
@@ -130,8 +133,20 @@ def check_agreement(agreement: Agreement, precision: str, *, has_votes: bool = F
         )
 
 
-def _write(classifier: Classifier, folder: Path) -> None:
-    servable = Servable(classifier)
+def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels: int) -> None:
+    """Writes the model, its labels, and the requests that warm it up.
+
+    Args:
+        classifier: what was trained.
+        folder: the version folder; it exists.
+        name: the model's.
+        max_pixels: larger images are invalid to it.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written.
+        UserError: the network is too large for one graph.
+    """
+    servable = Servable(classifier, max_pixels=max_pixels)
     try:
         tf.saved_model.save(servable, str(folder), signatures=servable.endpoints)
     except tf.errors.OpError as error:
@@ -139,6 +154,8 @@ def _write(classifier: Classifier, folder: Path) -> None:
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     (assets / "labels.txt").write_text("".join(f"{label}\n" for label in classifier.labels), encoding="utf-8")
+    write_decoding(folder, classifier, max_pixels=max_pixels)
+    write_warmup(folder, name, image_size=classifier.image_size)
 
 
 def _warn_of_other_labels(parent: Path, labels: Sequence[str], show: Callable[[str], None]) -> None:

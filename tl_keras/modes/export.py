@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from tl_keras.classifier import find_folder, load_samples, load_trained
+from tl_keras.classifier import find_folder, is_exported, load_samples, load_trained
 from tl_keras.config import Config
+from tl_keras.errors import UserError
+from tl_keras.export.deploy import write_deployment
 from tl_keras.export.saved_model import describe_request, export_saved_model
+from tl_keras.export.warmup import BATCH_SIZES, make_photograph
 from tl_keras.run import Result, Screen, read_json
+from tl_keras.serving.measure import measure_speed
 
 
 def run(config: Config) -> Result:
-    """Exports a run's classifier, compared with what the run evaluated on some of its real images."""
-    screen, path = Screen(), str(config.read.classifier)
-    classifier = load_trained(path)
-    samples, expected = load_samples(path)
-    metrics = read_json(find_folder(path).resolve().parent / "metrics.json")
-    exported = export_saved_model(
-        classifier,
-        export_dir=config.run.export_dir,
-        name=config.run.model_name,
-        samples=samples,
-        expected=expected,
-        precision=metrics["environment"]["precision"],
-        show=screen.line,
-    )
-    screen.line(f"try it: {describe_request(exported.path)}")
-    screen.line(f"exported · {exported.path}")
-    return Result(run_dir=Path(path), exported=exported.path, metrics={"export": exported.as_dict()})
+    """Exports a run's classifier, compared with what the run evaluated on some of its real images.
+
+    With `--deploy` it writes what TF Serving is started with, too; of a model that is exported already that alone.
+    """
+    screen, path, metrics = Screen(), Path(str(config.read.classifier)), dict[str, Any]()
+    if is_exported(path):
+        if not config.run.deploy:
+            raise UserError(f"{path} is exported already. Give a run folder, or --deploy=DIR.")
+        exported_path = path.resolve()
+        if not exported_path.name.isdecimal():
+            raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
+    else:
+        classifier = load_trained(str(path))
+        samples, expected = load_samples(str(path))
+        before = read_json(find_folder(str(path)).resolve().parent / "metrics.json")
+        exported = export_saved_model(
+            classifier,
+            export_dir=config.run.export_dir,
+            name=config.run.model_name,
+            samples=samples,
+            expected=expected,
+            precision=before["environment"]["precision"],
+            max_pixels=config.run.max_pixels,
+            show=screen.line,
+        )
+        exported_path, metrics = exported.path, {"export": exported.as_dict()}
+        screen.line(f"try it: {describe_request(exported_path)}")
+    if config.run.deploy:
+        screen.line("deploy: timing the model in each batch size")
+        speed = measure_speed(exported_path, make_photograph(), batch_sizes=BATCH_SIZES)
+        files = write_deployment(
+            Path(config.run.deploy),
+            exported_path,
+            batch_sizes=speed.batch_sizes,
+            images_per_second=speed.images_per_second,
+            bfloat16=speed.bfloat16,
+            cores=speed.cores,
+        )
+        screen.line(f"deploy: {config.run.deploy}: {', '.join(files)}")
+    screen.line(f"exported · {exported_path}")
+    return Result(run_dir=path, exported=exported_path, metrics=metrics)

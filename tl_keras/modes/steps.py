@@ -176,6 +176,7 @@ class Job:
                     samples=samples,
                     expected=expected,
                     precision=precision,
+                    max_pixels=config.run.max_pixels,
                     show=screen.line,
                     parity=parity,
                 )

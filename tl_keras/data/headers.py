@@ -1,0 +1,329 @@
+"""What an image's bytes tell before anything is decoded: its size, its EXIF orientation; by stock TensorFlow ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+EXIF_SEARCH_BYTES = 1 << 18  # orientation behind more than 256 KiB of other metadata is not looked for
+_MOST_BLOCKS = 1000  # of metadata before EXIF or a GIF's first frame: a file of tiny blocks must not cost seconds
+_GIF_WINDOW = 1 << 14  # bytes looked at at once
+_GIF_STEPS = 13  # doublings: the smallest sub-block has two bytes
+_PADDING = b"\0" * 64  # so that reading a header never runs over the end of a short file
+
+
+@tf.autograph.experimental.do_not_convert
+def read_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Reads EXIF tag 0x0112 (CIPA DC-008, Exif 2.32, section 4.6.4).
+
+    Args:
+        image_bytes: scalar string.
+
+    Returns:
+        int32 scalar, 1 to 8; 1 where there is none, or it is damaged.
+    """
+    head = tf.strings.join([tf.strings.substr(image_bytes, 0, EXIF_SEARCH_BYTES), _PADDING])
+    signature = _bytes_at(head, 0, 16)
+    is_jpeg = _equals(signature[:2], b"\xff\xd8")
+    is_png = _equals(signature[:4], b"\x89PNG")
+    kind = tf.cast(is_jpeg, tf.int32) + 2 * tf.cast(is_png, tf.int32) + 3 * tf.cast(_is_webp(signature), tf.int32)
+    start = tf.switch_case(
+        kind,
+        [
+            lambda: tf.constant(-1),
+            lambda: _find_jpeg_exif(head),
+            lambda: _find_png_exif(head),
+            lambda: _find_webp_exif(head),
+        ],
+    )
+    return tf.cond(start >= 0, lambda: _orientation_of_tiff(head, start), lambda: tf.constant(1))
+
+
+@tf.autograph.experimental.do_not_convert
+def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
+    """How many pixels decoding would make, read from the header: a few bytes may ask for gigabytes.
+
+    Of JPEG (ITU T.81), PNG (W3C, section 11.2.1), BMP, a GIF's first frame (GIF89a, section 20), WebP (RFC 9649).
+
+    Args:
+        image_bytes: scalar string; of a GIF what `cut_gif` leaves: TensorFlow goes by the frames' own sizes.
+
+    Returns:
+        int64 scalar; the largest there is where no such header is found: what can't be foreseen is not decoded.
+
+    Raises:
+        tf.errors.InvalidArgumentError: a JPEG whose header is broken.
+    """
+    head = tf.strings.join([tf.strings.substr(image_bytes, 0, 32), _PADDING])
+    is_jpeg = tf.strings.substr(head, 0, 3) == b"\xff\xd8\xff"
+
+    def of_jpeg(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
+        del head
+        return _area(*tf.unstack(tf.io.extract_jpeg_shape(image_bytes)[:2]))
+
+    def of_gif(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
+        del head
+        frame = _find_gif_frame(image_bytes)
+        block = _bytes_at(_pad(image_bytes), frame, 10)
+        area = _area(_little_endian(block[5:7]), _little_endian(block[7:9]))
+        return tf.where(frame > 0, area, tf.int64.max)
+
+    def of_other(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
+        del image_bytes
+        return _count_other_pixels(_bytes_at(head, 0, 32))
+
+    def of_no_jpeg(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
+        is_gif = tf.strings.substr(head, 0, 4) == b"GIF8"
+        return run_one(is_gif, of_gif, of_other, (image_bytes, head), tf.TensorSpec((), tf.int64))
+
+    return run_one(is_jpeg, of_jpeg, of_no_jpeg, (image_bytes, head), tf.TensorSpec((), tf.int64))
+
+
+@tf.autograph.experimental.do_not_convert
+def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Cuts a GIF off behind its first frame; whatever else is left as it is.
+
+    TensorFlow decodes all frames to give the first, and makes the picture as large as the largest of them (TF 2.21).
+
+    Args:
+        image_bytes: scalar string.
+
+    Returns:
+        Scalar string.
+    """
+
+    def cut(image_bytes: tf.Tensor) -> tf.Tensor:
+        frame = _find_gif_frame(image_bytes)
+        flags = _bytes_at(_pad(image_bytes), frame, 10)[9]
+        end = _skip_sub_blocks(image_bytes, frame + 11 + _colour_table_bytes(flags))  # one byte tells LZW's code size
+        is_whole = (frame > 0) & (end < tf.strings.length(image_bytes))
+        first = tf.strings.join([tf.strings.substr(image_bytes, 0, tf.where(is_whole, end, 0)), b";"])
+        return tf.where(is_whole, first, image_bytes)
+
+    is_gif = tf.strings.substr(image_bytes, 0, 4) == b"GIF8"
+    return run_one(is_gif, cut, tf.identity, (image_bytes,), tf.TensorSpec((), tf.string))
+
+
+def run_one(
+    condition: tf.Tensor,
+    then: Callable[..., tf.Tensor],
+    otherwise: Callable[..., tf.Tensor],
+    inputs: tuple[tf.Tensor, ...],
+    output: tf.TensorSpec,
+) -> tf.Tensor:
+    """Runs one of two branches, as functions of their own.
+
+    Not `tf.cond`, which TensorFlow inlines: every op of the branch not taken would then cost time (0.5 ms an image).
+
+    Args:
+        condition: bool scalar.
+        then: inputs → output; without state, and of nothing but its inputs.
+        otherwise: the same.
+        inputs: of both.
+        output: what both give.
+
+    Returns:
+        The branch's output.
+    """
+    signature = tuple(tf.TensorSpec(value.shape, value.dtype) for value in inputs)
+    branches = [
+        tf.function(branch, input_signature=signature, autograph=False).get_concrete_function()
+        for branch in (then, otherwise)
+    ]
+    (result,) = tf.raw_ops.StatelessIf(
+        cond=condition,
+        input=list(inputs),
+        Tout=[output.dtype],
+        then_branch=branches[0],
+        else_branch=branches[1],
+        output_shapes=[output.shape],
+    )
+    return tf.ensure_shape(result, output.shape)
+
+
+def _count_other_pixels(header: tf.Tensor) -> tf.Tensor:
+    """PNG, BMP and WebP; the header's first 32 bytes, int32."""
+    is_png, is_bmp, is_webp = _equals(header[:4], b"\x89PNG"), _equals(header[:2], b"BM"), _is_webp(header)
+    png = _area(_big_endian(header[16:20]), _big_endian(header[20:24]))
+    bmp = _area(_little_endian(header[18:22]), _little_endian(header[22:26]))
+    extended = _area(_little_endian(header[24:27]) + 1, _little_endian(header[27:30]) + 1)
+    bits = _little_endian(header[21:25])
+    lossless = _area((bits & 0x3FFF) + 1, (bits // 0x4000 & 0x3FFF) + 1)
+    lossy = _area(_little_endian(header[26:28]) & 0x3FFF, _little_endian(header[28:30]) & 0x3FFF)
+    webp = tf.where(
+        _equals(header[12:16], b"VP8X"), extended, tf.where(_equals(header[12:16], b"VP8L"), lossless, lossy)
+    )
+    return tf.where(is_png, png, tf.where(is_bmp, bmp, tf.where(is_webp, webp, tf.int64.max)))
+
+
+def _area(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+    """Sides as read, int32; a negative one is a BMP that is stored top down."""
+    return tf.abs(tf.cast(height, tf.int64)) * tf.abs(tf.cast(width, tf.int64))
+
+
+def _pad(image_bytes: tf.Tensor) -> tf.Tensor:
+    return tf.strings.join([image_bytes, _PADDING])
+
+
+def _colour_table_bytes(flags: tf.Tensor) -> tf.Tensor:
+    """Of a GIF's global or local colour table (GIF89a, sections 18 and 20)."""
+    return tf.where(flags & 0x80 > 0, 3 * tf.bitwise.left_shift(2, flags & 7), 0)
+
+
+def _find_gif_frame(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Where a GIF's first image descriptor stands, int32; -1 where none is found."""
+    padded = _pad(image_bytes)
+    first = 13 + _colour_table_bytes(_bytes_at(padded, 0, 13)[10])
+
+    def is_extension(position: tf.Tensor) -> tf.Tensor:
+        return _bytes_at(padded, position, 1)[0] == 0x21
+
+    def skip(position: tf.Tensor) -> tf.Tensor:
+        return _skip_sub_blocks(image_bytes, position + 2)
+
+    (position,) = tf.while_loop(is_extension, lambda at: (skip(at),), (first,), maximum_iterations=_MOST_BLOCKS)
+    is_inside = position < tf.strings.length(image_bytes)
+    return tf.where(is_inside & (_bytes_at(padded, position, 1)[0] == 0x2C), position, -1)
+
+
+def _skip_sub_blocks(image_bytes: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+    """Where the data sub-blocks that begin at `start` are over (GIF89a, section 15): behind their terminator.
+
+    A window at a time: each position's next sub-block is known, and following all of them twice as far in each step
+    takes a handful of steps where a loop from block to block would take thousands.
+    """
+    length = tf.strings.length(image_bytes)
+    beyond = tf.range(_GIF_WINDOW, _GIF_WINDOW + 256)
+
+    def go_on(position: tf.Tensor, ended: tf.Tensor) -> tf.Tensor:
+        return ~ended & (position < length)
+
+    def follow(position: tf.Tensor, ended: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        del ended
+        window = tf.strings.substr(image_bytes, position, tf.minimum(_GIF_WINDOW, length - position))
+        sizes = tf.cast(tf.io.decode_raw(window, tf.uint8), tf.int32)
+        sizes = tf.pad(sizes, [[0, _GIF_WINDOW - tf.size(sizes)]])  # as if the file ended with terminators
+        here = tf.range(_GIF_WINDOW)
+        following = tf.concat([tf.where(sizes > 0, here + 1 + sizes, here), beyond], 0)
+        for _ in range(_GIF_STEPS):
+            following = tf.gather(following, following)
+        last = following[0]
+        ended = last < _GIF_WINDOW
+        return position + tf.where(ended, last + 1, last), ended
+
+    start = tf.minimum(tf.cast(start, tf.int32), length)
+    return tf.while_loop(go_on, follow, (start, tf.constant(False)))[0]
+
+
+def is_webp_with_alpha(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Reads the alpha bit of an extended or a lossless WebP (RFC 9649, sections 2.7 and 3.4)."""
+    header = _bytes_at(tf.strings.join([tf.strings.substr(image_bytes, 0, 32), _PADDING]), 0, 25)
+    is_extended, is_lossless = _equals(header[12:16], b"VP8X"), _equals(header[12:16], b"VP8L")
+    has_bit = tf.where(is_extended, header[20], tf.where(is_lossless, header[24], 0)) & 0x10 > 0
+    return _is_webp(header) & has_bit
+
+
+def _bytes_at(head: tf.Tensor, start: Any, length: int) -> tf.Tensor:
+    """Bytes as int32 `(length,)`; a position outside the file gives the padding's zeros."""
+    last = tf.strings.length(head) - length
+    raw = tf.io.decode_raw(tf.strings.substr(head, tf.clip_by_value(start, 0, last), length), tf.uint8)
+    return tf.cast(tf.ensure_shape(raw, (length,)), tf.int32)
+
+
+def _is_webp(header: tf.Tensor) -> tf.Tensor:
+    return _equals(header[:4], b"RIFF") & _equals(header[8:12], b"WEBP")
+
+
+def _equals(values: tf.Tensor, expected: bytes) -> tf.Tensor:
+    return tf.reduce_all(values == tf.constant(list(expected)))
+
+
+def _big_endian(values: tf.Tensor) -> tf.Tensor:
+    weights = [256**power for power in reversed(range(values.shape[0]))]
+    return tf.reduce_sum(values * tf.constant(weights, tf.int32))  # above 2 GiB wraps to a negative number
+
+
+def _little_endian(values: tf.Tensor) -> tf.Tensor:
+    return _big_endian(tf.reverse(values, [0]))
+
+
+def _walk(
+    head: tf.Tensor, start: int, step: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+) -> tf.Tensor:
+    """Walks from block to block until one holds EXIF.
+
+    Args:
+        head: the file's first bytes.
+        start: position of the first block.
+        step: position of a block → (next block, where its TIFF data begin or -1, whether to go on).
+
+    Returns:
+        Where the TIFF data begin, int32; -1 where there are none.
+    """
+    length = tf.strings.length(head)
+
+    def go_on(position: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+        return (position >= 0) & (position < length)
+
+    def advance(position: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        following, found, more = step(position)
+        return tf.where(more & (found < 0) & (following > position), following, -1), found
+
+    first = (tf.constant(start), tf.constant(-1))
+    return tf.while_loop(go_on, advance, first, maximum_iterations=_MOST_BLOCKS)[1]
+
+
+def _find_jpeg_exif(head: tf.Tensor) -> tf.Tensor:
+    def step(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        block = _bytes_at(head, position, 10)
+        is_exif = (block[1] == 0xE1) & _equals(block[4:10], b"Exif\0\0")
+        is_fill = block[1] == 0xFF  # any number of these may stand before a marker (ITU T.81, B.1.1.2)
+        is_metadata = ((block[1] >= 0xE0) & (block[1] <= 0xEF)) | (block[1] == 0xFE)
+        following = tf.where(is_fill, position + 1, position + 2 + _big_endian(block[2:4]))
+        return following, tf.where(is_exif, position + 10, -1), (block[0] == 0xFF) & (is_fill | is_metadata)
+
+    return _walk(head, 2, step)
+
+
+def _find_png_exif(head: tf.Tensor) -> tf.Tensor:
+    def step(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        block = _bytes_at(head, position, 8)
+        is_exif = _equals(block[4:8], b"eXIf")
+        return position + 12 + _big_endian(block[:4]), tf.where(is_exif, position + 8, -1), block[0] < 0x80
+
+    return _walk(head, 8, step)
+
+
+def _find_webp_exif(head: tf.Tensor) -> tf.Tensor:
+    def step(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        block = _bytes_at(head, position, 14)
+        size = _little_endian(block[4:8])
+        prefix = tf.where(_equals(block[8:14], b"Exif\0\0"), 6, 0)
+        is_exif = _equals(block[:4], b"EXIF")
+        return position + 8 + size + size % 2, tf.where(is_exif, position + 8 + prefix, -1), block[7] < 0x80
+
+    return _walk(head, 12, step)
+
+
+def _orientation_of_tiff(head: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+    """Orientation from a TIFF header and its first directory (TIFF 6.0, section 2)."""
+    header = _bytes_at(head, start, 8)
+    is_little = _equals(header[:2], b"II")
+
+    def number(values: tf.Tensor) -> tf.Tensor:
+        return _big_endian(tf.where(is_little, tf.reverse(values, [0]), values))
+
+    directory = start + number(header[4:8])
+    entries = tf.minimum(number(_bytes_at(head, directory, 2)), 512)
+    length = tf.strings.length(head)
+    first = tf.clip_by_value(directory + 2, 0, length)
+    size = tf.minimum(entries * 12, (length - first) // 12 * 12)
+    raw = tf.cast(tf.io.decode_raw(tf.strings.substr(head, first, size), tf.uint8), tf.int32)
+    table = tf.reshape(raw, (-1, 12))
+    high, low = tf.where(is_little, 1, 0), tf.where(is_little, 0, 1)
+    is_orientation = tf.gather(table, high, axis=1) * 256 + tf.gather(table, low, axis=1) == 0x0112
+    values = tf.gather(table, 8 + high, axis=1) * 256 + tf.gather(table, 8 + low, axis=1)
+    found = tf.reduce_max(tf.where(is_orientation, values, 0))
+    return tf.where((found >= 1) & (found <= 8), found, 1)

@@ -1,0 +1,153 @@
+"""What TF Serving is started with: its configs, container and cluster files, a client; `--mode=export --deploy=DIR`."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import re
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from google.protobuf import text_format
+from tensorflow_serving.config import model_server_config_pb2
+
+from tl_keras.run import write_atomically
+
+TFSERVING_VERSION = "2.20.0"  # the newest in TF Serving's RELEASE.md of July 2026
+_QUEUE_SECONDS = 2.0  # of work may wait: clients would rather be refused than wait longer
+_LONGEST_WAIT_MICROS = 10_000
+_MEMORY_FACTOR = 4  # the graph as read, as kept, as rewritten, and what its constants are packed into
+_MEMORY_BASE_MIB = 1024
+_POLL_SECONDS = 60
+_TEMPLATES = ("Dockerfile", "compose.yaml", "kubernetes.yaml", "kserve.yaml", "client.py", "README.md")
+
+
+def write_deployment(
+    folder: Path,
+    version: Path,
+    *,
+    batch_sizes: Sequence[int],
+    images_per_second: Mapping[str, Mapping[int, float]],
+    bfloat16: bool,
+    cores: int,
+) -> list[str]:
+    """Writes every file that TF Serving is started with, for one exported model.
+
+    Args:
+        folder: where; made where it does not exist.
+        version: the version folder.
+        batch_sizes: that the server may use, rising.
+        images_per_second: precision → batch size → what was measured.
+        bfloat16: whether the server lowers the precision.
+        cores: of the machine that it was measured on.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    name, export_dir, number = version.parent.name, version.parent.parent, int(version.name)
+    speeds = images_per_second["bfloat16" if bfloat16 else "float32"]
+    flags = list_flags(bfloat16=bfloat16)
+    size_bytes = sum(path.stat().st_size for path in version.rglob("*") if path.is_file())
+    values = {
+        "name": name,
+        "service": _as_service_name(name),
+        "image": f"{_as_service_name(name)}:{number}",
+        "export_dir": os.path.join(".", os.path.relpath(export_dir.resolve(), folder.resolve())),
+        "tfserving_version": TFSERVING_VERSION,
+        "flags_json": ", ".join(json.dumps(flag) for flag in flags),
+        "flags_yaml": "\n".join(f"      - {json.dumps(flag)}" for flag in flags),
+        "flags_kubernetes": "\n".join(f"            - {json.dumps(flag)}" for flag in flags),
+        "memory_mib": _MEMORY_BASE_MIB + _MEMORY_FACTOR * (size_bytes >> 20),
+        "cores": cores,
+        "largest": batch_sizes[-1],
+        "table": _describe_speeds(images_per_second),
+    }
+    files = {
+        "models.config": make_models_config(version.parent),
+        "batching.config": make_batching_config(batch_sizes, speeds=speeds, cores=cores),
+        "monitoring.config": make_monitoring_config(),
+        "server.flags": "".join(f"{flag}\n" for flag in flags),
+        **{file: _fill(file, values) for file in _TEMPLATES},
+    }
+    for file, content in files.items():
+        write_atomically(folder / file, content.encode())
+    return list(files)
+
+
+def list_flags(*, bfloat16: bool) -> list[str]:
+    """The server's flags, for the paths inside a container."""
+    return [
+        "--port=8500",
+        "--rest_api_port=8501",
+        "--model_config_file=/config/models.config",
+        f"--model_config_file_poll_wait_seconds={_POLL_SECONDS}",
+        # else a label at the start, when nothing is loaded yet, ends the server (tensorflow/serving#1608)
+        "--allow_version_labels_for_unavailable_models=true",
+        "--enable_batching=true",
+        "--batching_parameters_file=/config/batching.config",
+        "--monitoring_config_file=/config/monitoring.config",
+        "--enable_grpc_healthcheck_service=true",
+        *(["--mixed_precision=bfloat16"] if bfloat16 else []),
+    ]
+
+
+def make_models_config(model: Path) -> str:
+    """`ModelServerConfig` in text: the newest version as `canary`, the one before it, or it again, as `stable`."""
+    numbers = sorted(int(path.name) for path in model.iterdir() if path.name.isascii() and path.name.isdecimal())
+    config = model_server_config_pb2.ModelServerConfig()
+    one = config.model_config_list.config.add(
+        name=model.name, base_path=f"/models/{model.name}", model_platform="tensorflow"
+    )
+    one.model_version_policy.specific.versions.extend(numbers[-2:])
+    one.version_labels["stable"] = numbers[-2:][0]
+    one.version_labels["canary"] = numbers[-1]
+    return str(text_format.MessageToString(config))
+
+
+def make_batching_config(batch_sizes: Sequence[int], *, speeds: Mapping[int, float], cores: int) -> str:
+    """`BatchingParameters` in text (tensorflow_serving/session_bundle/session_bundle_config.proto).
+
+    A request waits for others at most half as long as it takes alone: batching never costs more than it may win.
+    """
+    largest = batch_sizes[-1]
+    wait_micros = min(round(0.5e6 / speeds[1]), _LONGEST_WAIT_MICROS)
+    queued = max(2, round(_QUEUE_SECONDS * speeds[largest] / largest))
+    sizes = "".join(f"allowed_batch_sizes: {size}\n" for size in batch_sizes)
+    return (
+        f"max_batch_size {{ value: {largest} }}\n"
+        f"batch_timeout_micros {{ value: {wait_micros} }}\n"
+        f"max_enqueued_batches {{ value: {queued} }}\n"
+        f"num_batch_threads {{ value: {cores} }}\n"
+        f"{sizes}"
+    )
+
+
+def make_monitoring_config() -> str:
+    """`MonitoringConfig` in text (tensorflow_serving/config/monitoring_config.proto).
+
+    Prometheus, at the path that its scrapers expect of TF Serving.
+    """
+    return 'prometheus_config {\n  enable: true\n  path: "/monitoring/prometheus/metrics"\n}\n'
+
+
+def _fill(file: str, values: Mapping[str, object]) -> str:
+    path = importlib.resources.files("tl_keras.export").joinpath("deploy", f"{file}.template")
+    return string.Template(path.read_text(encoding="utf-8")).substitute(values)
+
+
+def _as_service_name(name: str) -> str:
+    """As Kubernetes wants names: RFC 1123, at most 63 of a-z, 0-9 and -."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:63].strip("-") or "classifier"
+
+
+def _describe_speeds(images_per_second: Mapping[str, Mapping[int, float]]) -> str:
+    sizes = list(next(iter(images_per_second.values())))
+    lines = ["| precision | " + " | ".join(map(str, sizes)) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for precision, speeds in images_per_second.items():
+        lines.append(f"| {precision} | " + " | ".join(f"{speeds[size]:.0f}" for size in sizes) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""`--mode=serve`: TF Serving's REST and gRPC APIs for exported models or a run, at once and without Docker."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tl_keras.classifier import find_folder, is_exported, load_samples, load_trained
+from tl_keras.config import Config
+from tl_keras.errors import UserError
+from tl_keras.export.saved_model import name_model, write_version
+from tl_keras.export.warmup import BATCH_SIZES, make_photograph, read_warmup
+from tl_keras.run import INTERRUPTED, Result, Screen
+
+try:
+    from tl_keras.serving.calls import Limits
+    from tl_keras.serving.models import ModelEntry, find_models
+    from tl_keras.serving.reload import read_config_file
+    from tl_keras.serving.server import Address, serve
+except ImportError as missing:
+    raise UserError(
+        f"--mode=serve needs a package that is not installed ({missing.name}). Install it: pip install "
+        "'tl_keras[serving]'."
+    ) from missing
+
+
+def run(config: Config) -> Result:
+    """Serves models until the process is told to end: Ctrl-C, or SIGTERM."""
+    screen, settings = Screen(), config.serve
+    with _find(config, screen) as (entries, roots, samples):
+        interrupted = serve(
+            entries,
+            roots=roots,
+            address=Address(settings.host, settings.port, settings.grpc_port),
+            engine=config.engine.engine,
+            precision=config.engine.precision,
+            batch_sizes=[size for size in BATCH_SIZES if size <= settings.max_batch_size],
+            max_queued=settings.max_queued_images,
+            limits=Limits(settings.max_request_bytes, settings.max_request_images, settings.request_timeout_seconds),
+            read_warmup=read_warmup,
+            samples=samples,
+            show=screen.line,
+        )
+    return Result(exit_status=INTERRUPTED if interrupted else 0)
+
+
+@contextlib.contextmanager
+def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry], list[Path], list[bytes]]]:
+    """What is served, the folders that it may lie in, and images to compare engines on."""
+    export_dir, samples = Path(config.run.export_dir), [make_photograph()]
+    if config.serve.models_config:
+        entries = read_config_file(Path(config.serve.models_config))
+        yield entries, [export_dir, *(entry.base_path for entry in entries)], samples
+    elif not config.read.classifier:
+        yield find_models(export_dir), [export_dir], samples
+    elif is_exported(path := Path(config.read.classifier).resolve()):
+        if not path.name.isdecimal():
+            raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
+        yield [ModelEntry(path.parent.name, path.parent, (int(path.name),))], [path.parent], samples
+    else:
+        classifier = load_trained(config.read.classifier)
+        with tempfile.TemporaryDirectory(prefix="tl_keras-serve-") as folder:
+            model = Path(folder) / (config.run.model_name or name_model(classifier.name))
+            (model / "1").mkdir(parents=True)
+            screen.line(f"serving the run {config.read.classifier}: its model is written to {model} for as long")
+            write_version(classifier, model / "1", name=model.name, max_pixels=config.run.max_pixels)
+            own, _ = load_samples(str(find_folder(config.read.classifier)))
+            yield [ModelEntry(model.name, model)], [model], own

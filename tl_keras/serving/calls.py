@@ -1,0 +1,255 @@
+"""What clients ask of a model, whichever API they come by: predict, classify, regress, metadata, status."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import tensorflow as tf
+from google.protobuf import any_pb2
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    input_pb2,
+)
+
+from tl_keras.serving.batching import Arrays, Batcher
+from tl_keras.serving.errors import RequestError, invalid
+from tl_keras.serving.graphs import Graph, as_strings, check_inputs, find_signature
+from tl_keras.serving.models import Models, Version
+
+METADATA_FIELD = "signature_def"
+_CLASSIFY_INPUT, _CLASSES, _SCORES = "inputs", "classes", "scores"  # saved_model/signature_constants.h
+_REGRESS_OUTPUT = "outputs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A version that is loaded and takes requests.
+
+    Attributes:
+        graph: its signatures.
+        batcher: runs them.
+        labels: the classes.
+        description: engine and precision, for people.
+    """
+
+    graph: Graph
+    batcher: Batcher
+    labels: tuple[str, ...]
+    description: str
+
+    def __str__(self) -> str:
+        """Says what runs it."""
+        return self.description
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may cost.
+
+    Attributes:
+        request_bytes: of a body or message.
+        images: rows.
+        seconds: from the request's arrival to its answer.
+    """
+
+    request_bytes: int
+    images: int
+    seconds: float
+
+    def deadline(self, seconds: float | None = None) -> float:
+        """When a request that comes now must be answered, by `time.monotonic`; the client may want it sooner."""
+        return time.monotonic() + min(self.seconds, self.seconds if seconds is None else seconds)
+
+    def check_rows(self, rows: int) -> None:
+        """Refuses a request with too many rows.
+
+        Raises:
+            RequestError: it has.
+        """
+        if rows > self.images:
+            raise invalid(f"the request holds {rows} images; this server takes at most {self.images} in one")
+
+
+async def predict(
+    served: Served,
+    signature_name: str,
+    inputs: Arrays,
+    *,
+    limits: Limits,
+    deadline: float,
+    output_filter: Sequence[str] = (),
+) -> Arrays:
+    """Runs a signature.
+
+    Args:
+        served: the version.
+        signature_name: empty for the default.
+        inputs: name → array `(n, ...)`.
+        limits: what it may cost.
+        deadline: by `time.monotonic`.
+        output_filter: these outputs alone; empty: all.
+
+    Returns:
+        Output's name → array `(n, ...)`.
+
+    Raises:
+        RequestError: it can't be answered.
+    """
+    name, signature = find_signature(served.graph, signature_name)
+    rows = check_inputs(signature, inputs)
+    limits.check_rows(rows)
+    for number, output in enumerate(output_filter):
+        if output not in signature.outputs:
+            expected = ",".join(sorted(signature.outputs))
+            raise invalid(
+                f"output tensor alias not found in signature: {output} "
+                f"Outputs expected to be in the set {{{expected}}}."
+            )
+        if output in output_filter[:number]:
+            raise invalid(f"duplicate output tensor alias: {output}")
+    outputs = await served.batcher.run(name, inputs, rows=rows, deadline=deadline)
+    return {name: outputs[name] for name in output_filter} if output_filter else outputs
+
+
+async def classify(
+    served: Served, signature_name: str, examples: Sequence[bytes], *, limits: Limits, deadline: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs a signature that takes examples and gives classes and scores.
+
+    Args:
+        served: the version.
+        signature_name: empty for the default.
+        examples: n serialized `tf.train.Example`s.
+        limits: what it may cost.
+        deadline: by `time.monotonic`.
+
+    Returns:
+        Classes, bytes `(n, k)`, and scores, float32 `(n, k)`.
+
+    Raises:
+        RequestError: it can't be answered, or the signature is not one for this API.
+    """
+    name, signature = find_signature(served.graph, signature_name)
+    _check_one_input(signature)
+    if len(signature.outputs) not in {1, 2}:
+        raise invalid(f"Expected one or two output Tensors, found {len(signature.outputs)}")
+    if _CLASSIFY_INPUT not in signature.inputs:
+        raise _wrong_signature(f"No classification inputs found in SignatureDef: {name}")
+    if not {_CLASSES, _SCORES} & set(signature.outputs):
+        raise _wrong_signature(
+            f'Expected classification signature outputs to contain at least one of "{_CLASSES}" or "{_SCORES}". '
+            f"Signature was: {name}"
+        )
+    outputs = await _run_examples(served, name, examples, limits, deadline)
+    return outputs[_CLASSES], outputs[_SCORES]
+
+
+async def regress(served: Served, signature_name: str) -> None:
+    """Answers as TF Serving does a model without a signature for regression: a classifier has none.
+
+    Raises:
+        RequestError: always.
+    """
+    name, signature = find_signature(served.graph, signature_name)
+    _check_one_input(signature)
+    if len(signature.outputs) != 1:
+        raise invalid("Expected one output Tensor.")
+    missing = "inputs" if _CLASSIFY_INPUT not in signature.inputs else "outputs"
+    raise _wrong_signature(f"No regression {missing} found in SignatureDef: {name}")
+
+
+def read_input(message: input_pb2.Input) -> list[bytes]:
+    """The examples of a Classify or Regress call, serialized; a context is merged into each.
+
+    Raises:
+        RequestError: there are none.
+    """
+    kind = message.WhichOneof("kind")
+    if kind == "example_list":
+        examples = [example.SerializeToString() for example in message.example_list.examples]
+    elif kind == "example_list_with_context":
+        context = message.example_list_with_context.context.SerializeToString()
+        # one message behind the other is their merger (protobuf's encoding, "Last One Wins")
+        examples = [e.SerializeToString() + context for e in message.example_list_with_context.examples]
+    else:
+        examples = []
+    if not examples:
+        raise invalid("Input is empty.")
+    return examples
+
+
+def describe_metadata(version: Version, served: Served) -> get_model_metadata_pb2.GetModelMetadataResponse:
+    """A version's signatures."""
+    signatures = get_model_metadata_pb2.SignatureDefMap()
+    for name, signature in served.graph.signatures.items():
+        signatures.signature_def[name].CopyFrom(signature)
+    response = get_model_metadata_pb2.GetModelMetadataResponse()
+    response.model_spec.name = version.model
+    response.model_spec.version.value = version.number
+    packed = any_pb2.Any()
+    packed.Pack(signatures)
+    response.metadata[METADATA_FIELD].CopyFrom(packed)
+    return response
+
+
+def describe_status(
+    models: Models, name: str, *, number: int | None = None, label: str = ""
+) -> get_model_status_pb2.GetModelStatusResponse:
+    """Where the versions of a model are in their lives.
+
+    Raises:
+        RequestError: there is no such model or version.
+    """
+    response = get_model_status_pb2.GetModelStatusResponse()
+    for version in models.find_all(name, number=number, label=label):
+        status = response.model_version_status.add(version=version.number)
+        status.state = get_model_status_pb2.ModelVersionStatus.State.Value(version.state)
+        status.status.error_code = grpc.StatusCode.UNKNOWN.value[0] if version.error else 0
+        status.status.error_message = version.error
+    return response
+
+
+async def _run_examples(
+    served: Served, name: str, examples: Sequence[bytes], limits: Limits, deadline: float
+) -> Mapping[str, np.ndarray]:
+    limits.check_rows(len(examples))
+    outputs = await served.batcher.run(
+        name, {_CLASSIFY_INPUT: as_strings(examples)}, rows=len(examples), deadline=deadline
+    )
+    # a signature may give one of the two alone
+    shape = next(iter(outputs.values())).shape
+    return {_CLASSES: np.full(shape, b"", object), _SCORES: np.zeros(shape, np.float32), **outputs}
+
+
+def _check_one_input(signature: Any) -> None:
+    if len(signature.inputs) != 1:
+        raise invalid("Expected one input Tensor.")
+
+
+def _wrong_signature(message: str) -> RequestError:
+    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
+def make_array(proto: tf.compat.v1.TensorProto, *, limits: Limits) -> np.ndarray:
+    """A tensor of a gRPC call; its size is looked at first, as one value may stand for a whole gigabyte.
+
+    Raises:
+        RequestError: it is too large, or contradicts itself.
+    """
+    dims = [dim.size for dim in proto.tensor_shape.dim]
+    if any(dim < 0 for dim in dims):
+        raise invalid(f"a tensor can't have the shape {dims}")
+    if dims:
+        limits.check_rows(dims[0])
+    if np.prod([float(dim) for dim in dims]) * tf.as_dtype(proto.dtype).size > max(limits.request_bytes, 1):
+        raise invalid(f"a tensor of shape {dims} is larger than a request may be ({limits.request_bytes} bytes)")
+    try:
+        return np.asarray(tf.make_ndarray(proto))
+    except (ValueError, TypeError) as error:
+        raise invalid(f"a tensor does not fit its shape {dims}: {error}") from error

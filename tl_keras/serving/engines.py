@@ -1,0 +1,228 @@
+"""What runs a served model: its graph as TF Serving runs it, or its network in OpenVINO, whichever is faster."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tl_keras.backbones.engines import FASTER_AT_LEAST, freeze_function, has_bfloat16, has_openvino
+from tl_keras.classifier import EXAMPLE_FEATURE, TOP_K, read_decoding
+from tl_keras.data.images import decode_batch
+from tl_keras.serving.errors import invalid
+from tl_keras.serving.graphs import Graph, as_strings
+
+_PART = 4  # images that one core runs at once (benchmarks/extract.py: the faster of 4 and 32 on five networks)
+_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+_DIFFERENCE_AT_MOST = {"float32": 1e-3, "bfloat16": 0.1}  # of a probability, on the images that are compared
+_COMPARED = 8
+_TIMED_RUNS = 3
+
+
+class OpenVinoGraph:
+    """The exported model with its network run by OpenVINO; decoding is ours, by the same ops as in the graph.
+
+    The signature `embeddings` stays the graph's own.
+    """
+
+    def __init__(self, graph: Graph, path: Path, labels: Sequence[str], *, precision: str) -> None:
+        """Converts the network.
+
+        Args:
+            graph: the model as TF Serving runs it.
+            path: its version folder.
+            labels: the classes.
+            precision: `float32` or `bfloat16`.
+
+        Raises:
+            RuntimeError: OpenVINO does not convert it.
+        """
+        import openvino
+
+        self.signatures, self._graph = graph.signatures, graph
+        self._labels = as_strings([label.encode() for label in labels])
+        model = tf.saved_model.load(str(path))
+        shape = model.signatures["pixels"].structured_input_signature[1]["images"].shape
+        decoding = read_decoding(path)
+        self._decode = _compile_decoder(int(shape[1]), decoding["resize"], decoding["max_pixels"])
+        core = openvino.Core()
+        with tempfile.TemporaryDirectory() as folder:
+            frozen = Path(folder) / "network.pb"
+            frozen.write_bytes(_extract_network(model.signatures["pixels"]))
+            network = core.read_model(frozen)
+        self._compiled = {}
+        for size, hint in ((1, "LATENCY"), (_PART, "THROUGHPUT")):
+            network.reshape([size, *shape[1:]])
+            hints = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": hint}
+            self._compiled[size] = core.compile_model(network, "CPU", hints)
+        self._own = threading.local()
+
+    def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs a signature: see `Graph.run`."""
+        if name == "pixels":
+            images = inputs["images"]
+            return self._answer(self._run(images), np.ones(len(images), bool))
+        if name == "serving_default":
+            return self._classify(inputs["image_bytes"])
+        if name == "classify":
+            answer = self._classify(as_strings([_read_example(one) for one in inputs["inputs"]]))
+            return {"classes": answer["labels"], "scores": answer["scores"]}
+        return self._graph.run(name, inputs)
+
+    def close(self) -> None:
+        """Gives the graph's memory back; OpenVINO's goes with the object."""
+        self._graph.close()
+
+    def _classify(self, image_bytes: np.ndarray) -> dict[str, np.ndarray]:
+        images, valid = self._decode(tf.constant(image_bytes, tf.string))
+        return self._answer(self._run(images.numpy().astype(np.float32)), valid.numpy())
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities, float32 `(n, classes)`."""
+        size = 1 if len(images) == 1 else _PART
+        parts = [np.zeros((0, len(self._labels)), np.float32)]
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            missing = size - len(part)
+            full = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part
+            request = self._request(size)
+            request.infer({0: full})
+            parts.append(request.get_output_tensor(0).data[: len(part)].copy())
+        return np.concatenate(parts)
+
+    def _request(self, size: int) -> Any:
+        """A thread's own: one may not run twice at once."""
+        if not hasattr(self._own, "requests"):
+            self._own.requests = {}
+        if size not in self._own.requests:
+            self._own.requests[size] = self._compiled[size].create_infer_request()
+        return self._own.requests[size]
+
+    def _answer(self, probabilities: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs of `Servable`."""
+        probabilities = np.where(valid[:, None], probabilities, np.float32(0))
+        class_ids = np.argsort(-probabilities, axis=1, kind="stable")[:, : min(TOP_K, len(self._labels))]
+        labels = self._labels[class_ids]
+        labels[~valid] = b""
+        return {
+            "probabilities": probabilities,
+            "labels": labels,
+            "scores": np.take_along_axis(probabilities, class_ids, 1),
+            "class_ids": np.where(valid[:, None], class_ids, -1),
+            "valid": valid,
+        }
+
+
+def build_engine(
+    path: Path,
+    labels: Sequence[str],
+    *,
+    engine: str,
+    precision: str,
+    samples: Sequence[bytes],
+    show: Callable[[str], None],
+) -> tuple[Any, str]:
+    """Loads a version in the engine asked for, or the fastest of those here that answer as the graph does.
+
+    Args:
+        path: the version folder.
+        labels: its classes.
+        engine: `auto`, `tensorflow` or `openvino`.
+        precision: `auto`, `float32` or `bfloat16`.
+        samples: images to compare and time on.
+        show: shows a line.
+
+    Returns:
+        What runs the signatures, and a text that says what it is.
+
+    Raises:
+        RuntimeError: what was asked for is not to be had, or does not answer as the graph does.
+    """
+    graph = Graph(path, precision="float32")
+    images = as_strings((list(samples) * _COMPARED)[:_COMPARED])
+    expected = graph.run("serving_default", {"image_bytes": images})["probabilities"]
+    precisions = ["float32"] if precision == "auto" else [precision]
+    if precision == "auto" and has_bfloat16():
+        precisions.append("bfloat16")
+    best, best_seconds, best_name = graph, _time(graph, images), "tensorflow float32"
+    asked_for = engine != "auto" or precision != "auto"
+    for name in _list_engines(engine):
+        for kind in precisions:
+            if (name, kind) == ("tensorflow", "float32"):
+                continue
+            try:
+                tried = _load(name, kind, graph, path, labels)
+                found = tried.run("serving_default", {"image_bytes": images})["probabilities"]
+            except Exception as error:  # OpenVINO's own exceptions have no class; TensorFlow's differ
+                if engine == name:
+                    raise RuntimeError(f"--engine={name} does not run {path}: {_first_line(error)}") from error
+                show(f"{name} {kind} is left out: {_first_line(error)}")
+                continue
+            difference = float(np.abs(found - expected).max())
+            if not difference <= _DIFFERENCE_AT_MOST[kind]:
+                show(f"{name} {kind} is left out: it differs from the graph by {difference:.1e}")
+                continue
+            seconds = _time(tried, images)
+            needed = FASTER_AT_LEAST if kind == "bfloat16" and not asked_for else 1.0
+            if seconds * needed < best_seconds or (engine == name and best is graph) or precision == kind:
+                best, best_seconds, best_name = tried, seconds, f"{name} {kind}, differs by {difference:.0e}"
+    return best, best_name
+
+
+def _list_engines(engine: str) -> list[str]:
+    if engine != "auto":
+        return [engine]
+    return ["tensorflow", "openvino"] if has_openvino() else ["tensorflow"]
+
+
+def _load(name: str, precision: str, graph: Graph, path: Path, labels: Sequence[str]) -> Any:
+    if name == "openvino":
+        return OpenVinoGraph(graph, path, labels, precision=precision)
+    return Graph(path, precision=precision)
+
+
+def _time(graph: Any, images: np.ndarray) -> float:
+    """The shortest of a few runs in seconds; the one before them, which plans, is not counted."""
+    seconds = []
+    for _ in range(_TIMED_RUNS):
+        start = time.perf_counter()
+        graph.run("serving_default", {"image_bytes": images})
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _extract_network(pixels: Any) -> bytes:
+    """The graph from `images` to `probabilities`, as a serialized GraphDef; labels and top k left out."""
+    frozen = freeze_function(pixels)
+    names = sorted(pixels.structured_outputs)
+    output = frozen.outputs[names.index("probabilities")].op.name
+    graph = tf.compat.v1.graph_util.extract_sub_graph(frozen.graph.as_graph_def(), [output])
+    return bytes(graph.SerializeToString())
+
+
+@functools.cache
+def _compile_decoder(image_size: int, resize: str, max_pixels: int | None) -> Any:
+    return tf.function(
+        functools.partial(decode_batch, image_size=image_size, resize=resize, max_pixels=max_pixels),
+        input_signature=(tf.TensorSpec((None,), tf.string),),
+        autograph=False,
+    )
+
+
+def _read_example(serialized: bytes) -> bytes:
+    try:
+        values = tf.train.Example.FromString(serialized).features.feature[EXAMPLE_FEATURE].bytes_list.value
+    except Exception as error:
+        raise invalid("Could not parse example input") from error
+    return values[0] if values else b""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,51 @@
+"""What goes wrong while a request is answered, in the codes that gRPC and TF Serving share."""
+
+from __future__ import annotations
+
+import grpc
+
+_HTTP = {  # tensorflow_serving/model_servers/http_server.cc, ToHTTPStatusCode
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.ABORTED: 409,
+    grpc.StatusCode.OUT_OF_RANGE: 400,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+}
+_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class RequestError(Exception):
+    """A request that can't be answered: its code, and a message for the client."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        """Args: code: gRPC's; message: what the client is told."""
+        super().__init__(message)
+        self.code, self.message = code, message
+
+    @property
+    def http_status(self) -> int:
+        """The HTTP code that TF Serving gives for it."""
+        return _HTTP.get(self.code, 500)
+
+
+def invalid(message: str) -> RequestError:
+    """A request that is wrong in itself: 400."""
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def not_found(message: str) -> RequestError:
+    """A model or version that is not there: 404."""
+    return RequestError(grpc.StatusCode.NOT_FOUND, message)
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """GRPC's code for TensorFlow's number: they count alike."""
+    return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)

@@ -1,0 +1,136 @@
+"""A version of a model, loaded as TF Serving loads it: through a TF1 session, no Keras, none of our code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tl_keras.backbones.engines import session_config
+from tl_keras.serving.errors import RequestError, code_of, invalid
+
+DEFAULT_SIGNATURE = "serving_default"
+_INIT_OP = "__saved_model_init_op"
+
+
+class Graph:
+    """A loaded SavedModel: its signatures, and a session that runs them.
+
+    Attributes:
+        signatures: name → `SignatureDef`.
+    """
+
+    def __init__(self, path: Path, *, precision: str) -> None:
+        """Loads the model.
+
+        Args:
+            path: the version folder.
+            precision: `float32`, or `bfloat16`, as TF Serving's `--mixed_precision=bfloat16` lowers it.
+
+        Raises:
+            OSError: there is no model at `path`.
+            ValueError: it is damaged; TensorFlow raises others, too.
+        """
+        self._graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
+        with self._graph.as_default():
+            meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
+        self.signatures = {name: meta.signature_def[name] for name in meta.signature_def if name != _INIT_OP}
+        self._runners = {name: self._make_runner(signature) for name, signature in self.signatures.items()}
+
+    def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs a signature.
+
+        Args:
+            name: the signature.
+            inputs: name → array `(n, ...)`; strings as arrays of bytes.
+
+        Returns:
+            Output's name → array `(n, ...)`.
+
+        Raises:
+            RequestError: TensorFlow refuses the inputs.
+        """
+        signature = self.signatures[name]
+        try:
+            found = self._runners[name](*[inputs[key] for key in sorted(signature.inputs)])
+        except tf.errors.OpError as error:
+            raise RequestError(code_of(error.error_code), error.message.splitlines()[0]) from error
+        except ValueError as error:
+            raise invalid(str(error)) from error
+        return dict(zip(sorted(signature.outputs), found, strict=True))
+
+    def close(self) -> None:
+        """Gives the session's memory back."""
+        self._session.close()
+
+    def _make_runner(self, signature: Any) -> Any:
+        """A call without the cost of parsing names anew each time."""
+        fetches = [signature.outputs[key].name for key in sorted(signature.outputs)]
+        feeds = [signature.inputs[key].name for key in sorted(signature.inputs)]
+        with self._graph.as_default():
+            return self._session.make_callable(fetches, feed_list=feeds)
+
+
+def find_signature(graph: Graph, name: str) -> tuple[str, Any]:
+    """A signature by the name in a request, empty for the default.
+
+    Raises:
+        RequestError: the model has none of that name.
+    """
+    found = name or DEFAULT_SIGNATURE
+    if found not in graph.signatures:
+        raise invalid(f'Serving signature name: "{found}" not found in signature def')
+    return found, graph.signatures[found]
+
+
+def check_inputs(signature: Any, inputs: Mapping[str, np.ndarray]) -> int:
+    """Checks names, types and shapes before a request joins others in a batch.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        RequestError: a name, type or shape that the signature does not take.
+    """
+    sent, wanted = set(inputs), set(signature.inputs)
+    if sent != wanted:
+        raise invalid(
+            f"input size does not match signature: {len(sent)}!={len(wanted)} len({{{_join(sent)}}}) != "
+            f"len({{{_join(wanted)}}}). Sent extra: {{{_join(sent - wanted)}}}. Missing but required: "
+            f"{{{_join(wanted - sent)}}}."
+        )
+    rows = set()
+    for name, array in inputs.items():
+        info = signature.inputs[name]
+        _check_type(name, array, tf.as_dtype(info.dtype))
+        if not array.ndim:
+            raise invalid("Batching Run() input tensors must have at least one dimension")
+        expected = [dim.size for dim in info.tensor_shape.dim]
+        fits = len(expected) == array.ndim and all(e in {-1, n} for e, n in zip(expected, array.shape, strict=True))
+        if not info.tensor_shape.unknown_rank and not fits:
+            raise invalid(f"input {name} has shape {list(array.shape)}, and the signature takes {expected}")
+        rows.add(len(array))
+    if len(rows) > 1:
+        raise invalid("Batching Run() input tensors must have equal 0th-dimension size")
+    return rows.pop() if rows else 0
+
+
+def as_strings(values: Sequence[bytes]) -> np.ndarray:
+    """Bytes as an array that TensorFlow takes for strings; NumPy's own type would cut trailing zeros off."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _check_type(name: str, array: np.ndarray, dtype: tf.DType) -> None:
+    given = tf.string if array.dtype == object else tf.as_dtype(array.dtype)
+    if given != dtype:
+        raise invalid(f"Expects arg[0] to be {dtype.name} but {given.name} is provided (input {name})")
+
+
+def _join(names: set[str]) -> str:
+    return ",".join(sorted(names))

@@ -1,0 +1,52 @@
+"""TF Serving's own list of models (model_server_config.proto), from a file or a request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf import text_format
+from tensorflow_serving.config import model_server_config_pb2
+
+from tl_keras.errors import UserError
+from tl_keras.serving.errors import invalid
+from tl_keras.serving.models import ModelEntry
+
+
+def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[ModelEntry]:
+    """The models of a list.
+
+    Raises:
+        RequestError: it is no list, or an entry has no name or folder.
+    """
+    if config.WhichOneof("config") != "model_config_list":
+        raise invalid(
+            "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is currently "
+            "supported"
+        )
+    entries = []
+    for one in config.model_config_list.config:
+        if not one.name or not one.base_path:
+            raise invalid("a model's config needs name and base_path")
+        policy = one.model_version_policy.WhichOneof("policy_choice")
+        versions = tuple(one.model_version_policy.specific.versions) if policy == "specific" else ()
+        latest = 0 if policy == "all" else one.model_version_policy.latest.num_versions or 1
+        entries.append(ModelEntry(one.name, Path(one.base_path), versions, latest, dict(one.version_labels)))
+    return entries
+
+
+def read_config_file(path: Path) -> list[ModelEntry]:
+    """The models of a file in protobuf's text format.
+
+    Raises:
+        UserError: it can't be read, or is no such list.
+    """
+    config = model_server_config_pb2.ModelServerConfig()
+    try:
+        text_format.Parse(path.read_text(encoding="utf-8"), config)
+    except OSError as error:
+        raise UserError(f"--models_config={path} can't be read: {error.strerror}. Check the path.") from error
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--models_config={path} is no list of models as TF Serving's --model_config_file: {error}. Mend it."
+        ) from error
+    return read_config(config)

@@ -1,0 +1,235 @@
+"""The process: both APIs on one event loop, the disk watched beside it, an end that loses no request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import uvicorn
+from tensorflow_serving.apis import prediction_log_pb2
+
+from tl_keras.classifier import read_labels
+from tl_keras.errors import UserError
+from tl_keras.serving import calls
+from tl_keras.serving import grpc as grpc_api
+from tl_keras.serving.batching import Batcher
+from tl_keras.serving.engines import build_engine
+from tl_keras.serving.errors import RequestError
+from tl_keras.serving.graphs import as_strings
+from tl_keras.serving.metrics import Metrics
+from tl_keras.serving.models import AVAILABLE, ModelEntry, Models, Version
+from tl_keras.serving.rest import build_app
+
+_POLL_SECONDS = 1.0  # as TF Serving's --file_system_poll_wait_seconds
+_DRAIN_SECONDS = 30
+_KEEP_ALIVE_SECONDS = 65  # longer than a load balancer's usual minute
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where the server listens.
+
+    Attributes:
+        host: a name or number.
+        port: of REST; 0: any that is free.
+        grpc_port: of gRPC; 0: any that is free.
+    """
+
+    host: str
+    port: int
+    grpc_port: int
+
+
+def serve(
+    entries: Sequence[ModelEntry],
+    *,
+    roots: Sequence[Path],
+    address: Address,
+    engine: str,
+    precision: str,
+    batch_sizes: Sequence[int],
+    max_queued: int,
+    limits: calls.Limits,
+    read_warmup: Callable[[Path], list[prediction_log_pb2.PredictionLog]],
+    samples: Sequence[bytes],
+    show: Callable[[str], None],
+) -> bool:
+    """Serves until the process is told to end.
+
+    Args:
+        entries: what is served.
+        roots: the folders that models may lie in.
+        address: where to listen.
+        engine: see `build_engine`.
+        precision: see `build_engine`.
+        batch_sizes: that requests are put together to.
+        max_queued: images that may wait for one model.
+        limits: what one request may cost.
+        read_warmup: a version folder's warm-up requests.
+        samples: images on which engines are compared.
+        show: shows a line.
+
+    Returns:
+        Whether the user interrupted it (SIGINT); False after SIGTERM.
+
+    Raises:
+        UserError: a port is taken, or no model can be loaded.
+    """
+
+    def load(name: str, number: int, path: Path) -> calls.Served:
+        del name, number
+        labels = tuple(read_labels(path))
+        graph, description = build_engine(path, labels, engine=engine, precision=precision, samples=samples, show=show)
+        _warm_up(graph, read_warmup(path))
+        return calls.Served(graph, Batcher(graph.run, sizes=batch_sizes, max_queued=max_queued), labels, description)
+
+    def close(served: calls.Served) -> None:
+        served.batcher.close()
+        served.graph.close()
+
+    models = Models(load=load, close=close, roots=roots, show=show)
+    models.configure(entries, check_labels=False)
+    with _listen(address.host, address.port, "port") as listening:
+        models.poll()
+        _check_loaded(models)
+        return asyncio.run(_run(models, listening, address, limits, show))
+
+
+async def _run(
+    models: Models, listening: socket.socket, address: Address, limits: calls.Limits, show: Callable[[str], None]
+) -> bool:
+    metrics = Metrics(functools.partial(_count_queued, models))
+    app = build_app(models, metrics, limits)
+    rest = _Server(
+        uvicorn.Config(
+            app,
+            log_level="critical",
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            server_header=False,
+        )
+    )
+    grpc_server = grpc_api.build_server(models, metrics, limits)
+    grpc_port = _bind_grpc(grpc_server, address)
+    await grpc_server.start()
+    ending: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, _end, ending, number == signal.SIGINT)
+    watching = asyncio.create_task(_watch(models))
+    answering = asyncio.create_task(rest.serve(sockets=[listening]))
+    while not rest.started and not answering.done():
+        await asyncio.sleep(0.01)
+    port = listening.getsockname()[1]
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    for line in _describe(models, f"http://{host}:{port}", f"{host}:{grpc_port}"):
+        show(line)
+    interrupted = await ending
+    show("ending: requests that are under way are answered")
+    watching.cancel()
+    rest.should_exit = True
+    await asyncio.gather(grpc_server.stop(_DRAIN_SECONDS), answering)
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    await asyncio.get_running_loop().run_in_executor(None, models.close)
+    return interrupted
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that leaves the signals to us: gRPC has to end with it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _watch(models: Models) -> None:
+    """Looks at the disk again and again, in a thread: loading takes seconds."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(_POLL_SECONDS)
+        await loop.run_in_executor(None, models.poll)
+
+
+def _end(ending: asyncio.Future[bool], interrupted: bool) -> None:
+    if not ending.done():
+        ending.set_result(interrupted)
+
+
+def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -> None:
+    """Runs a model's own warm-up requests, as TF Serving does before it serves a version."""
+    for log in requests:
+        if log.WhichOneof("log_type") == "predict_log":
+            request = log.predict_log.request
+            inputs = {name: tf.make_ndarray(request.inputs[name]) for name in request.inputs}
+        else:
+            request = log.classify_log.request
+            inputs = {"inputs": as_strings(calls.read_input(request.input))}
+        graph.run(request.model_spec.signature_name, inputs)
+
+
+def _check_loaded(models: Models) -> None:
+    """Raises: UserError: nothing can be served."""
+    versions = [version for name in models.names for version in _list(models, name)]
+    if not any(version.state == AVAILABLE for version in versions):
+        reasons = "; ".join(f"{one.model}/{one.number}: {one.error}" for one in versions) or "no version is there"
+        raise UserError(f"no model can be served: {reasons}. Export it again.")
+
+
+def _list(models: Models, name: str) -> list[Version]:
+    try:
+        return models.find_all(name)
+    except RequestError:
+        return []
+
+
+def _count_queued(models: Models) -> dict[str, int]:
+    return {
+        name: sum(version.served.batcher.queued for version in _list(models, name) if version.served)
+        for name in models.names
+    }
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int, flag: str) -> Iterator[socket.socket]:
+    """A socket that is bound, so that a port that is taken is found out before models are loaded.
+
+    Raises:
+        UserError: it is taken, or may not be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"--{flag}={port} can't be listened on at {host}: {error.strerror}. Give another --{flag}, or --host."
+            ) from error
+        yield listening
+
+
+def _bind_grpc(server: Any, address: Address) -> int:
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    try:
+        return int(server.add_insecure_port(f"{host}:{address.grpc_port}"))
+    except RuntimeError as error:
+        raise UserError(
+            f"--grpc_port={address.grpc_port} can't be listened on at {address.host}: it is taken, or needs rights. "
+            "Give another."
+        ) from error
+
+
+def _describe(models: Models, rest: str, grpc_address: str) -> Iterator[str]:
+    yield f"REST {rest}/v1/models/NAME · gRPC {grpc_address} · page {rest}/"
+    for name in models.names:
+        yield f"try it: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {rest}/v1/models/{name}:predict"
