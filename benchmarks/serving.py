@@ -1,6 +1,7 @@
-"""The local server. Parts: throughput, overhead, hostile, swaps, answers.
+"""The local server. Parts: sizes, throughput, overhead, hostile, swaps, answers.
 
 python -m benchmarks.serving --only=throughput,overhead
+sizes: images a second of the exported graph by batch size and precision.
 throughput: 16 clients, REST and gRPC, ResNet50 and MobileNetV2 (random weights); beside what the cores allow, and
 beside a FastAPI handler that calls the same SavedModel (pip install fastapi); then the times of answers at less load.
 overhead: one client, beside calling the model in the process.
@@ -104,7 +105,7 @@ def measure_network(arguments: Any, name: str, photographs: Path) -> dict[str, A
     for _ in range(arguments.runs):
         with serving(version.parent.parent, f"--classifier={version}") as (rest, grpc, _, log):
             engine = re.search(r"serving \S+: (.*), ready", log.read_text())[1]
-            trunk = measure_trunk(version, engine.split(",")[0])
+            trunk = measure_trunk(version, engine)
             run: dict[str, Any] = {"engine": engine, "trunk": trunk, "decoding": decode}
             for kind, address in (("rest", rest), ("grpc", grpc)):
                 found = load(kind, address, name, photographs, CLIENTS, SECONDS)
@@ -322,7 +323,26 @@ def measure_answers(arguments: Any) -> dict[str, Any]:
     return result
 
 
+def measure_sizes(arguments: Any) -> dict[str, Any]:
+    """Images a second of the exported graph by batch size and precision, as `--deploy` measures them."""
+    from tl_keras.export.warmup import BATCH_SIZES, make_photograph
+    from tl_keras.serving.measure import measure_speed
+
+    result = {}
+    for name in NETWORKS:
+        version = export_random(arguments, name)
+        runs = [measure_speed(version, make_photograph(), batch_sizes=BATCH_SIZES) for _ in range(arguments.runs)]
+        result[name] = {
+            precision: {size: spread([run.images_per_second[precision][size] for run in runs]) for size in BATCH_SIZES}
+            for precision in runs[0].images_per_second
+        }
+        result[name]["bfloat16 pays"] = [run.bfloat16 for run in runs]
+        result[name]["sizes"] = [list(run.batch_sizes) for run in runs]
+    return result
+
+
 PARTS = {
+    "sizes": measure_sizes,
     "throughput": measure_throughput,
     "overhead": measure_overhead,
     "hostile": measure_hostile,

@@ -190,8 +190,8 @@ def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path):
     create(tmp_path / "empty")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert error_of(create, tmp_path / "empty", seed=9) == (
-        f"the run folder {tmp_path}/empty exists already. Give another --run_dir, or --overwrite to replace an earlier "
-        "run."
+        f"the run folder {tmp_path}/empty exists already, of a run that has not ended. Give another --run_dir, "
+        "or --overwrite to replace an earlier run."
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 

@@ -474,7 +474,7 @@ def _as_flag(name: str, value: Any) -> str:
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`Did you mean: a, b? ` for the known names most like `name`, ignoring case; empty where none is."""
     by_lower = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)
     return f"Did you mean: {', '.join(by_lower[word] for word in found)}? " if found else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import errno
 import importlib
@@ -10,6 +9,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -22,6 +22,14 @@ from tl_keras.errors import UserError
 from tl_keras.run import INTERRUPTED
 
 _MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
+_GO_ON = "the embeddings computed so far are kept: run again with --overwrite, and it goes on from there"
+_KEPT = {
+    "finetune": _GO_ON,
+    "extract": _GO_ON,
+    "predict": "no file of predictions was written",
+    "evaluate": "no metrics were written",
+    "export": "no version was exported",
+}
 _REPEAT_SECONDS = 0.05  # until what swallowed it has returned
 _CHATTER = re.compile(
     r"^(WARNING: All log messages before|[IW]\d{4} |To enable the following instructions|.*failed call to cuInit)"
@@ -47,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tl_keras: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tl_keras: interrupted; what was done is kept", file=sys.stderr)
+        print("tl_keras: interrupted before anything was done", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `predict | head` has read enough
         _silence_stdout()
@@ -63,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
     """Python drops a Ctrl-C that comes while a destructor or a callback runs, of which TensorFlow has many."""
     if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(_REPEAT_SECONDS, _thread.interrupt_main).start()
+        again = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(_REPEAT_SECONDS, signal.pthread_kill, again).start()
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -96,7 +105,11 @@ def _run(argv: list[str]) -> int:
         return 0
     with _quiet_tensorflow():
         mode = importlib.import_module(_MODULES[settings.mode])
-    return int(mode.run(settings).exit_status)
+    try:
+        return int(mode.run(settings).exit_status)
+    except KeyboardInterrupt:
+        print(f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}", file=sys.stderr)
+        return INTERRUPTED
 
 
 @contextlib.contextmanager

@@ -179,9 +179,10 @@ class RunFolder:
         folder = Path(path)
         if folder.is_dir() and any(folder.iterdir()):
             if not (overwrite and all((folder / name).is_file() for name in ("config.json", "run.flags"))):
+                begun = (folder / "config.json").is_file() and not (folder / "metrics.json").is_file()
                 raise UserError(
-                    f"the run folder {path} exists already. Give another --run_dir, or --overwrite to replace an "
-                    "earlier run."
+                    f"the run folder {path} exists already{', of a run that has not ended' * begun}. Give another "
+                    "--run_dir, or --overwrite to replace an earlier run."
                 )
             with disk_errors(f"the run folder {path}"):
                 shutil.rmtree(folder)

@@ -34,6 +34,7 @@ _CPU_FLAGS = {
 
 _OPTIONAL = {
     "openvino": "the faster engine on most CPUs: pip install 'tl_keras[openvino]'",
+    "uvicorn": "--mode=serve: pip install 'tl_keras[serving]'",
     "pyarrow": "embeddings as Parquet: pip install 'tl_keras[parquet]'",
 }
 

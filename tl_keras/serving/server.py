@@ -21,7 +21,7 @@ from tl_keras.errors import UserError
 from tl_keras.serving import calls
 from tl_keras.serving import grpc as grpc_api
 from tl_keras.serving.batching import Batcher
-from tl_keras.serving.engines import build_engine
+from tl_keras.serving.engines import Choice, build_engine
 from tl_keras.serving.errors import RequestError
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.metrics import Metrics
@@ -83,13 +83,23 @@ def serve(
     Raises:
         UserError: a port is taken, or no model can be loaded.
     """
+    chosen: dict[str, Choice] = {}
 
     def load(name: str, number: int, path: Path) -> calls.Served:
-        del name, number
+        del number
         labels = tuple(read_labels(path))
-        graph, description = build_engine(path, labels, engine=engine, precision=precision, samples=samples, show=show)
+        # later versions run as the first: while they are loaded, their elder has requests to answer
+        asked_for = Choice(engine, precision)
+        build = functools.partial(build_engine, path, labels, samples=samples, show=show)
+        try:
+            graph, chosen[name] = build(wanted=chosen.get(name, asked_for))
+        except RuntimeError:
+            if chosen.get(name, asked_for) == asked_for:
+                raise
+            graph, chosen[name] = build(wanted=asked_for)
         _warm_up(graph, read_warmup(path))
-        return calls.Served(graph, Batcher(graph.run, sizes=batch_sizes, max_queued=max_queued), labels, description)
+        batcher = Batcher(graph.run, sizes=batch_sizes, max_queued=max_queued)
+        return calls.Served(graph, batcher, labels, str(chosen[name]))
 
     def close(served: calls.Served) -> None:
         served.batcher.close()
