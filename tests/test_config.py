@@ -20,6 +20,7 @@ from tl_keras.config import (
     ProbeConfig,
     ReadConfig,
     RunConfig,
+    ServeConfig,
     TrainingConfig,
     default_store_dir,
     define_flags,
@@ -180,7 +181,7 @@ FULL = Config(
         patience=2,
     ),
     engine=EngineConfig(other("engine"), other("precision"), "/st ore"),
-    run=RunConfig("/r un/=1", other("overwrite"), other("export"), "/mo dels", "na-me", 2**31 - 1),
+    run=RunConfig("/r un/=1", other("overwrite"), other("export"), "/mo dels", "na-me", 2**31 - 1, 7),
 )
 READ_FULL = Config(
     "extract",
@@ -211,6 +212,13 @@ CONFIGS = {
     "predict": Config("predict", read=ReadConfig("runs/x", ("a,b.jpg", "c d/*.png", "café.jpg", "/x"), "o.csv")),
     "evaluate": Config("evaluate", DataConfig(classes=("x",)), read=ReadConfig("saved_models/x/1")),
     "export": Config("export", run=RunConfig(export_dir="m", model_name="x"), read=ReadConfig("runs/x")),
+    "deploy": Config("export", serve=ServeConfig(deploy="/de ploy"), read=ReadConfig("saved_models/x/1")),
+    "serve": Config(
+        "serve",
+        engine=EngineConfig("openvino", "float32"),
+        run=RunConfig(export_dir="m", model_name="x", max_pixels=9),
+        serve=ServeConfig(None, "::1", 1, 2, "/mo dels.config", 3, 4, 5, 6, 7.5),
+    ),
     "doctor": Config("doctor"),
 }
 
@@ -219,9 +227,10 @@ def test_the_fullest_config_differs_from_the_defaults_everywhere():
     for group in ("data", "backbone", "training", "engine", "run"):
         for field in dataclasses.fields(getattr(FULL, group)):
             assert getattr(getattr(FULL, group), field.name) != field.default, field.name
-    for field in dataclasses.fields(ProbeConfig):
-        values = {getattr(settings.probe, field.name) for settings in CONFIGS.values()}
-        assert values > {field.default}, field.name
+    for group, kind in (("probe", ProbeConfig), ("serve", ServeConfig)):
+        for field in dataclasses.fields(kind):
+            values = {getattr(getattr(settings, group), field.name) for settings in CONFIGS.values()}
+            assert values > {field.default}, field.name
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)

@@ -233,13 +233,10 @@ class RunConfig:
     export: bool = _setting(True, "export a SavedModel when the run ends", _MAKE)
     export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", (*_EXPORT, *_SERVE))
     model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", (*_EXPORT, *_SERVE))
-    deploy: str | None = _setting(
-        None, "a folder for what TF Serving is started with: its configs, Compose, Kubernetes, a client", ("export",)
-    )
+    seed: int = _setting(0, "of everything random", _MAKE, minimum=0, maximum=2**31 - 1)
     max_pixels: int = _setting(
         50_000_000, "larger images are invalid to the exported model", (*_EXPORT, *_SERVE), minimum=1
     )
-    seed: int = _setting(0, "of everything random", _MAKE, minimum=0, maximum=2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +252,11 @@ class ReadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """The local server."""
+    """The local server, and what TensorFlow Serving is started with."""
 
+    deploy: str | None = _setting(
+        None, "a folder for what TF Serving is started with: its configs, Compose, Kubernetes, a client", ("export",)
+    )
     host: str = _setting("127.0.0.1", "where to listen; 0.0.0.0: on every network", _SERVE)
     port: int = _setting(8501, "of REST; 0: any that is free", _SERVE, minimum=0, maximum=65535)
     grpc_port: int = _setting(8500, "of gRPC; 0: any that is free", _SERVE, minimum=0, maximum=65535)

@@ -64,6 +64,7 @@ class Parity:
 
 def export(root: Path, *, name: str = "m", precision: str = "float32", lines=None, **changes):
     given = {"classifier": build_classifier(("a", "b")), "samples": IMAGES[:1], "expected": np.ones((1, 2))} | changes
+    given = {"max_pixels": 10**6} | given
     lines = [] if lines is None else lines
     return export_saved_model(
         given.pop("classifier"), export_dir=str(root), name=name, precision=precision, show=lines.append, **given
@@ -74,7 +75,11 @@ def export(root: Path, *, name: str = "m", precision: str = "float32", lines=Non
 def quick(monkeypatch):
     """Exports without a fresh process and without a graph: an empty file in its place."""
     monkeypatch.setattr(saved_model, "ParityProcess", Parity)
-    monkeypatch.setattr(saved_model, "_write", lambda classifier, folder: (folder / "saved_model.pb").write_bytes(b""))
+
+    def write(classifier, folder, **settings) -> None:
+        (folder / "saved_model.pb").write_bytes(b"")
+
+    monkeypatch.setattr(saved_model, "write_version", write)
 
 
 def names(folder: Path) -> list[str]:
@@ -146,6 +151,7 @@ def test_the_signatures_are_those_of_the_contract(which, size, classes, k, dim, 
         "serving_default": ({"image_bytes": ("string", [-1])}, answers),
         "pixels": ({"images": ("float32", [-1, size, size, 3])}, answers),
         "embeddings": ({"image_bytes": ("string", [-1])}, {"embeddings": ("float32", [-1, dim])}),
+        "classify": ({"inputs": ("string", [-1])}, {"classes": ("string", [-1, k]), "scores": ("float32", [-1, k])}),
     }
     assert {one.method_name for one in signatures.values()} == {"tensorflow/serving/predict"}
 
@@ -255,7 +261,8 @@ def test_the_graph_holds_stock_ops_constants_and_nothing_of_python(folder):
 
 
 def test_the_folder_holds_what_tf_serving_reads_and_the_labels(folder):
-    assert names(folder) == ["assets", "fingerprint.pb", "saved_model.pb", "variables"]
+    assert names(folder) == ["assets", "assets.extra", "fingerprint.pb", "saved_model.pb", "variables"]
+    assert names(folder / "assets.extra") == ["tf_serving_warmup_requests", "tl_keras.json"]
     text = (folder / "assets" / "labels.txt").read_bytes().decode("utf-8")
     assert text == "".join(f"{label}\n" for label in LABELS)
     assert folder.stat().st_mode & 0o777 == 0o755  # TF Serving may run as another user
@@ -299,11 +306,11 @@ def fail_with(error: BaseException):
         ("compare", UserError("the exported model can't be loaded. Nothing was exported."), "can't be loaded"),
         ("compare", KeyboardInterrupt(), None),
         (
-            "_write",
+            "write_version",
             OSError(28, "No space left on device"),
             "the disk is full: the model folder {} could not be written.",
         ),
-        ("_write", OSError(None, "a graph of 3 GB"), "the model folder {} can't be written: a graph of 3 GB."),
+        ("write_version", OSError(None, "a graph of 3 GB"), "the model folder {} can't be written: a graph of 3 GB."),
         ("_take_version", PermissionError(13, "Permission denied"), "the model folder {} can't be written: Permission"),
     ],
 )
@@ -508,3 +515,26 @@ def test_a_version_with_other_labels_than_the_one_before_is_said(tmp_path, monke
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert warnings[0].startswith("warning: version 2 of m has other labels, and TF Serving takes the newest version;")
+
+
+def test_images_above_the_limit_of_pixels_are_not_compared_but_said(tmp_path, monkeypatch):
+    compared = []
+
+    def compare(folder):
+        compared.append(folder)
+        return AGREED
+
+    monkeypatch.setattr(saved_model, "ParityProcess", lambda: Parity(compare))
+    small, large = (encode_png(side) for side in (4, 30))
+    lines = []
+    given = {"samples": [small, large, small], "expected": np.ones((3, 2)), "max_pixels": 100}
+    export(tmp_path, lines=lines, **given)
+    assert "warning: 1 of 3 images that were evaluated have more than --max_pixels=100 pixels" in lines[0]
+    assert len(compared) == 1
+    text = error_of(export, tmp_path, **given | {"max_pixels": 3})
+    assert text.startswith("the images that were evaluated have more than --max_pixels=3 pixels")
+    assert names(tmp_path / "m") == ["1"]
+
+
+def encode_png(side: int) -> bytes:
+    return bytes(tf.io.encode_png(np.zeros((side, side, 3), np.uint8)).numpy())

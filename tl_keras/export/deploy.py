@@ -18,7 +18,7 @@ from tl_keras.run import write_atomically
 TFSERVING_VERSION = "2.20.0"  # the newest in TF Serving's RELEASE.md of July 2026
 _QUEUE_SECONDS = 2.0  # of work may wait: clients would rather be refused than wait longer
 _LONGEST_WAIT_MICROS = 10_000
-_MEMORY_FACTOR = 4  # the graph as read, as kept, as rewritten, and what its constants are packed into
+_MEMORY_FACTOR = 24  # of the version folder: four signatures, each with its constants packed anew (ResNet50: 2.5 GB)
 _MEMORY_BASE_MIB = 1024
 _POLL_SECONDS = 60
 _TEMPLATES = ("Dockerfile", "compose.yaml", "kubernetes.yaml", "kserve.yaml", "client.py", "README.md")

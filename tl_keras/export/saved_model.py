@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tl_keras.classifier import Classifier, Servable, write_decoding
+from tl_keras.data.images import explain_broken
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
 from tl_keras.export.warmup import write_warmup
@@ -82,6 +83,8 @@ def export_saved_model(
     Raises:
         UserError: the folder can't be written, or what was written answers otherwise than what was evaluated.
     """
+    small = _find_small(classifier, samples, max_pixels, show)
+    samples, expected = [samples[number] for number in small], expected[small]
     own = contextlib.nullcontext(parity) if parity else ParityProcess()
     with own as parity, disk_errors(f"the model folder {export_dir}"):
         parent = Path(export_dir) / (name or name_model(classifier.name))
@@ -101,6 +104,29 @@ def export_saved_model(
             return Exported(_take_version(unfinished, parent), agreement)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _find_small(
+    classifier: Classifier, samples: Sequence[bytes], max_pixels: int, show: Callable[[str], None]
+) -> list[int]:
+    """Which of the samples the model will take.
+
+    Raises:
+        UserError: none of them.
+    """
+    decoding = {"image_size": classifier.image_size, "resize": classifier.resize, "max_pixels": max_pixels}
+    small = [number for number, sample in enumerate(samples) if not explain_broken(sample, **decoding)]
+    if samples and not small:
+        raise UserError(
+            f"the images that were evaluated have more than --max_pixels={max_pixels} pixels, which the exported model "
+            "would refuse. Nothing was exported. Give a larger --max_pixels."
+        )
+    if len(small) < len(samples):
+        show(
+            f"warning: {len(samples) - len(small)} of {len(samples)} images that were evaluated have more than "
+            f"--max_pixels={max_pixels} pixels; the exported model finds such images invalid"
+        )
+    return small
 
 
 def check_agreement(agreement: Agreement, precision: str, *, has_votes: bool = False) -> None:

@@ -22,7 +22,7 @@ def run(config: Config) -> Result:
     """
     screen, path, metrics = Screen(), Path(str(config.read.classifier)), dict[str, Any]()
     if is_exported(path):
-        if not config.run.deploy:
+        if not config.serve.deploy:
             raise UserError(f"{path} is exported already. Give a run folder, or --deploy=DIR.")
         exported_path = path.resolve()
         if not exported_path.name.isdecimal():
@@ -43,17 +43,17 @@ def run(config: Config) -> Result:
         )
         exported_path, metrics = exported.path, {"export": exported.as_dict()}
         screen.line(f"try it: {describe_request(exported_path)}")
-    if config.run.deploy:
+    if config.serve.deploy:
         screen.line("deploy: timing the model in each batch size")
         speed = measure_speed(exported_path, make_photograph(), batch_sizes=BATCH_SIZES)
         files = write_deployment(
-            Path(config.run.deploy),
+            Path(config.serve.deploy),
             exported_path,
             batch_sizes=speed.batch_sizes,
             images_per_second=speed.images_per_second,
             bfloat16=speed.bfloat16,
             cores=speed.cores,
         )
-        screen.line(f"deploy: {config.run.deploy}: {', '.join(files)}")
+        screen.line(f"deploy: {config.serve.deploy}: {', '.join(files)}")
     screen.line(f"exported · {exported_path}")
     return Result(run_dir=path, exported=exported_path, metrics=metrics)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tl_keras.serving.errors import RequestError
 
-_WORKERS = 2  # one batch is decoded while the network runs another
+WORKERS = 2  # one batch is decoded while the network runs another
 _WORTH_PADDING = 0.75  # so full, a batch is filled up with empty rows; else the next smaller size is taken
 
 Arrays = dict[str, np.ndarray]
@@ -51,7 +51,7 @@ class Batcher:
         self._run, self._sizes, self._max_queued = run, sorted(sizes), max_queued
         self._waiting: dict[str, collections.deque[_Task]] = {}
         self._queued = self._busy = 0
-        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="batch")
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="batch")
 
     @property
     def queued(self) -> int:
@@ -107,7 +107,7 @@ class Batcher:
 
     def _dispatch(self) -> None:
         """Gives free threads what waits; the signature whose first request has waited longest comes first."""
-        while self._busy < _WORKERS and (name := self._next_signature()):
+        while self._busy < WORKERS and (name := self._next_signature()):
             tasks = self._take(self._waiting[name])
             if not tasks:
                 continue
