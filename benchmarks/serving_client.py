@@ -29,16 +29,14 @@ def main() -> None:
 
 def run(make: Callable, clients: int, seconds: float, rate: float, count: int) -> dict:
     times, errors, due = list[float](), list[str](), queue.Queue[float]()
-    start = time.perf_counter() + 1.0
-    stop = start + seconds
-    if rate:
-        for number in range(int(rate * seconds)):
-            due.put(start + number / rate)
+    ready, begin = threading.Barrier(clients + 1), threading.Event()
+    start = stop = 0.0
 
     def work(number: int) -> None:
         ask = make()
         ask(number % count)  # opens the connection
-        time.sleep(max(0.0, start - time.perf_counter()))
+        ready.wait()
+        begin.wait()
         while True:
             try:
                 began = due.get_nowait() if rate else time.perf_counter()
@@ -57,8 +55,13 @@ def run(make: Callable, clients: int, seconds: float, rate: float, count: int) -
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    time.sleep(max(0.0, start - time.perf_counter()))
+    ready.wait()
+    start = time.perf_counter()
+    stop = start + seconds
+    for number in range(int(rate * seconds)):
+        due.put(start + number / rate)
     used = cpu_seconds()
+    begin.set()
     for thread in threads:
         thread.join()
     took = time.perf_counter() - start

@@ -277,6 +277,24 @@ def test_a_chunked_body_is_bounded_too(server, model):
     assert answer.startswith(b"HTTP/1.1 413")
 
 
+def test_headers_are_bounded(server):
+    host, _, port = server.rest.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+        headers = b"".join(f"x-{number}: {'y' * 10000}\r\n".encode() for number in range(1000))
+        with pytest.raises(ConnectionError):  # it hangs up
+            connection.sendall(headers)
+    assert server.ask("/healthz")[0] == 200
+
+
+def test_names_that_clients_invent_are_counted_as_one(server):
+    for number in range(3):
+        assert server.ask(f"/v1/models/invented-{number}:predict", {"instances": ["x"]})[0] == 404
+    text = server.ask("/monitoring/prometheus/metrics")[1]
+    assert "invented" not in text
+    assert ':tensorflow:serving:request_count{model_name="unknown",status="NOT_FOUND"}' in text
+
+
 def test_cors(server, model):
     request = urllib.request.Request(f"{server.rest}/v1/models/{model}:predict", method="OPTIONS")
     with urllib.request.urlopen(request) as response:

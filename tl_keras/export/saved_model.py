@@ -114,7 +114,11 @@ def _find_small(
     Raises:
         UserError: none of them.
     """
-    decoding = {"image_size": classifier.image_size, "resize": classifier.resize, "max_pixels": max_pixels}
+    decoding: dict[str, Any] = {
+        "image_size": classifier.image_size,
+        "resize": classifier.resize,
+        "max_pixels": max_pixels,
+    }
     small = [number for number, sample in enumerate(samples) if not explain_broken(sample, **decoding)]
     if samples and not small:
         raise UserError(

@@ -16,6 +16,7 @@ _COUNT, _LATENCY, _QUEUE = (
     ":tensorflow:serving:request_latency",
     ":tl_keras:serving:queued_rows",
 )
+_UNKNOWN = "unknown"
 _BUCKETS = tuple(10 * 1.8**power for power in range(33))  # microseconds, as TF Serving's (servables/tensorflow/util.cc)
 
 
@@ -23,7 +24,7 @@ class Metrics:
     """Counts requests and how long they took; threads may share it."""
 
     def __init__(self, count_queued: Callable[[], dict[str, int]]) -> None:
-        """Args: count_queued: model → rows that wait."""
+        """Args: count_queued: model → rows that wait; its models are those that are served."""
         self._count_queued = count_queued
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], int] = {}
@@ -42,6 +43,8 @@ class Metrics:
             status: gRPC's code, `OK` where it was answered.
             seconds: it took.
         """
+        if model not in self._count_queued():  # what clients invent must not fill the memory
+            model = _UNKNOWN
         key = (model, api, entrypoint)
         with self._lock:
             self._counts[model, status] = self._counts.get((model, status), 0) + 1

@@ -26,6 +26,7 @@ from tl_keras.serving.errors import RequestError
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.metrics import Metrics
 from tl_keras.serving.models import AVAILABLE, ModelEntry, Models, Version
+from tl_keras.serving.protocol import BoundedProtocol
 from tl_keras.serving.rest import build_app
 
 _POLL_SECONDS = 1.0  # as TF Serving's --file_system_poll_wait_seconds
@@ -121,6 +122,8 @@ async def _run(
     rest = _Server(
         uvicorn.Config(
             app,
+            http=BoundedProtocol,
+            ws="none",
             log_level="critical",
             access_log=False,
             lifespan="off",
@@ -203,10 +206,8 @@ def _list(models: Models, name: str) -> list[Version]:
 
 
 def _count_queued(models: Models) -> dict[str, int]:
-    return {
-        name: sum(version.served.batcher.queued for version in _list(models, name) if version.served)
-        for name in models.names
-    }
+    loaded = {name: [version.served for version in _list(models, name)] for name in models.names}
+    return {name: sum(served.batcher.queued for served in found if served) for name, found in loaded.items()}
 
 
 @contextlib.contextmanager
