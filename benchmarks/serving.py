@@ -150,12 +150,12 @@ def measure_decoding(photographs: Path) -> float:
     def read(positions: Any) -> Iterator[tuple[int, bytes]]:
         return ((int(position), contents[position]) for position in positions)
 
-    speeds = []
+    positions, speeds = np.tile(np.arange(len(contents)), 8), []  # the pipeline's own start must not count
     for _ in range(4):
         start = time.perf_counter()
-        for _ in make_images(read, np.arange(len(contents)), image_size=224, resize="crop", batch_size=32):
+        for _ in make_images(read, positions, image_size=224, resize="crop", batch_size=32):
             pass
-        speeds.append(len(contents) / (time.perf_counter() - start))
+        speeds.append(len(positions) / (time.perf_counter() - start))
     return statistics.median(speeds[1:])
 
 

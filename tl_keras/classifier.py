@@ -145,8 +145,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         @tf.function(input_signature=(examples,), autograph=False)
         def serve_examples(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-            features = {EXAMPLE_FEATURE: tf.io.FixedLenFeature((), tf.string, default_value="")}
-            answer = self._classify(tf.io.parse_example(inputs, features)[EXAMPLE_FEATURE])
+            answer = self._classify(inputs, read=_read_example)
             return {"classes": answer["labels"], "scores": answer["scores"]}
 
         return {
@@ -156,14 +155,14 @@ class Servable(tf.Module):  # type: ignore[misc]
             "classify": serve_examples,
         }
 
-    def _decode(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _decode(self, image_bytes: tf.Tensor, read: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         decoded: tuple[tf.Tensor, tf.Tensor] = decode_batch(
-            image_bytes, image_size=self._image_size, resize=self._resize, max_pixels=self._max_pixels
+            image_bytes, image_size=self._image_size, resize=self._resize, max_pixels=self._max_pixels, read=read
         )
         return decoded
 
-    def _classify(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        images, valid = self._decode(image_bytes)
+    def _classify(self, image_bytes: tf.Tensor, read: Any = None) -> dict[str, tf.Tensor]:
+        images, valid = self._decode(image_bytes, read)
         return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
 
     def _run(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -185,6 +184,12 @@ class Servable(tf.Module):  # type: ignore[misc]
             "class_ids": tf.where(valid[:, tf.newaxis], tf.cast(class_ids, tf.int64), tf.constant(-1, tf.int64)),
             "valid": valid,
         }
+
+
+def _read_example(serialized: tf.Tensor) -> tf.Tensor:
+    """The image in a serialized `tf.train.Example`; empty where it has none."""
+    features = {EXAMPLE_FEATURE: tf.io.FixedLenFeature((), tf.string, default_value="")}
+    return tf.io.parse_single_example(serialized, features)[EXAMPLE_FEATURE]
 
 
 class LoadedClassifier:

@@ -263,11 +263,15 @@ class ServeConfig:
     models_config: str | None = _setting(
         None, "a list of models as TF Serving's --model_config_file, with version policies and labels", _SERVE
     )
-    max_batch_size: int = _setting(32, "images that requests are put together to", _SERVE, minimum=1, maximum=32)
+    max_batch_size: int = _setting(
+        32, "images that requests are put together to: 1, 2, 4, 8, 16 or 32", _SERVE, minimum=1, maximum=32
+    )
     max_queued_images: int = _setting(1024, "that may wait for one model; above: 429", _SERVE, minimum=1)
-    max_request_bytes: int = _setting(64 << 20, "of a request's body; above: 413", _SERVE, minimum=1)
+    max_request_bytes: int = _setting(64 << 20, "of a request's body; above: 413", _SERVE, minimum=1, maximum=2**31 - 1)
     max_request_images: int = _setting(256, "in one request; above: 400", _SERVE, minimum=1)
-    request_timeout_seconds: float = _setting(30.0, "until a request is answered; above: 504", _SERVE, minimum=0.001)
+    request_timeout_seconds: float = _setting(
+        30.0, "until a request is answered; above: 504", _SERVE, minimum=0.001, maximum=3600
+    )
 
 
 _GROUPS: dict[str, type[Any]] = {
@@ -528,16 +532,31 @@ def _check_together(config: Config) -> None:
         )
     if config.mode == "predict" and not config.read.images:
         raise UserError("--images is missing. Give files, folders or globs, comma-separated: --images=photo.jpg.")
-    if config.serve.models_config and config.read.classifier:
-        raise UserError("--models_config lists what is served: leave --classifier out with it.")
-    if config.mode == "serve" and config.engine.precision == "float16":
-        raise UserError("--precision=float16 is the trunk's on a GPU. Use --precision=auto, float32 or bfloat16.")
+    _check_serve(config)
     if config.run.model_name and not re.fullmatch(MODEL_NAME, config.run.model_name):
         raise UserError(
             f"--model_name={config.run.model_name} is not a name that TF Serving's addresses can hold. Allowed: "
             "letters a to z, digits, '_', '-' and '.', but not '.' at the start."
         )
     _check_overwrite(config)
+
+
+def _check_serve(config: Config) -> None:
+    serve = config.serve
+    if serve.models_config and config.read.classifier:
+        raise UserError("--models_config lists what is served: leave --classifier out with it.")
+    if config.mode == "serve" and config.engine.precision == "float16":
+        raise UserError("--precision=float16 is the trunk's on a GPU. Use --precision=auto, float32 or bfloat16.")
+    if serve.max_batch_size & (serve.max_batch_size - 1):
+        raise UserError(
+            f"--max_batch_size={serve.max_batch_size} is no size that models are warmed up for. Allowed: 1, 2, 4, 8, "
+            "16, 32."
+        )
+    if serve.max_queued_images < serve.max_request_images:
+        raise UserError(
+            f"--max_queued_images={serve.max_queued_images} is less than --max_request_images="
+            f"{serve.max_request_images}: such a request could never wait. Give more, or fewer images a request."
+        )
 
 
 def _check_probe(config: Config) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tl_keras.errors import UserError
 from tl_keras.serving.errors import RequestError
-from tl_keras.serving.models import AVAILABLE, END, ModelEntry, Models, find_models
+from tl_keras.serving.models import AVAILABLE, END, ModelEntry, Models, Version, find_models
 
 
 class Disk:
@@ -19,7 +19,9 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root, self.closed, self.shown = root, list[str](), list[str]()
-        self.models = Models(load=self.load, close=self.closed.append, roots=[root], show=self.shown.append)
+        self.models = Models(
+            load=self.load, close=self.closed.append, roots=[root], drain_seconds=10, show=self.shown.append
+        )
 
     def write(self, name: str, content: str = "good") -> Path:
         path = self.root / name
@@ -37,6 +39,11 @@ class Disk:
         self.models.configure(entries or [ModelEntry("m", self.root / "m")])
         self.models.poll()
 
+    def find(self, name: str, **choice: object) -> Version:
+        with self.models.use(name, **choice) as (version, served):
+            assert served == f"{name}/{version.number}"
+            return version
+
     def states(self, name: str = "m") -> dict[int, str]:
         return {one.number: one.state for one in self.models.find_all(name)}
 
@@ -50,7 +57,7 @@ def test_the_latest_version_is_served(disk):
     for number in (1, 2, 10):
         disk.write(f"m/{number}")
     disk.serve()
-    assert disk.models.find("m").number == 10
+    assert disk.find("m").number == 10
     assert disk.states() == {10: AVAILABLE}
 
 
@@ -68,7 +75,7 @@ def test_a_new_version_takes_over_and_the_old_one_goes(disk):
     disk.serve()
     disk.write("m/2")
     disk.models.poll()
-    assert disk.models.find("m").number == 2
+    assert disk.find("m").number == 2
     assert disk.states() == {2: AVAILABLE, 1: END}
     assert disk.closed == ["m/1"]
 
@@ -78,7 +85,7 @@ def test_a_broken_version_is_reported_and_the_old_one_goes_on(disk):
     disk.serve()
     disk.write("m/2", "broken")
     disk.models.poll()
-    assert disk.models.find("m").number == 1
+    assert disk.find("m").number == 1
     broken, good = disk.models.find_all("m")
     assert (broken.state, broken.error, good.state) == (END, "broken", AVAILABLE)
     assert "m/2 can't be loaded: broken" in disk.shown
@@ -88,7 +95,7 @@ def test_a_broken_version_is_reported_and_the_old_one_goes_on(disk):
     time.sleep(0.02)
     disk.write("m/2")
     disk.models.poll()  # until it is written anew
-    assert disk.models.find("m").number == 2
+    assert disk.find("m").number == 2
 
 
 def test_a_removed_version_is_unloaded(disk):
@@ -101,17 +108,60 @@ def test_a_removed_version_is_unloaded(disk):
     shutil.rmtree(disk.root / "m")
     disk.models.poll()
     with pytest.raises(RequestError, match=r"Servable not found for request: Latest\(m\)"):
-        disk.models.find("m")
+        disk.find("m")
+
+
+def test_rolling_back_loads_the_old_version_again(disk):
+    disk.write("m/1")
+    disk.serve()
+    disk.write("m/2")
+    disk.models.poll()
+    shutil.rmtree(disk.root / "m" / "2")
+    disk.models.poll()
+    assert disk.states() == {2: END, 1: AVAILABLE}
+    assert disk.find("m").number == 1
+
+
+def test_the_same_number_in_another_folder_replaces_the_first(disk):
+    disk.write("m/1")
+    disk.write("n/1")
+    disk.serve()
+    disk.serve(ModelEntry("m", disk.root / "n"))
+    assert disk.find("m").path == disk.root / "n" / "1"
+    assert disk.closed == ["m/1"]
+
+
+def test_a_version_that_is_a_link_out_of_the_folder_is_not_served(disk, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "saved_model.pb").write_text("good")
+    disk.write("m/1")
+    (disk.root / "m" / "2").symlink_to(elsewhere)
+    disk.serve()
+    assert disk.states() == {2: END}  # and 1 is not the latest
+    assert "outside of what may be served" in disk.models.find_all("m")[0].error
+
+
+def test_a_disk_that_does_not_answer_changes_nothing(disk, monkeypatch):
+    disk.write("m/1")
+    disk.serve()
+
+    def fail(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", fail)
+    disk.models.poll()
+    assert disk.states() == {1: AVAILABLE}
+    assert disk.shown[-1] == "m: its folder can't be looked at: Permission denied"
 
 
 def test_requests_under_way_finish_on_the_old_version(disk):
     disk.write("m/1")
     disk.serve()
     disk.write("m/2")
-    version, entered, leave = disk.models.find("m"), threading.Event(), threading.Event()
+    entered, leave = threading.Event(), threading.Event()
 
     def request() -> None:
-        with version.in_use() as served:
+        with disk.models.use("m") as (_, served):
             entered.set()
             leave.wait(10)
             assert served == "m/1"
@@ -123,7 +173,7 @@ def test_requests_under_way_finish_on_the_old_version(disk):
     entered.wait(10)
     polling.start()
     time.sleep(0.1)
-    assert disk.models.find("m").number == 2  # new requests go to the new one already
+    assert disk.find("m").number == 2  # new requests go to the new one already
     assert disk.closed == []
     leave.set()
     asking.join()
@@ -138,11 +188,11 @@ def test_policies_and_labels(disk):
     assert disk.states() == {3: AVAILABLE, 2: AVAILABLE}
     assert set(disk.states("all")) == {1, 2, 3}
     disk.serve(ModelEntry("m", disk.root / "m", versions=(2, 3), labels={"stable": 2, "canary": 3}))
-    assert disk.models.find("m", label="stable").number == 2
-    assert disk.models.find("m", label="canary").number == 3
+    assert disk.find("m", label="stable").number == 2
+    assert disk.find("m", label="canary").number == 3
     assert disk.states("all") == {1: END, 2: END, 3: END}
     with pytest.raises(RequestError, match="Unrecognized servable version label: x"):
-        disk.models.find("m", label="x")
+        disk.find("m", label="x")
 
 
 def test_a_label_may_not_point_at_what_is_not_there(disk):
@@ -150,7 +200,7 @@ def test_a_label_may_not_point_at_what_is_not_there(disk):
     disk.serve()
     with pytest.raises(RequestError, match="not currently available for inference"):
         disk.models.configure([ModelEntry("m", disk.root / "m", labels={"canary": 2})])
-    assert disk.models.find("m").number == 1
+    assert disk.find("m").number == 1
 
 
 def test_a_list_that_is_refused_changes_nothing(disk, tmp_path_factory):

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 EXIF_SEARCH_BYTES = 1 << 18  # orientation behind more than 256 KiB of other metadata is not looked for
 _MOST_BLOCKS = 1000  # of metadata before EXIF or a GIF's first frame: a file of tiny blocks must not cost seconds
+_SCANS = 32  # of a JPEG that count as one
 _GIF_WINDOW = 1 << 14  # bytes looked at at once
 _GIF_STEPS = 13  # doublings: the smallest sub-block has two bytes
 _PADDING = b"\0" * 64  # so that reading a header never runs over the end of a short file
@@ -61,7 +62,10 @@ def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
 
     def of_jpeg(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         del head
-        return _area(*tf.unstack(tf.io.extract_jpeg_shape(image_bytes)[:2]))
+        # each scan of a progressive JPEG goes over all of the picture again; cameras and editors make ten or so
+        scans = tf.size(tf.strings.split(image_bytes, b"\xff\xda")) - 1
+        area = _area(*tf.unstack(tf.io.extract_jpeg_shape(image_bytes)[:2]))
+        return area * (1 + tf.cast(scans // _SCANS, tf.int64))
 
     def of_gif(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         del head
@@ -145,17 +149,23 @@ def run_one(
 
 def _count_other_pixels(header: tf.Tensor) -> tf.Tensor:
     """PNG, BMP and WebP; the header's first 32 bytes, int32."""
-    is_png, is_bmp, is_webp = _equals(header[:4], b"\x89PNG"), _equals(header[:2], b"BM"), _is_webp(header)
+    # the first chunk must be the one that tells the size: libpng looks for it further on, too
+    is_png = _equals(header[:8], b"\x89PNG\r\n\x1a\n") & _equals(header[12:16], b"IHDR")
+    is_bmp, is_webp = _equals(header[:2], b"BM"), _is_webp(header)
     png = _area(_big_endian(header[16:20]), _big_endian(header[20:24]))
     bmp = _area(_little_endian(header[18:22]), _little_endian(header[22:26]))
     extended = _area(_little_endian(header[24:27]) + 1, _little_endian(header[27:30]) + 1)
     bits = _little_endian(header[21:25])
     lossless = _area((bits & 0x3FFF) + 1, (bits // 0x4000 & 0x3FFF) + 1)
     lossy = _area(_little_endian(header[26:28]) & 0x3FFF, _little_endian(header[28:30]) & 0x3FFF)
-    webp = tf.where(
-        _equals(header[12:16], b"VP8X"), extended, tf.where(_equals(header[12:16], b"VP8L"), lossless, lossy)
-    )
-    return tf.where(is_png, png, tf.where(is_bmp, bmp, tf.where(is_webp, webp, tf.int64.max)))
+    is_extended = is_webp & _equals(header[12:16], b"VP8X")
+    is_lossless = is_webp & _equals(header[12:16], b"VP8L") & (header[20] == 0x2F)
+    is_lossy = is_webp & _equals(header[12:16], b"VP8 ") & _equals(header[23:26], b"\x9d\x01\x2a")
+    kinds = ((is_png, png), (is_bmp, bmp), (is_extended, extended), (is_lossless, lossless), (is_lossy, lossy))
+    found = tf.constant(0, tf.int64)
+    for is_kind, area in kinds:
+        found = tf.where(is_kind, area, found)
+    return tf.where(found > 0, found, tf.int64.max)
 
 
 def _area(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:

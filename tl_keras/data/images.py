@@ -29,6 +29,7 @@ _JPEG_RATIOS = (1, 2, 4, 8)  # libjpeg's own scales (libjpeg.txt, "DCT scaling")
 _TOO_LARGE = "image with too many pixels:"
 _READ_CHUNK = 64
 _DECODERS = 16  # images decoded at once, or as many as there are threads
+_WIDE = 4  # times as wide as high
 _ENLARGED_AT_MOST = 4  # sides of the target: beyond that most of what is enlarged would be cropped away
 
 
@@ -77,7 +78,12 @@ def _compile_decoder(image_size: int, resize: str, max_pixels: int | None) -> Ca
 
 @tf.autograph.experimental.do_not_convert
 def decode_batch(
-    image_bytes: tf.Tensor, *, image_size: int, resize: str, max_pixels: int | None = None
+    image_bytes: tf.Tensor,
+    *,
+    image_size: int,
+    resize: str,
+    max_pixels: int | None = None,
+    read: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes a batch inside a graph; a broken image leaves its neighbours alone.
 
@@ -89,6 +95,7 @@ def decode_batch(
         image_size: see `decode`.
         resize: see `decode`.
         max_pixels: see `decode`.
+        read: scalar string → an image's bytes, where `image_bytes` holds something else that may be broken as well.
 
     Returns:
         Images, uint8 `(n, image_size, image_size, 3)`, black where broken; and which are valid, bool `(n,)`.
@@ -97,6 +104,7 @@ def decode_batch(
     shape = (image_size, image_size, 3)
 
     def decode_one(index: tf.Tensor, one: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        one = one if read is None else read(one)
         return index, decode(one, image_size=image_size, resize=resize, max_pixels=max_pixels)
 
     def decode_all(decoders: int | None) -> tuple[tf.Tensor, tf.Tensor]:
@@ -263,31 +271,40 @@ def _resize(pixels: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
 
     Sides and middle are rounded as torchvision's `Resize` and `CenterCrop` round them, to the pixel.
     """
-    sides = tf.shape(pixels)[:2]
+    sides = tf.shape(pixels, out_type=tf.int64)[:2]
     if resize == "squash":
-        scaled = tf.fill([2], image_size)
+        scaled = tf.fill([2], tf.constant(image_size, tf.int64))
     elif resize == "pad":
         exact = tf.cast(sides, tf.float64) * image_size / tf.cast(tf.reduce_max(sides), tf.float64)
-        scaled = tf.maximum(tf.cast(tf.round(exact), tf.int32), 1)
+        scaled = tf.maximum(tf.cast(tf.round(exact), tf.int64), 1)
     else:
-        scaled = tf.cast(tf.cast(sides, tf.int64) * image_size // tf.cast(tf.reduce_min(sides), tf.int64), tf.int32)
+        scaled = sides * image_size // tf.reduce_min(sides)
     offset = tf.round(tf.cast(image_size - scaled, tf.float32) / 2)
+    scale = tf.cast(scaled / sides, tf.float32)
 
-    def filter_and_crop() -> tf.Tensor:
+    def filter_and_crop(pixels: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
         return tf.raw_ops.ScaleAndTranslate(
             images=pixels[tf.newaxis],
             size=(image_size, image_size),
-            scale=tf.cast(scaled / sides, tf.float32),
+            scale=scale,
             translation=offset,
             kernel_type="triangle",
             antialias=True,
         )[0]
 
+    def filter_lying_down() -> tf.Tensor:
+        turned = filter_and_crop(tf.transpose(pixels, (1, 0, 2)), scale[::-1], offset[::-1])
+        return tf.transpose(turned, (1, 0, 2))
+
+    def shrink() -> tf.Tensor:
+        # the op brings the height to size first, and keeps all of the width in float32: of a picture a million pixels
+        # wide gigabytes
+        return tf.cond(sides[1] > _WIDE * sides[0], filter_lying_down, lambda: filter_and_crop(pixels, scale, offset))
+
     # enlarged, there is nothing to filter: the same pixels from an op that takes a third of the time
     is_enlarged = tf.reduce_all(scaled >= sides) & (tf.reduce_max(scaled) <= _ENLARGED_AT_MOST * image_size)
-    resized = tf.cond(
-        is_enlarged, lambda: _enlarge(pixels, scaled, tf.cast(offset, tf.int32), image_size), filter_and_crop
-    )
+    to_enlarge = tf.cast(tf.minimum(scaled, _ENLARGED_AT_MOST * image_size), tf.int32)
+    resized = tf.cond(is_enlarged, lambda: _enlarge(pixels, to_enlarge, tf.cast(offset, tf.int32), image_size), shrink)
     # a triangle filter never leaves 0 to 255, so that adding a half and cutting off rounds
     return tf.ensure_shape(tf.cast(resized + 0.5, tf.uint8), (image_size, image_size, 3))
 

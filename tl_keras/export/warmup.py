@@ -56,12 +56,17 @@ def read_warmup(folder: Path) -> list[prediction_log_pb2.PredictionLog]:
     return [prediction_log_pb2.PredictionLog.FromString(record) for record in records]
 
 
-def make_photograph() -> bytes:
-    """A JPEG of a photograph's size that shows nothing of the user's: smooth shades with a little noise."""
+def make_photograph(seed: int = 0) -> bytes:
+    """A JPEG of a photograph's size that shows nothing of the user's: smooth shades with a little noise.
+
+    Args:
+        seed: another gives other colours.
+    """
     height, width = _PHOTOGRAPH
     shades = np.linspace(60, 190, height)[:, None, None] + np.linspace(-40, 40, width)[None, :, None]
-    noise = np.random.default_rng(0).normal(0, 8, (height, width, 3))
-    return bytes(tf.io.encode_jpeg(np.clip(shades + noise, 0, 255).astype(np.uint8), quality=85).numpy())
+    generator = np.random.default_rng(seed)
+    colour, noise = generator.uniform(-50, 50, 3), generator.normal(0, 8, (height, width, 3))
+    return bytes(tf.io.encode_jpeg(np.clip(shades + colour + noise, 0, 255).astype(np.uint8), quality=85).numpy())
 
 
 def _make_requests(name: str, photograph: bytes, image_size: int, size: int) -> list[prediction_log_pb2.PredictionLog]:

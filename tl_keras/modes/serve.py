@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tl_keras.classifier import find_folder, is_exported, load_samples, load_trained
 from tl_keras.config import Config
@@ -16,7 +19,7 @@ from tl_keras.run import INTERRUPTED, Result, Screen
 
 try:
     from tl_keras.serving.calls import Limits
-    from tl_keras.serving.models import ModelEntry, find_models
+    from tl_keras.serving.models import ModelEntry, find_models, list_versions
     from tl_keras.serving.reload import read_config_file
     from tl_keras.serving.server import Address, serve
 except ImportError as missing:
@@ -26,9 +29,14 @@ except ImportError as missing:
     ) from missing
 
 
+_SAMPLES = 4
+_REQUESTS_IN_FLIGHT = 16  # of the largest size allowed: what all clients together may hold
+
+
 def run(config: Config) -> Result:
     """Serves models until the process is told to end: Ctrl-C, or SIGTERM."""
     screen, settings = Screen(), config.serve
+    signal.signal(signal.SIGTERM, _end)  # while models are loaded; then the server has its own
     with _find(config, screen) as (entries, roots, samples):
         interrupted = serve(
             entries,
@@ -38,7 +46,12 @@ def run(config: Config) -> Result:
             precision=config.engine.precision,
             batch_sizes=[size for size in BATCH_SIZES if size <= settings.max_batch_size],
             max_queued=settings.max_queued_images,
-            limits=Limits(settings.max_request_bytes, settings.max_request_images, settings.request_timeout_seconds),
+            limits=Limits(
+                request_bytes=settings.max_request_bytes,
+                images=settings.max_request_images,
+                seconds=settings.request_timeout_seconds,
+                bytes_in_flight=_REQUESTS_IN_FLIGHT * settings.max_request_bytes,
+            ),
             read_warmup=read_warmup,
             samples=samples,
             show=screen.line,
@@ -46,19 +59,31 @@ def run(config: Config) -> Result:
     return Result(exit_status=INTERRUPTED if interrupted else 0)
 
 
+def _end(number: int, _: Any) -> NoReturn:
+    """Ends as Python ends, so that what was written for as long goes."""
+    del number
+    sys.exit(0)
+
+
 @contextlib.contextmanager
 def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry], list[Path], list[bytes]]]:
     """What is served, the folders that it may lie in, and images to compare engines on."""
-    export_dir, samples = Path(config.run.export_dir), [make_photograph()]
+    export_dir, samples = Path(config.run.export_dir), [make_photograph(seed) for seed in range(_SAMPLES)]
     if config.serve.models_config:
         entries = read_config_file(Path(config.serve.models_config))
+        _check_no_run(config)
         yield entries, [export_dir, *(entry.base_path for entry in entries)], samples
     elif not config.read.classifier:
+        _check_no_run(config)
         yield find_models(export_dir), [export_dir], samples
     elif is_exported(path := Path(config.read.classifier).resolve()):
         if not path.name.isdecimal():
             raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
+        _check_no_run(config)
         yield [ModelEntry(path.parent.name, path.parent, (int(path.name),))], [path.parent], samples
+    elif path.is_dir() and list_versions(path):  # saved_models/NAME
+        _check_no_run(config)
+        yield [ModelEntry(path.name, path)], [path], samples
     else:
         classifier = load_trained(config.read.classifier)
         with tempfile.TemporaryDirectory(prefix="tl_keras-serve-") as folder:
@@ -68,3 +93,9 @@ def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry]
             write_version(classifier, model / "1", name=model.name, max_pixels=config.run.max_pixels)
             own, _ = load_samples(str(find_folder(config.read.classifier)))
             yield [ModelEntry(model.name, model)], [model], own
+
+
+def _check_no_run(config: Config) -> None:
+    """Raises: UserError: a name was given for models that have theirs."""
+    if config.run.model_name:
+        raise UserError("--model_name names a run that is served; exported models have names. Leave it out.")

@@ -15,8 +15,10 @@ import numpy as np
 
 from tl_keras.serving.errors import RequestError
 
-WORKERS = 2  # one batch is decoded while the network runs another
 _WORTH_PADDING = 0.75  # so full, a batch is filled up with empty rows; else the next smaller size is taken
+# Behind a batch of many, few may wait for its clients to come back: so long at most, as a share of that batch's time.
+# Without it a large crowd and a small one take turns for ever, and the small one's batches waste the machine.
+_LINGER_SHARE, _LINGER_SECONDS = 0.1, 0.02
 
 Arrays = dict[str, np.ndarray]
 
@@ -27,6 +29,7 @@ class _Task:
 
     inputs: Arrays
     rows: int
+    arrival: float
     deadline: float
     answer: asyncio.Future[Arrays]
 
@@ -34,12 +37,17 @@ class _Task:
 class Batcher:
     """Runs requests of one model in batches: whatever waits while a batch runs goes together into the next.
 
-    No request waits for others to come: alone it runs at once, and under load batches grow by themselves.
+    A request that comes alone runs at once; under load what waits while a batch runs goes together into the next one.
     All methods are for the event loop's thread.
     """
 
     def __init__(
-        self, run: Callable[[str, Mapping[str, np.ndarray]], Arrays], *, sizes: Sequence[int], max_queued: int
+        self,
+        run: Callable[[str, Mapping[str, np.ndarray]], Arrays],
+        *,
+        sizes: Sequence[int],
+        max_queued: int,
+        workers: int = 1,
     ) -> None:
         """Starts its threads.
 
@@ -47,11 +55,14 @@ class Batcher:
             run: signature and inputs → outputs; for several threads at once.
             sizes: of batches, rising.
             max_queued: rows that may wait.
+            workers: batches at once. One keeps a few cores busy, and what waits meanwhile makes the next one larger.
         """
-        self._run, self._sizes, self._max_queued = run, sorted(sizes), max_queued
+        self._run, self._sizes, self._max_queued, self._workers = run, sorted(sizes), max_queued, workers
         self._waiting: dict[str, collections.deque[_Task]] = {}
         self._queued = self._busy = 0
-        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="batch")
+        self._wanted_rows, self._linger_until = 1, 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="batch")
 
     @property
     def queued(self) -> int:
@@ -79,13 +90,14 @@ class Batcher:
                 "The batch scheduling queue to which this task was submitted is full; "
                 f"task size={rows}, queued={self._queued}, max_queued={self._max_queued}",
             )
-        loop = asyncio.get_running_loop()
+        loop, now = asyncio.get_running_loop(), time.monotonic()
         largest = self._sizes[-1]
         starts = range(0, max(rows, 1), largest)
         tasks = [
             _Task(
                 {name: array[start : start + largest] for name, array in inputs.items()},
                 min(largest, rows - start),
+                now,
                 deadline,
                 loop.create_future(),
             )
@@ -94,30 +106,35 @@ class Batcher:
         self._waiting.setdefault(signature, collections.deque()).extend(tasks)
         self._queued += rows
         self._dispatch()
-        answers = asyncio.gather(*(task.answer for task in tasks))
-        try:
-            parts = await asyncio.wait_for(answers, max(0.0, deadline - time.monotonic()))
-        except asyncio.TimeoutError as error:
-            raise _expired() from error
+        parts = await _wait([task.answer for task in tasks], max(0.0, deadline - time.monotonic()))
         return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def close(self) -> None:
         """Ends the threads; nothing may run any more."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._threads.shutdown(wait=False)
 
     def _dispatch(self) -> None:
         """Gives free threads what waits; the signature whose first request has waited longest comes first."""
-        while self._busy < WORKERS and (name := self._next_signature()):
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._busy < self._workers and (name := self._next_signature()):
+            seconds = self._linger_until - time.monotonic()
+            if seconds > 0 and self._queued < self._wanted_rows:
+                self._timer = asyncio.get_running_loop().call_later(seconds, self._dispatch)
+                return
             tasks = self._take(self._waiting[name])
             if not tasks:
                 continue
             self._busy += 1
             work = asyncio.get_running_loop().run_in_executor(self._threads, self._answer, name, tasks)
-            work.add_done_callback(functools.partial(self._finish, tasks))
+            work.add_done_callback(functools.partial(self._finish, tasks, time.monotonic()))
 
     def _next_signature(self) -> str | None:
         waiting = {name: tasks for name, tasks in self._waiting.items() if tasks}
-        return min(waiting, key=lambda name: waiting[name][0].deadline, default=None)
+        return min(waiting, key=lambda name: waiting[name][0].arrival, default=None)
 
     def _take(self, waiting: collections.deque[_Task]) -> list[_Task]:
         """As many as fill a batch; who gave up or is too late is left out."""
@@ -146,8 +163,11 @@ class Batcher:
         try:
             return list[Arrays | RequestError](self._run_together(signature, tasks))
         except RequestError as error:
-            if len(tasks) == 1:
-                return [error]
+            failure = error
+        except Exception as error:  # OpenVINO's exceptions have no class of their own
+            failure = RequestError(grpc.StatusCode.INTERNAL, str(error).splitlines()[0] if str(error) else repr(error))
+        if len(tasks) == 1:
+            return [failure]
         answers: list[Arrays | RequestError] = []
         for task in tasks:
             answers += self._answer(signature, [task])
@@ -164,8 +184,11 @@ class Batcher:
             for end, task in zip(ends, tasks, strict=True)
         ]
 
-    def _finish(self, tasks: list[_Task], done: asyncio.Future[list[Arrays | RequestError]]) -> None:
+    def _finish(self, tasks: list[_Task], start: float, done: asyncio.Future[list[Arrays | RequestError]]) -> None:
         self._busy -= 1
+        now, rows = time.monotonic(), sum(task.rows for task in tasks)
+        self._linger_until = now + min(_LINGER_SECONDS, _LINGER_SHARE * (now - start)) if rows > 1 else now
+        self._wanted_rows = min((self._queued + rows + 1) // 2, self._sizes[-1])
         failure = done.exception()
         answers = [failure] * len(tasks) if failure else done.result()
         for task, answer in zip(tasks, answers, strict=True):
@@ -176,6 +199,25 @@ class Batcher:
             else:
                 task.answer.set_result(answer)
         self._dispatch()
+
+
+async def _wait(answers: list[asyncio.Future[Arrays]], seconds: float) -> list[Arrays]:
+    """All answers in order; whoever gives up, or is too late, gives all of them up.
+
+    Raises:
+        RequestError: one of them failed, or they are not there in time.
+    """
+    try:
+        await asyncio.wait(answers, timeout=seconds)
+        if not all(answer.done() for answer in answers):
+            raise _expired()
+    finally:
+        for answer in answers:
+            answer.cancel()  # does nothing to those that are there
+    failures = [answer.exception() for answer in answers]
+    if failure := next((one for one in failures if one), None):
+        raise failure
+    return [answer.result() for answer in answers]
 
 
 def _fill(arrays: list[np.ndarray], size: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,11 +57,13 @@ class Limits:
         request_bytes: of a body or message.
         images: rows.
         seconds: from the request's arrival to its answer.
+        bytes_in_flight: of all requests that are being read or answered.
     """
 
     request_bytes: int
     images: int
     seconds: float
+    bytes_in_flight: int
 
     def deadline(self, seconds: float | None = None) -> float:
         """When a request that comes now must be answered, by `time.monotonic`; the client may want it sooner."""
@@ -74,6 +77,39 @@ class Limits:
         """
         if rows > self.images:
             raise invalid(f"the request holds {rows} images; this server takes at most {self.images} in one")
+
+    def check_bytes(self, size: int) -> None:
+        """Refuses what little in a request stands for too much.
+
+        Raises:
+            RequestError: it does.
+        """
+        if size > self.request_bytes:
+            raise invalid(f"what the request stands for is larger than a request may be ({self.request_bytes} bytes)")
+
+
+class Budget:
+    """Bytes of requests that are being read or answered, of all clients together; for the event loop's thread."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Args: limits: how many there may be."""
+        self._left = limits.bytes_in_flight
+
+    def take(self, size: int) -> None:
+        """Takes so many.
+
+        Raises:
+            RequestError: so many are not left.
+        """
+        if size > self._left:
+            raise RequestError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "the server holds as many bytes as it may; try later"
+            )
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        """Gives back what was taken."""
+        self._left += size
 
 
 async def predict(
@@ -164,24 +200,23 @@ async def regress(served: Served, signature_name: str) -> None:
     raise _wrong_signature(f"No regression {missing} found in SignatureDef: {name}")
 
 
-def read_input(message: input_pb2.Input) -> list[bytes]:
+def read_input(message: input_pb2.Input, *, limits: Limits) -> list[bytes]:
     """The examples of a Classify or Regress call, serialized; a context is merged into each.
 
     Raises:
-        RequestError: there are none.
+        RequestError: there are none, too many, or a context that is too large so often.
     """
     kind = message.WhichOneof("kind")
-    if kind == "example_list":
-        examples = [example.SerializeToString() for example in message.example_list.examples]
-    elif kind == "example_list_with_context":
-        context = message.example_list_with_context.context.SerializeToString()
-        # one message behind the other is their merger (protobuf's encoding, "Last One Wins")
-        examples = [e.SerializeToString() + context for e in message.example_list_with_context.examples]
-    else:
-        examples = []
+    examples = getattr(message, kind).examples if kind else []
     if not examples:
         raise invalid("Input is empty.")
-    return examples
+    limits.check_rows(len(examples))
+    if kind == "example_list":
+        return [example.SerializeToString() for example in examples]
+    context = message.example_list_with_context.context.SerializeToString()
+    limits.check_bytes(len(context) * len(examples))
+    # one message behind the other is their merger (protobuf's encoding, "Last One Wins")
+    return [example.SerializeToString() + context for example in examples]
 
 
 def describe_metadata(version: Version, served: Served) -> get_model_metadata_pb2.GetModelMetadataResponse:
@@ -247,9 +282,11 @@ def make_array(proto: tf.compat.v1.TensorProto, *, limits: Limits) -> np.ndarray
         raise invalid(f"a tensor can't have the shape {dims}")
     if dims:
         limits.check_rows(dims[0])
-    if np.prod([float(dim) for dim in dims]) * tf.as_dtype(proto.dtype).size > max(limits.request_bytes, 1):
-        raise invalid(f"a tensor of shape {dims} is larger than a request may be ({limits.request_bytes} bytes)")
     try:
+        dtype = tf.as_dtype(proto.dtype)
+        each = max(map(len, proto.string_val), default=0) if dtype == tf.string else dtype.size
+        values = math.prod(dims) if len(proto.string_val) < 2 else 0  # several strings stand for themselves
+        limits.check_bytes(values * each)
         return np.asarray(tf.make_ndarray(proto))
     except (ValueError, TypeError) as error:
         raise invalid(f"a tensor does not fit its shape {dims}: {error}") from error

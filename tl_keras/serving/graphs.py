@@ -12,7 +12,7 @@ import tensorflow as tf
 from tl_keras.backbones.engines import session_config
 from tl_keras.serving.errors import RequestError, code_of, invalid
 
-DEFAULT_SIGNATURE = "serving_default"
+DEFAULT_SIGNATURE, IMAGE_INPUT = "serving_default", "image_bytes"
 _INIT_OP = "__saved_model_init_op"
 
 

@@ -30,27 +30,29 @@ from tensorflow_serving.apis import (
 
 from tl_keras.serving import calls
 from tl_keras.serving.errors import RequestError, invalid
-from tl_keras.serving.graphs import DEFAULT_SIGNATURE
+from tl_keras.serving.graphs import DEFAULT_SIGNATURE, find_signature
 from tl_keras.serving.metrics import Metrics
-from tl_keras.serving.models import Models
+from tl_keras.serving.models import Models, Version
 from tl_keras.serving.reload import read_config
 
+_MOST_CALLS = 512  # at once: each may hold a whole message before it can be counted
 _CLASSIFY_METHOD, _REGRESS_METHOD = "tensorflow/serving/classify", "tensorflow/serving/regress"
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
     """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: calls.Limits) -> None:
-        """Args: models: what is served; metrics: counts requests; limits: what one may cost."""
-        self._models, self._metrics, self._limits = models, metrics, limits
+    def __init__(self, models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget) -> None:
+        """Args: models: what is served; metrics: counts requests; limits: what one may cost; budget: what all may."""
+        self._models, self._metrics, self._limits, self._budget = models, metrics, limits, budget
 
     async def Predict(  # noqa: N802 (the proto's name)
         self, request: predict_pb2.PredictRequest, context: Any
     ) -> predict_pb2.PredictResponse:
         """Runs a signature."""
 
-        async def work(served: calls.Served, deadline: float) -> predict_pb2.PredictResponse:
+        async def work(version: Version, served: calls.Served, deadline: float) -> predict_pb2.PredictResponse:
+            del version
             spec = request.model_spec
             inputs = {name: calls.make_array(request.inputs[name], limits=self._limits) for name in request.inputs}
             outputs = await calls.predict(
@@ -66,52 +68,57 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
                 response.outputs[name].CopyFrom(_as_proto(array))
             return response
 
-        return await self._run("Predict", request.model_spec, context, work)
+        return await self._run("Predict", request.model_spec, context, work, size=request.ByteSize())
 
     async def Classify(  # noqa: N802
         self, request: classification_pb2.ClassificationRequest, context: Any
     ) -> classification_pb2.ClassificationResponse:
         """Runs a signature that takes examples."""
 
-        async def work(served: calls.Served, deadline: float) -> classification_pb2.ClassificationResponse:
+        async def work(
+            version: Version, served: calls.Served, deadline: float
+        ) -> classification_pb2.ClassificationResponse:
+            del version
             response = classification_pb2.ClassificationResponse()
-            examples = calls.read_input(request.input)
+            examples = calls.read_input(request.input, limits=self._limits)
             response.result.CopyFrom(await self._classify(served, request.model_spec, examples, deadline))
             return response
 
-        return await self._run("Classify", request.model_spec, context, work)
+        return await self._run("Classify", request.model_spec, context, work, size=request.ByteSize())
 
     async def Regress(  # noqa: N802
         self, request: regression_pb2.RegressionRequest, context: Any
     ) -> regression_pb2.RegressionResponse:
         """Refuses, as TF Serving does with a classifier."""
 
-        async def work(served: calls.Served, deadline: float) -> regression_pb2.RegressionResponse:
-            del deadline
-            calls.read_input(request.input)
+        async def work(version: Version, served: calls.Served, deadline: float) -> regression_pb2.RegressionResponse:
+            del version, deadline
+            calls.read_input(request.input, limits=self._limits)
             await calls.regress(served, request.model_spec.signature_name)
             return regression_pb2.RegressionResponse()
 
-        return await self._run("Regress", request.model_spec, context, work)
+        return await self._run("Regress", request.model_spec, context, work, size=request.ByteSize())
 
     async def MultiInference(  # noqa: N802
         self, request: inference_pb2.MultiInferenceRequest, context: Any
     ) -> inference_pb2.MultiInferenceResponse:
         """Runs several signatures of one model on the same examples."""
 
-        async def work(served: calls.Served, deadline: float) -> inference_pb2.MultiInferenceResponse:
-            _check_tasks(request)
-            examples, response = calls.read_input(request.input), inference_pb2.MultiInferenceResponse()
+        async def work(version: Version, served: calls.Served, deadline: float) -> inference_pb2.MultiInferenceResponse:
+            _check_tasks(request, served)
+            examples = calls.read_input(request.input, limits=self._limits)
+            response = inference_pb2.MultiInferenceResponse()
             for task in request.tasks:
                 if task.method_name == _REGRESS_METHOD:
                     await calls.regress(served, task.model_spec.signature_name)
                 result = response.results.add()
                 result.classification_result.CopyFrom(await self._classify(served, task.model_spec, examples, deadline))
                 result.model_spec.CopyFrom(task.model_spec)
+                result.model_spec.version.value = version.number
             return response
 
         spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
-        return await self._run("MultiInference", spec, context, work)
+        return await self._run("MultiInference", spec, context, work, size=request.ByteSize())
 
     async def GetModelMetadata(  # noqa: N802
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: Any
@@ -126,8 +133,8 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
             for field in request.metadata_field:
                 if field != calls.METADATA_FIELD:
                     raise invalid(f"Metadata field {field} is not supported")
-            version = self._models.find(request.model_spec.name, **_read_spec(request.model_spec))
-            with version.in_use() as served:
+            spec = request.model_spec
+            with self._models.use(spec.name, **_read_spec(spec)) as (version, served):
                 return calls.describe_metadata(version, served)
 
         return await _answer(context, work)
@@ -150,21 +157,25 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
         api: str,
         spec: model_pb2.ModelSpec,
         context: Any,
-        work: Callable[[calls.Served, float], Awaitable[Any]],
+        work: Callable[[Version, calls.Served, float], Awaitable[Any]],
+        *,
+        size: int,
     ) -> Any:
         """Finds the version, works, counts; an error becomes gRPC's status."""
-        start, code = time.perf_counter(), "OK"
+        start, code, held = time.perf_counter(), grpc.StatusCode.INTERNAL.name, 0
         deadline = self._limits.deadline(context.time_remaining())
         try:
+            self._budget.take(size)
+            held = size
             if not spec.name:
                 raise invalid("Missing ModelSpec" if api != "MultiInference" else "Inference request must have tasks")
-            version = self._models.find(spec.name, **_read_spec(spec))
-            with version.in_use() as served:
-                response = await work(served, deadline)
+            with self._models.use(spec.name, **_read_spec(spec)) as (version, served):
+                response = await work(version, served, deadline)
             if hasattr(response, "model_spec"):
                 response.model_spec.name = spec.name
                 response.model_spec.signature_name = spec.signature_name or DEFAULT_SIGNATURE
                 response.model_spec.version.value = version.number
+            code = "OK"
             return response
         except RequestError as error:
             code = error.code.name
@@ -173,6 +184,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
             code = grpc.StatusCode.CANCELLED.name
             raise
         finally:
+            self._budget.give_back(held)
             self._metrics.count(spec.name, api=api, entrypoint="GRPC", status=code, seconds=time.perf_counter() - start)
 
 
@@ -205,7 +217,8 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
             self._models.configure(entries)
             self._models.poll()
             for entry in entries:
-                self._models.find(entry.name)
+                with self._models.use(entry.name):
+                    pass  # an error where no version of it is there
             return model_management_pb2.ReloadConfigResponse()
 
         loop = asyncio.get_running_loop()
@@ -215,23 +228,25 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
             await context.abort(error.code, error.message)
 
 
-def build_server(models: Models, metrics: Metrics, limits: calls.Limits) -> grpc.aio.Server:
+def build_server(models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget) -> grpc.aio.Server:
     """The gRPC server, without a port.
 
     Args:
         models: what is served.
         metrics: counts requests.
         limits: what one request may cost.
+        budget: what all may hold.
     """
     server = grpc.aio.server(
+        maximum_concurrent_rpcs=_MOST_CALLS,
         options=[
             ("grpc.max_receive_message_length", limits.request_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
-        ]
+        ],
     )
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(models, metrics, limits), server
+        PredictionService(models, metrics, limits, budget), server
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
     servicer = health.HealthServicer()
@@ -261,9 +276,9 @@ async def _answer(context: Any, work: Callable[[], Any]) -> Any:
         await context.abort(error.code, error.message)
 
 
-def _check_tasks(request: inference_pb2.MultiInferenceRequest) -> None:
+def _check_tasks(request: inference_pb2.MultiInferenceRequest, served: calls.Served) -> None:
     """As multi_inference.cc does."""
-    seen = set()
+    seen, tensors = set(), set()
     for task in request.tasks:
         if not task.model_spec.name:
             raise invalid("Found ModelSpec with an empty model name.")
@@ -273,8 +288,12 @@ def _check_tasks(request: inference_pb2.MultiInferenceRequest) -> None:
         if name in seen:
             raise invalid(f"Duplicate evaluation of signature: {name}")
         seen.add(name)
+        signature = find_signature(served.graph, name)[1]
+        tensors |= {info.name for info in signature.inputs.values()}
         if task.method_name not in {_CLASSIFY_METHOD, _REGRESS_METHOD}:
             raise RequestError(grpc.StatusCode.UNIMPLEMENTED, f"Unsupported signature method_name: {task.method_name}")
+    if len(tensors) > 1 and all(task.method_name == _CLASSIFY_METHOD for task in request.tasks):
+        raise invalid("Input tensor must be the same for all Signatures.")
 
 
 def _as_proto(array: np.ndarray) -> tf.compat.v1.TensorProto:

@@ -16,6 +16,7 @@ from tl_keras.serving.errors import invalid
 from tl_keras.serving.graphs import as_strings
 
 _SHOWN = 200  # characters of a value in an error message
+_DEEPEST = 8  # lists in lists: no signature has more, and NumPy takes 64
 _KINDS = {dict: "Object", str: "String", bool: "Boolean", type(None): "Null"}
 _LARGEST_EXACT = {tf.float32: 2**24 - 1, tf.float64: 2**53 - 1}
 
@@ -30,8 +31,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise invalid("JSON Parse error: The document is empty")
     try:
         document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"JSON Parse error: {error or 'nested too deeply'}") from error
+    except RecursionError as error:
+        raise invalid("JSON Parse error: nested too deeply") from error
+    except ValueError as error:
+        raise invalid(f"JSON Parse error: {error}") from error
     if not isinstance(document, dict):
         raise invalid(f"JSON Value: {_show(document)} Is not object")
     if not isinstance(document.get("signature_name", ""), str):
@@ -73,13 +76,17 @@ def parse_predict(document: Mapping[str, Any], signature: Any) -> tuple[dict[str
     raise invalid("Missing 'inputs' or 'instances' key")
 
 
-def parse_examples(document: Mapping[str, Any]) -> list[tf.train.Example]:
-    """The examples of a classify or regress request; a `context` is merged into each.
+def parse_examples(document: Mapping[str, Any]) -> tuple[list[bytes], bytes]:
+    """The examples of a classify or regress request.
+
+    Returns:
+        n serialized `tf.train.Example`s, and the context that they all have, serialized: behind an example it is merged
+        into it.
 
     Raises:
         RequestError: there are none, or a feature is of no kind that an example holds.
     """
-    context = _make_example(document.get("context", {}))
+    context = _make_example(document.get("context", {})).SerializeToString()
     if "examples" not in document:
         raise invalid(
             f"JSON Value: {_show(document)} When method is classify, key 'examples' is expected and was not found"
@@ -89,10 +96,7 @@ def parse_examples(document: Mapping[str, Any]) -> list[tf.train.Example]:
         raise invalid(f"JSON Value: {_show(document)} Expecting 'examples' value to be an list/array")
     if not values:
         raise invalid(f"JSON Value: {_show(document)} 'examples' value is an empty array")
-    examples = [_make_example(value) for value in values]
-    for example in examples:
-        example.MergeFrom(context)
-    return examples
+    return [_make_example(value).SerializeToString() for value in values], context
 
 
 def format_predictions(outputs: Mapping[str, np.ndarray], *, by_row: bool) -> bytes:
@@ -187,7 +191,9 @@ def _as_array(value: Any, info: Any, where: str) -> np.ndarray:
     while isinstance(level, list):
         shape.append(len(level))
         level = level[0] if level else None
-    if dtype.is_floating and shape and (fast := _as_numbers(value, shape, dtype)) is not None:
+        if len(shape) > _DEEPEST:
+            raise invalid(f"Encountered list at unexpected level: {len(shape)} expected < {_DEEPEST}{where}")
+    if dtype.is_floating and shape and not _has_bool(value) and (fast := _as_numbers(value, shape, dtype)) is not None:
         return fast
     leaves: list[Any] = []
     _collect(value, shape, 0, dtype, leaves, where)
@@ -208,6 +214,11 @@ def _as_numbers(value: Any, shape: list[int], dtype: tf.DType) -> np.ndarray | N
     with np.errstate(over="ignore"):  # looked at in the next line
         converted = array.astype(dtype.as_numpy_dtype)
     return None if np.any(np.isinf(converted) != np.isinf(array)) else converted
+
+
+def _has_bool(value: Any) -> bool:
+    """Whether a truth value hides among numbers: NumPy would make a number of it."""
+    return any(map(_has_bool, value)) if isinstance(value, list) else isinstance(value, bool)
 
 
 def _collect(value: Any, shape: Sequence[int], level: int, dtype: tf.DType, leaves: list[Any], where: str) -> None:
@@ -321,5 +332,16 @@ def _shortest(value: float) -> float:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value for an error message; what is large is cut before it is written, not after."""
+    text = json.dumps(_cut(value))
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _cut(value: Any, level: int = 3) -> Any:
+    if isinstance(value, str):
+        return value[:_SHOWN]
+    if isinstance(value, list):
+        return [_cut(item, level - 1) for item in value[:4]] if level else ["..."]
+    if isinstance(value, dict):
+        return {key[:_SHOWN]: _cut(item, level - 1) for key, item in list(value.items())[:4]} if level else {}
+    return value

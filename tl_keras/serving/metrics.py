@@ -23,9 +23,9 @@ _BUCKETS = tuple(10 * 1.8**power for power in range(33))  # microseconds, as TF 
 class Metrics:
     """Counts requests and how long they took; threads may share it."""
 
-    def __init__(self, count_queued: Callable[[], dict[str, int]]) -> None:
-        """Args: count_queued: model → rows that wait; its models are those that are served."""
-        self._count_queued = count_queued
+    def __init__(self, count_queued: Callable[[], dict[str, int]], *, is_served: Callable[[str], bool]) -> None:
+        """Args: count_queued: model → rows that wait; is_served: whether there is a model of that name."""
+        self._count_queued, self._is_served = count_queued, is_served
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], int] = {}
         self._latencies: dict[tuple[str, str, str], list[int]] = {}
@@ -43,7 +43,7 @@ class Metrics:
             status: gRPC's code, `OK` where it was answered.
             seconds: it took.
         """
-        if model not in self._count_queued():  # what clients invent must not fill the memory
+        if not self._is_served(model):  # what clients invent must not fill the memory
             model = _UNKNOWN
         key = (model, api, entrypoint)
         with self._lock:

@@ -17,7 +17,6 @@ from tl_keras.errors import UserError
 from tl_keras.serving.errors import RequestError, invalid, not_found
 
 START, LOADING, AVAILABLE, UNLOADING, END = "START", "LOADING", "AVAILABLE", "UNLOADING", "END"
-_DRAIN_SECONDS = 60.0  # a version that goes waits so long for the requests that it still has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +47,7 @@ class Version:
         self.state, self.error = START, ""
         self.served: Any = None
         self.stamp = _stamp(path)
-        self._users = 0
-        self._free = threading.Condition()
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[Any]:
-        """What is served; it is not closed before the block ends."""
-        with self._free:
-            self._users += 1
-        try:
-            yield self.served
-        finally:
-            with self._free:
-                self._users -= 1
-                self._free.notify_all()
-
-    def wait_until_free(self) -> None:
-        """Waits for the requests that are still on it."""
-        with self._free:
-            self._free.wait_for(lambda: not self._users, _DRAIN_SECONDS)
+        self.users = 0
 
 
 class Models:
@@ -78,6 +59,7 @@ class Models:
         load: Callable[[str, int, Path], Any],
         close: Callable[[Any], None],
         roots: Sequence[Path],
+        drain_seconds: float,
         show: Callable[[str], None],
     ) -> None:
         """Starts without a model.
@@ -86,13 +68,15 @@ class Models:
             load: name, version and folder → what is served, warmed up.
             close: gives its memory back.
             roots: the folders that models may lie in.
+            drain_seconds: how long a version that goes waits for the requests that it still has.
             show: shows a line.
         """
-        self._load, self._close, self._show = load, close, show
+        self._load, self._close, self._show, self._drain_seconds = load, close, show, drain_seconds
         self._roots = [root.resolve() for root in roots]
         self._entries: dict[str, ModelEntry] = {}
         self._versions: dict[str, dict[int, Version]] = {}
         self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)
         self._polling = threading.Lock()
 
     @property
@@ -116,7 +100,7 @@ class Models:
             if names.count(name) > 1:
                 raise invalid(f"Illegal to list model {name} multiple times in config list")
         for entry in entries:
-            self._check_path(entry)
+            self._check_path(entry.name, entry.base_path)
             for label, number in entry.labels.items() if check_labels else ():
                 version = self._versions.get(entry.name, {}).get(number)
                 if version is None or version.state != AVAILABLE:
@@ -136,25 +120,34 @@ class Models:
             for name in [*entries, *(name for name in known if name not in entries)]:
                 self._update(name, entries.get(name))
 
-    def find(self, name: str, *, number: int | None = None, label: str = "") -> Version:
+    @contextlib.contextmanager
+    def use(self, name: str, *, number: int | None = None, label: str = "") -> Iterator[tuple[Version, Any]]:
         """The version that a request asks for; the latest that is available where it names none.
+
+        Yields:
+            The version, and what is served: it is not closed before the block ends.
 
         Raises:
             RequestError: there is none.
         """
         with self._lock:
-            if label:
-                labels = self._entries[name].labels if name in self._entries else {}
-                if label not in labels:
-                    raise invalid(f"Unrecognized servable version label: {label}")
-                number = labels[label]
-            available = [one for one in self._versions.get(name, {}).values() if one.state == AVAILABLE]
-            if number is not None:
-                available = [one for one in available if one.number == number]
-            if not available:
-                wanted = f"Latest({name})" if number is None else f"Specific({name}, {number})"
-                raise not_found(f"Servable not found for request: {wanted}")
-            return max(available, key=lambda one: one.number)
+            version = self._find(name, number, label)
+            version.users += 1
+        try:
+            yield version, version.served
+        finally:
+            with self._left:
+                version.users -= 1
+                self._left.notify_all()
+
+    def is_available(self, name: str) -> bool:
+        """Whether a model has a version that answers."""
+        with self._lock:
+            return any(one.state == AVAILABLE for one in self._versions.get(name, {}).values())
+
+    def has(self, name: str) -> bool:
+        """Whether a model is to be served."""
+        return name in self._entries
 
     def find_all(self, name: str, *, number: int | None = None, label: str = "") -> list[Version]:
         """The versions whose status is asked for, the latest first, those that have ended too.
@@ -162,9 +155,9 @@ class Models:
         Raises:
             RequestError: there is none.
         """
-        if label:
-            return [self.find(name, label=label)]
         with self._lock:
+            if label:
+                return [self._find(name, None, label)]
             versions = sorted(self._versions.get(name, {}).values(), key=lambda one: -one.number)
         if number is not None:
             versions = [one for one in versions if one.number == number]
@@ -181,20 +174,43 @@ class Models:
                 for version in versions.values():
                     self._unload(version)
 
-    def _check_path(self, entry: ModelEntry) -> None:
-        path = entry.base_path.resolve()
-        if not any(root == path or root in path.parents for root in self._roots):
+    def _find(self, name: str, number: int | None, label: str) -> Version:
+        """See `use`; the lock is held."""
+        if label:
+            labels = self._entries[name].labels if name in self._entries else {}
+            if label not in labels:
+                raise invalid(f"Unrecognized servable version label: {label}")
+            number = labels[label]
+        available = [one for one in self._versions.get(name, {}).values() if one.state == AVAILABLE]
+        if number is not None:
+            available = [one for one in available if one.number == number]
+        if not available:
+            wanted = f"Latest({name})" if number is None else f"Specific({name}, {number})"
+            raise not_found(f"Servable not found for request: {wanted}")
+        return max(available, key=lambda one: one.number)
+
+    def _check_path(self, name: str, path: Path) -> None:
+        """Raises: RequestError: it lies outside of what may be served, links followed."""
+        resolved = path.resolve()
+        if not any(root == resolved or root in resolved.parents for root in self._roots):
             roots = ", ".join(map(str, self._roots))
-            raise invalid(f"model {entry.name}: base_path {entry.base_path} is outside of what may be served: {roots}")
+            raise invalid(f"model {name}: base_path {path} is outside of what may be served: {roots}")
 
     def _update(self, name: str, entry: ModelEntry | None) -> None:
-        wanted = _choose_versions(entry) if entry else {}
+        try:
+            wanted = _choose_versions(entry) if entry else {}
+        except OSError as error:  # a disk that does not answer is no reason to let go of what is loaded
+            self._show(f"{name}: its folder can't be looked at: {error.strerror}")
+            return
         with self._lock:
             versions = self._versions.setdefault(name, {})
         for number, path in sorted(wanted.items()):
             known = versions.get(number)
-            if known is None or (known.state == END and known.stamp != _stamp(path)):
+            has_failed = known is not None and known.error and known.stamp == _stamp(path)
+            if known is None or known.path != path or (known.state == END and not has_failed):
                 self._load_version(name, number, path)
+                if known is not None:  # the same number in another folder
+                    self._unload(known)
         loaded = any(versions[number].state == AVAILABLE for number in wanted if number in versions)
         for number, version in list(versions.items()):
             # a version that is replaced stays until what replaces it is there; one whose folder is gone does not
@@ -210,6 +226,7 @@ class Models:
             version.state = LOADING
         start = time.monotonic()
         try:
+            self._check_path(name, path)
             version.served = self._load(name, number, path)
         except Exception as error:  # a damaged model makes TensorFlow raise whatever it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -222,11 +239,11 @@ class Models:
         self._show(f"serving {name}/{number}: {version.served}, ready in {time.monotonic() - start:.1f} s")
 
     def _unload(self, version: Version) -> None:
-        with self._lock:
+        with self._left:
             if version.state != AVAILABLE:
                 return
             version.state = UNLOADING
-        version.wait_until_free()
+            self._left.wait_for(lambda: not version.users, self._drain_seconds)
         self._close(version.served)
         with self._lock:
             version.state, version.served = END, None
@@ -240,11 +257,11 @@ def find_models(export_dir: Path) -> list[ModelEntry]:
     """
     try:
         folders = sorted(path for path in export_dir.iterdir() if path.is_dir())
+        entries = [ModelEntry(folder.name, folder) for folder in folders if list_versions(folder)]
     except OSError as error:
         raise UserError(
-            f"--export_dir={export_dir} can't be read: {error.strerror}. Export a model, or check the path."
+            f"--export_dir={export_dir} can't be read: {error.strerror}. Export a model, or check path and rights."
         ) from error
-    entries = [ModelEntry(folder.name, folder) for folder in folders if list_versions(folder)]
     if not entries:
         raise UserError(
             f"--export_dir={export_dir} holds no exported model (NAME/VERSION/saved_model.pb). Export one, or give "
@@ -254,12 +271,17 @@ def find_models(export_dir: Path) -> list[ModelEntry]:
 
 
 def list_versions(folder: Path) -> dict[int, Path]:
-    """Version → folder, of all that have a number for a name and a model inside."""
-    with contextlib.suppress(OSError):
+    """Version → folder, of all that have a number for a name and a model inside; none where the folder is gone.
+
+    Raises:
+        OSError: the folder can't be read.
+    """
+    try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-        numbers = [name for name in names if name.isascii() and name.isdecimal()]
-        return {int(name): folder / name for name in numbers if (folder / name / "saved_model.pb").is_file()}
-    return {}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    numbers = [name for name in names if name.isascii() and name.isdecimal()]
+    return {int(name): folder / name for name in numbers if (folder / name / "saved_model.pb").is_file()}
 
 
 def _choose_versions(entry: ModelEntry) -> dict[int, Path]:

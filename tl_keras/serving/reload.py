@@ -8,7 +8,7 @@ from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 from tl_keras.errors import UserError
-from tl_keras.serving.errors import invalid
+from tl_keras.serving.errors import RequestError, invalid
 from tl_keras.serving.models import ModelEntry
 
 
@@ -49,4 +49,10 @@ def read_config_file(path: Path) -> list[ModelEntry]:
         raise UserError(
             f"--models_config={path} is no list of models as TF Serving's --model_config_file: {error}. Mend it."
         ) from error
-    return read_config(config)
+    try:
+        entries = read_config(config)
+    except RequestError as error:
+        raise UserError(f"--models_config={path}: {error.message}. Mend it.") from error
+    if not entries:
+        raise UserError(f"--models_config={path} lists no model. Add one.")
+    return entries

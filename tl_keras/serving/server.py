@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import importlib.util
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from tl_keras.classifier import read_labels
 from tl_keras.errors import UserError
+from tl_keras.run import INTERRUPTED
 from tl_keras.serving import calls
 from tl_keras.serving import grpc as grpc_api
 from tl_keras.serving.batching import Batcher
@@ -30,7 +33,10 @@ from tl_keras.serving.protocol import BoundedProtocol
 from tl_keras.serving.rest import build_app
 
 _POLL_SECONDS = 1.0  # as TF Serving's --file_system_poll_wait_seconds
-_DRAIN_SECONDS = 30
+_SPARE_SECONDS = 5.0  # beyond the time that a request may take, at the end
+_BACKLOG = 2048
+_NO_LIMITS = calls.Limits(request_bytes=1 << 40, images=1 << 20, seconds=0.0, bytes_in_flight=0)
+_CORES_A_BATCH = 4  # a batch keeps about so many busy; on two, two batches at once were slower than one
 _KEEP_ALIVE_SECONDS = 65  # longer than a load balancer's usual minute
 
 
@@ -99,46 +105,62 @@ def serve(
                 raise
             graph, chosen[name] = build(wanted=asked_for)
         _warm_up(graph, read_warmup(path))
-        batcher = Batcher(graph.run, sizes=batch_sizes, max_queued=max_queued)
+        workers = max(1, (os.cpu_count() or 1) // _CORES_A_BATCH)
+        batcher = Batcher(graph.run, sizes=batch_sizes, max_queued=max_queued, workers=workers)
         return calls.Served(graph, batcher, labels, str(chosen[name]))
 
     def close(served: calls.Served) -> None:
         served.batcher.close()
         served.graph.close()
 
-    models = Models(load=load, close=close, roots=roots, show=show)
-    models.configure(entries, check_labels=False)
+    drain_seconds = limits.seconds + _SPARE_SECONDS
+    models = Models(load=load, close=close, roots=roots, drain_seconds=drain_seconds, show=show)
+    try:
+        models.configure(entries, check_labels=False)
+    except RequestError as error:
+        raise UserError(f"these models can't be served: {error.message}. Check names and paths.") from error
     with _listen(address.host, address.port, "port") as listening:
+        with _listen(address.host, address.grpc_port, "grpc_port"):
+            pass  # it is free: gRPC binds it itself, once models are loaded
         models.poll()
         _check_loaded(models)
-        return asyncio.run(_run(models, listening, address, limits, show))
+        return _run_loop(_run(models, listening, address, limits, show))
+
+
+def _run_loop(work: Coroutine[Any, Any, bool]) -> bool:
+    """On uvloop where it is installed, which it can't be on Windows: a tenth more requests."""
+    if importlib.util.find_spec("uvloop"):
+        import uvloop
+
+        return bool(uvloop.run(work))
+    return asyncio.run(work)
 
 
 async def _run(
     models: Models, listening: socket.socket, address: Address, limits: calls.Limits, show: Callable[[str], None]
 ) -> bool:
-    metrics = Metrics(functools.partial(_count_queued, models))
-    app = build_app(models, metrics, limits)
+    metrics, budget = Metrics(functools.partial(_count_queued, models), is_served=models.has), calls.Budget(limits)
+    drain_seconds = limits.seconds + _SPARE_SECONDS
     rest = _Server(
         uvicorn.Config(
-            app,
+            build_app(models, metrics, limits, budget),
             http=BoundedProtocol,
             ws="none",
             log_level="critical",
             access_log=False,
             lifespan="off",
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            timeout_graceful_shutdown=round(drain_seconds),
             server_header=False,
         )
     )
-    grpc_server = grpc_api.build_server(models, metrics, limits)
+    grpc_server = grpc_api.build_server(models, metrics, limits, budget)
     grpc_port = _bind_grpc(grpc_server, address)
     await grpc_server.start()
     ending: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, _end, ending, number == signal.SIGINT)
-    watching = asyncio.create_task(_watch(models))
+    watching = asyncio.create_task(_watch(models, show))
     answering = asyncio.create_task(rest.serve(sockets=[listening]))
     while not rest.started and not answering.done():
         await asyncio.sleep(0.01)
@@ -146,11 +168,13 @@ async def _run(
     host = f"[{address.host}]" if ":" in address.host else address.host
     for line in _describe(models, f"http://{host}:{port}", f"{host}:{grpc_port}"):
         show(line)
-    interrupted = await ending
+    either: set[asyncio.Future[Any]] = {ending, answering}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    interrupted = ending.done() and ending.result()
     show("ending: requests that are under way are answered")
     watching.cancel()
     rest.should_exit = True
-    await asyncio.gather(grpc_server.stop(_DRAIN_SECONDS), answering)
+    await asyncio.gather(grpc_server.stop(drain_seconds), answering)
     with contextlib.suppress(asyncio.CancelledError):
         await watching
     await asyncio.get_running_loop().run_in_executor(None, models.close)
@@ -165,17 +189,22 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _watch(models: Models) -> None:
+async def _watch(models: Models, show: Callable[[str], None]) -> None:
     """Looks at the disk again and again, in a thread: loading takes seconds."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(_POLL_SECONDS)
-        await loop.run_in_executor(None, models.poll)
+        try:
+            await loop.run_in_executor(None, models.poll)
+        except Exception as error:  # whatever it is, what is loaded goes on
+            show(f"the models' folders can't be looked at: {type(error).__name__}: {error}")
 
 
 def _end(ending: asyncio.Future[bool], interrupted: bool) -> None:
-    if not ending.done():
-        ending.set_result(interrupted)
+    """Begins the end; asked a second time, ends at once."""
+    if ending.done():
+        os._exit(INTERRUPTED)
+    ending.set_result(interrupted)
 
 
 def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -> None:
@@ -186,7 +215,7 @@ def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -
             inputs = {name: tf.make_ndarray(request.inputs[name]) for name in request.inputs}
         else:
             request = log.classify_log.request
-            inputs = {"inputs": as_strings(calls.read_input(request.input))}
+            inputs = {"inputs": as_strings(calls.read_input(request.input, limits=_NO_LIMITS))}
         graph.run(request.model_spec.signature_name, inputs)
 
 
@@ -222,6 +251,7 @@ def _listen(host: str, port: int, flag: str) -> Iterator[socket.socket]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
+            listening.listen(_BACKLOG)
         except OSError as error:
             raise UserError(
                 f"--{flag}={port} can't be listened on at {host}: {error.strerror}. Give another --{flag}, or --host."
