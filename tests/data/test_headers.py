@@ -35,11 +35,12 @@ read_count = tf.function(count_pixels, input_signature=(tf.TensorSpec((), tf.str
 run_cut = tf.function(cut_gif, input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
 
 
-def make_png(side: int) -> bytes:
+def make_png(width: int, height: int | None = None) -> bytes:
     """All black, one bit a pixel: some kilobytes for hundreds of millions of pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    height = height or width
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(bytes(1 + (side + 7) // 8)) for _ in range(side)) + packer.flush()
+    rows = b"".join(packer.compress(bytes(1 + (width + 7) // 8)) for _ in range(height)) + packer.flush()
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
 
 
@@ -140,6 +141,34 @@ def test_a_gif_that_hides_its_frame_behind_thousands_of_blocks_is_refused():
     assert int(read_count(content)) == tf.int64.max
 
 
+def test_a_png_whose_first_chunk_is_not_its_header_is_refused():
+    """libpng looks for the header behind other chunks, which may claim another size."""
+    real = encode(make_image(1, size=(40, 50)), "PNG")
+    disguised = real[:8] + png_chunk(b"aaAa", struct.pack(">II", 1, 1) + bytes(5)) + real[8:]
+    assert int(read_count(disguised)) == tf.int64.max
+
+
+@pytest.mark.parametrize("fourcc", [b"XXXX", b"VP8 ", b"VP8L"])
+def test_a_webp_without_its_bitstreams_signature_is_refused(fourcc):
+    content = b"RIFF" + struct.pack("<I", 60) + b"WEBP" + fourcc + bytes(48)
+    assert int(read_count(content)) == tf.int64.max
+
+
+def test_a_jpeg_with_very_many_scans_counts_for_more():
+    jpeg = encode(make_image(1, size=(20, 30)), "JPEG")
+    assert int(read_count(jpeg[:-2] + b"\xff\xda\0\x08" * 320 + jpeg[-2:])) == 600 * 11
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1), (3, 40_000)])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_a_very_long_picture_is_what_a_turned_one_is(size, resize):
+    """A wide one is turned before it is filtered, so that it costs no more than a high one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    lying = decode(tf.constant(encode(pixels, "PNG")), image_size=16, resize=resize).numpy()
+    standing = decode(tf.constant(encode(pixels.transpose(1, 0, 2), "PNG")), image_size=16, resize=resize).numpy()
+    assert np.abs(lying.astype(int) - standing.transpose(1, 0, 2)).max() <= 1
+
+
 BOMBS = """
 import json, resource, sys
 import tensorflow as tf
@@ -153,7 +182,8 @@ run(tf.constant([good] * 3)); run(tf.constant([good]))
 before = peak()
 valid = [run(tf.constant([good, bomb, good]))[1].numpy().tolist() for bomb in bombs]
 valid += [[True, *run(tf.constant([bomb]))[1].numpy().tolist(), True] for bomb in bombs]
-print(json.dumps({"valid": valid, "grew": peak() - before}))
+wide = run(tf.constant([open(sys.argv[1].replace("good.jpg", "wide.png"), "rb").read()] * 3))[1].numpy().tolist()
+print(json.dumps({"valid": valid, "wide": wide, "grew": peak() - before}))
 """
 
 
@@ -170,6 +200,8 @@ def test_bombs_are_invalid_and_cost_no_memory(tmp_path):
     for name, content in bombs.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "good.jpg").write_bytes(encode(make_image(1), "JPEG"))
+    # small enough to be decoded, and as wide as to cost gigabytes where the filter keeps all of the width
+    (tmp_path / "wide.png").write_bytes(make_png(1_000_000, 1))
     paths = [str(tmp_path / name) for name in bombs]
     process = subprocess.run(
         [sys.executable, "-c", BOMBS, str(tmp_path / "good.jpg"), *paths],
@@ -181,5 +213,6 @@ def test_bombs_are_invalid_and_cost_no_memory(tmp_path):
     assert process.returncode == 0, process.stderr
     answer = json.loads(process.stdout)
     assert answer["valid"] == [[True, False, True]] * (2 * len(bombs))
+    assert answer["wide"] == [True] * 3
     # a BMP is as large as its pixels: its bytes alone are read three times
     assert answer["grew"] < 100 + 4 * sum(map(len, bombs.values())) / 1e6

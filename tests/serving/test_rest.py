@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import socket
 import urllib.parse
@@ -233,6 +234,27 @@ ERRORS = {
     "no examples": (CLASSIFY, {"signature_name": "classify"}, 400, "key 'examples' is expected and was not found"),
     "empty examples": (CLASSIFY, {"examples": []}, 400, "'examples' value is an empty array"),
     "example no object": (CLASSIFY, {"examples": [5]}, 400, "Example must be JSON object"),
+    "nested deeply": (PREDICT, b'{"instances": [' + b"[" * 70 + b'"x"' + b"]" * 70 + b"]}", 400, "unexpected level"),
+    "no character": (PREDICT, b'{"signature_name": "\\ud800", "instances": ["x"]}', 400, "not found in signature def"),
+    "a version of many digits": (
+        f"/v1/models/MODEL/versions/{'9' * 5000}:predict",
+        {},
+        400,
+        "Failed to convert version",
+    ),
+    "a truth value among numbers": (
+        PREDICT,
+        {"signature_name": "pixels", "instances": [[[[1, True, 1]]]]},
+        400,
+        "is not of expected type: float32",
+    ),
+    "a context that is too large so often": (
+        CLASSIFY,
+        {"signature_name": "classify", "context": {"image_bytes": "x" * 100_000}, "examples": [{}] * 60},
+        400,
+        "larger than a request may be",
+    ),
+    "no gzip": (PREDICT, b"gzip", 400, "JSON Parse error"),
     "regress": (REGRESS, {"examples": [{"image_bytes": "x"}]}, 400, "Expected one output Tensor."),
     "regress by name": (
         REGRESS,
@@ -275,6 +297,31 @@ def test_a_chunked_body_is_bounded_too(server, model):
             pass  # it has hung up
         answer = connection.recv(4096)
     assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_may_be_sent_by_gzip(server, model, photographs):
+    body = json.dumps({"instances": [as_b64(photographs[0])]}).encode()
+    headers = {"Content-Encoding": "gzip"}
+    packed = server.ask(f"/v1/models/{model}:predict", gzip.compress(body), headers=headers)
+    assert packed == server.ask(f"/v1/models/{model}:predict", body)
+    assert packed[0] == 200
+    status, answer = server.ask(f"/v1/models/{model}:predict", body, headers=headers)
+    assert (status, "Failed to uncompress" in answer["error"]) == (400, True)
+    bomb = gzip.compress(bytes(100_000_000))
+    assert server.ask(f"/v1/models/{model}:predict", bomb, headers=headers)[0] == 413
+
+
+def test_a_client_that_hangs_up_leaves_nothing_behind(server, model, photographs):
+    host, _, port = server.rest.removeprefix("http://").partition(":")
+    head = f"POST /v1/models/{model}:predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+    for content in (photographs[0], photographs[0][:100]):
+        for _ in range(20):
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(head.encode() + f"Content-Length: {len(photographs[0])}\r\n\r\n".encode() + content)
+    assert server.ask(f"/v1/models/{model}:predict", {"instances": [as_b64(photographs[0])]})[0] == 200
+    assert (
+        f':tl_keras:serving:queued_rows{{model_name="{model}"}} 0.0' in server.ask("/monitoring/prometheus/metrics")[1]
+    )
 
 
 def test_headers_are_bounded(server):

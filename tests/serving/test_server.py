@@ -15,6 +15,7 @@ from tests.conftest import run_main
 from tests.serving.conftest import as_b64, start_server
 from tl_keras.export.saved_model import write_version
 
+METRICS, QUEUED = "/monitoring/prometheus/metrics", ":tl_keras:serving:queued_rows{"
 FAST = ("--engine=tensorflow", "--precision=float32", "--max_batch_size=4")
 
 
@@ -67,19 +68,23 @@ def test_no_request_fails_while_versions_are_swapped(models, photographs, tmp_pa
 def test_the_end_waits_for_requests_under_way(number, status, models, photographs, tmp_path):
     answers = list[int]()
     with start_server(tmp_path / "log", f"--export_dir={models}", *FAST) as server:
-        body = {"instances": [as_b64(photographs[0])] * 200}
+        body = {"instances": [as_b64(photographs[0])] * 250}
         asking = [
             threading.Thread(target=lambda: answers.append(server.ask("/v1/models/colours:predict", body)[0]))
             for _ in range(4)
         ]
         for thread in asking:
             thread.start()
-        time.sleep(0.05)
+        deadline = time.monotonic() + 10  # until all four have come, and none has been answered
+        while "queued_rows" in (text := server.ask(METRICS)[1]) and time.monotonic() < deadline:
+            if sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(QUEUED)) > 500:
+                break
+        assert not answers
         server.process.send_signal(number)
         assert server.process.wait(60) == status
         for thread in asking:
             thread.join()
-    assert all(answer == 200 for answer in answers)
+    assert answers == [200] * 4
     assert "Traceback" not in server.log.read_text()
 
 
@@ -153,13 +158,21 @@ def test_openvino_answers_as_the_graph_does(models, photographs, tmp_path):
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
-def test_a_port_that_is_taken(models, capsys):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        assert run_main("--mode=serve", f"--export_dir={models}", f"--port={port}") == 1
-    assert f"--port={port} can't be listened on at 127.0.0.1: Address already in use" in capsys.readouterr().err
+@pytest.mark.parametrize(("flag", "other"), [("port", "grpc_port"), ("grpc_port", "port")])
+def test_a_port_that_is_taken(flag, other, models, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run_main("--mode=serve", f"--export_dir={models}", f"--{flag}={port}", f"--{other}=0") == 1
+    captured = capsys.readouterr()
+    assert f"--{flag}={port} can't be listened on at 127.0.0.1: Address already in use" in captured.err
+    assert "serving" not in captured.out  # found out before models are loaded
+
+
+def test_a_models_folder_is_served_without_a_version(models, tmp_path):
+    with start_server(tmp_path / "log", f"--classifier={models / 'colours'}", *FAST) as server:
+        assert server.ask("/v1/models/colours")[0] == 200
 
 
 def test_nothing_but_broken_models(tmp_path, capsys):
@@ -178,6 +191,10 @@ def test_nothing_but_broken_models(tmp_path, capsys):
         (["--models_config=setup.cfg"], "is no list of models"),
         (["--models_config=a", "--classifier=b"], "leave --classifier out"),
         (["--port=70000"], "--port=70000 is out of range"),
+        (["--max_batch_size=20"], "--max_batch_size=20 is no size that models are warmed up for"),
+        (["--max_queued_images=5"], "--max_queued_images=5 is less than --max_request_images=256"),
+        (["--request_timeout_seconds=nan"], "--request_timeout_seconds=nan is out of range"),
+        (["--model_name=x"], "--model_name names a run that is served"),
         (["--precision=float16"], "--precision=float16 is the trunk's"),
     ],
 )
