@@ -72,8 +72,13 @@ def test_models_config_is_read_by_its_proto(folder):
 def test_a_first_version_is_stable_and_canary(tmp_path):
     (tmp_path / "m" / "1").mkdir(parents=True)
     (tmp_path / "m" / ".unfinished-x").mkdir()
-    config = text_format.Parse(make_models_config(tmp_path / "m"), model_server_config_pb2.ModelServerConfig())
+    config = text_format.Parse(make_models_config(tmp_path / "m" / "1"), model_server_config_pb2.ModelServerConfig())
     assert dict(config.model_config_list.config[0].version_labels) == {"stable": 1, "canary": 1}
+
+
+def test_an_older_version_is_deployed_without_the_newer(version):
+    config = text_format.Parse(make_models_config(version.parent / "3"), model_server_config_pb2.ModelServerConfig())
+    assert dict(config.model_config_list.config[0].version_labels) == {"stable": 3, "canary": 3}
 
 
 def test_batching_config_keeps_tf_servings_rules(folder):
@@ -117,7 +122,7 @@ def test_compose_fits_its_schema(folder):
     (service,) = yaml.safe_load((folder / "compose.yaml").read_text())["services"].values()
     assert "./../models/My_Model.v2:/models/My_Model.v2:ro" in service["volumes"]
     assert "--mixed_precision=bfloat16" in service["command"]
-    assert service["deploy"]["resources"]["limits"]["memory"] == "2224M"
+    assert service["deploy"]["resources"]["limits"]["memory"] == "3248M"
 
 
 def test_kubernetes_manifests_fit_their_schema(folder):

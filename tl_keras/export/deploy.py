@@ -19,7 +19,7 @@ TFSERVING_VERSION = "2.20.0"  # the newest in TF Serving's RELEASE.md of July 20
 _QUEUE_SECONDS = 2.0  # of work may wait: clients would rather be refused than wait longer
 _LONGEST_WAIT_MICROS = 10_000
 _MEMORY_FACTOR = 24  # of the version folder: four signatures, each with its constants packed anew (ResNet50: 2.5 GB)
-_MEMORY_BASE_MIB = 1024
+_MEMORY_BASE_MIB = 2048  # sixteen images are decoded at once, of 50 million pixels each at the most
 _POLL_SECONDS = 60
 _TEMPLATES = ("Dockerfile", "compose.yaml", "kubernetes.yaml", "kserve.yaml", "client.py", "README.md")
 
@@ -64,11 +64,12 @@ def write_deployment(
         "flags_kubernetes": "\n".join(f"            - {json.dumps(flag)}" for flag in flags),
         "memory_mib": _MEMORY_BASE_MIB + _MEMORY_FACTOR * (size_bytes >> 20),
         "cores": cores,
+        "requested_cores": max(1, cores - 1),  # a node keeps some of its cores to itself
         "largest": batch_sizes[-1],
         "table": _describe_speeds(images_per_second),
     }
     files = {
-        "models.config": make_models_config(version.parent),
+        "models.config": make_models_config(version),
         "batching.config": make_batching_config(batch_sizes, speeds=speeds, cores=cores),
         "monitoring.config": make_monitoring_config(),
         "server.flags": "".join(f"{flag}\n" for flag in flags),
@@ -96,9 +97,11 @@ def list_flags(*, bfloat16: bool) -> list[str]:
     ]
 
 
-def make_models_config(model: Path) -> str:
-    """`ModelServerConfig` in text: the newest version as `canary`, the one before it, or it again, as `stable`."""
-    numbers = sorted(int(path.name) for path in model.iterdir() if path.name.isascii() and path.name.isdecimal())
+def make_models_config(version: Path) -> str:
+    """`ModelServerConfig` in text: the version as `canary`, the one before it, or it again, as `stable`."""
+    model = version.parent
+    names = [path.name for path in model.iterdir() if path.name.isascii() and path.name.isdecimal()]
+    numbers = sorted(int(name) for name in names if int(name) <= int(version.name))
     config = model_server_config_pb2.ModelServerConfig()
     one = config.model_config_list.config.add(
         name=model.name, base_path=f"/models/{model.name}", model_platform="tensorflow"
