@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, parse, run_process, spread, write_results
 
-CLIENTS, SECONDS = 16, 20
+CLIENTS, SECONDS = 16, 12
 NETWORKS = ("ResNet50", "MobileNetV2")
 HOSTILE_REQUESTS, SWAPS = 20000, 50
 LOADS = (0.25, 0.5, 0.8)
@@ -112,7 +112,7 @@ def measure_network(arguments: Any, name: str, photographs: Path) -> dict[str, A
                 allowed = 1 / (1 / trunk + 1 / decode + found["cpu_seconds_a_request"] / (os.cpu_count() or 1))
                 run[kind] = {**found, "of what the cores allow": found["per_second"] / allowed}
                 run[kind]["at"] = {
-                    f"{part:.0%}": load(kind, address, name, photographs, 64, 10, part * found["per_second"])
+                    f"{part:.0%}": load(kind, address, name, photographs, 64, 6, part * found["per_second"])
                     for part in LOADS
                 }
         run["naive"] = measure_naive(version, name, photographs)
