@@ -386,7 +386,12 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         "holds no classifier.",
     ),
     ("damaged", "--mode=export --classifier={tmp}/run", damaged_run, "is damaged"),
-    ("exported already", "--mode=export --classifier={model}", nothing, "is an exported model; here a run folder"),
+    (
+        "exported already",
+        "--mode=export --classifier={model}",
+        nothing,
+        "is exported already. Give a run folder, or --deploy",
+    ),
     ("whose data?", "--mode=evaluate --classifier={model}", nothing, "--dataset is missing"),
     (
         "unknown label",

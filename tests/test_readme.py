@@ -31,7 +31,9 @@ def test_every_command_of_the_readme_is_understood(command, monkeypatch, capsys)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_is_named_exists(page):
     others = {"editable", "help", "dry_run", "flagfile", "version"}  # pip's, and absl's own
-    known = set(define_flags()) | others
+    tf_servings = {"allow_version_labels_for_unavailable_models", "mixed_precision", "model_config_file"}
+    other_programs = {"gpus", "data"}  # docker's and curl's
+    known = set(define_flags()) | others | tf_servings | other_programs
     named = set(re.findall(r"(?<![\w-])--([a-z_]+)", page.read_text(encoding="utf-8")))
     assert {flag for flag in named if flag not in known and flag.removeprefix("no") not in known} == set()
 

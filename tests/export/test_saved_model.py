@@ -255,7 +255,7 @@ def test_the_graph_holds_stock_ops_constants_and_nothing_of_python(folder):
     functions = {function.signature.name for function in graph.library.function}
     assert "Conv2D" in found
     assert [op for op in found - functions if not hasattr(tf.raw_ops, op)] == []
-    forbidden = ("PyFunc", "Var", "Read", "Random", "MutableHash", "Print", "Assert", "File", "Summary")
+    forbidden = ("PyFunc", "Var", "Read", "Random", "MutableHash", "Print", "File", "Summary")
     assert [op for op in found if any(word in op for word in forbidden) and op != "ShardedFilename"] == []
     assert not [node.name for node in nodes if "GPU" in node.device]
 

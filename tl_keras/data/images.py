@@ -292,14 +292,16 @@ def _resize(pixels: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
             antialias=True,
         )[0]
 
-    def filter_lying_down() -> tf.Tensor:
+    def filter_lying_down(pixels: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
         turned = filter_and_crop(tf.transpose(pixels, (1, 0, 2)), scale[::-1], offset[::-1])
         return tf.transpose(turned, (1, 0, 2))
 
     def shrink() -> tf.Tensor:
         # the op brings the height to size first, and keeps all of the width in float32: of a picture a million pixels
         # wide gigabytes
-        return tf.cond(sides[1] > _WIDE * sides[0], filter_lying_down, lambda: filter_and_crop(pixels, scale, offset))
+        is_wide = sides[1] > _WIDE * sides[0]
+        result = tf.TensorSpec((image_size, image_size, 3), tf.float32)
+        return run_one(is_wide, filter_lying_down, filter_and_crop, (pixels, scale, offset), result)
 
     # enlarged, there is nothing to filter: the same pixels from an op that takes a third of the time
     is_enlarged = tf.reduce_all(scaled >= sides) & (tf.reduce_max(scaled) <= _ENLARGED_AT_MOST * image_size)
