@@ -75,6 +75,16 @@ def test_predict_answers_as_rest_does(stub, server, model, photographs):
     assert [row[0].decode() for row in arrays["labels"][:9]] == [row[0] for row in rest["outputs"]["labels"]]
 
 
+def test_numbers_stand_in_the_fields_that_tf_servings_clients_read(stub, model, photographs):
+    outputs = stub.Predict(make_request(model, [photographs[0], b"broken"])).outputs
+    assert list(outputs["valid"].bool_val) == [True, False]
+    assert len(outputs["probabilities"].float_val) == len(outputs["scores"].float_val) == 6
+    assert outputs["class_ids"].int64_val[0] in range(3)
+    assert list(outputs["class_ids"].int64_val[3:]) == [-1, -1, -1]
+    assert len(outputs["labels"].string_val) == 6
+    assert not any(outputs[name].tensor_content for name in outputs)
+
+
 def test_an_empty_batch_gives_empty_outputs(stub, model):
     answer = stub.Predict(make_request(model, []))
     assert tf.make_ndarray(answer.outputs["probabilities"]).shape == (0, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     classification_pb2,
     model_pb2,
@@ -87,7 +88,7 @@ def _make_requests(name: str, photograph: bytes, image_size: int, size: int) -> 
     return [*requests, log]
 
 
-def _predict(name: str, signature: str, key: str, tensor: tf.compat.v1.TensorProto) -> prediction_log_pb2.PredictionLog:
+def _predict(name: str, signature: str, key: str, tensor: tensor_pb2.TensorProto) -> prediction_log_pb2.PredictionLog:
     request = predict_pb2.PredictRequest(model_spec=_spec(name, signature))
     request.inputs[key].CopyFrom(tensor)
     return prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 from google.protobuf import any_pb2
+from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -271,7 +272,7 @@ def _wrong_signature(message: str) -> RequestError:
     return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
 
 
-def make_array(proto: tf.compat.v1.TensorProto, *, limits: Limits) -> np.ndarray:
+def make_array(proto: tensor_pb2.TensorProto, *, limits: Limits) -> np.ndarray:
     """A tensor of a gRPC call; its size is looked at first, as one value may stand for a whole gigabyte.
 
     Raises:

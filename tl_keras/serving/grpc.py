@@ -13,6 +13,7 @@ import tensorflow as tf
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
+from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -36,6 +37,15 @@ from tl_keras.serving.models import Models, Version
 from tl_keras.serving.reload import read_config
 
 _MOST_CALLS = 512  # at once: each may hold a whole message before it can be counted
+_FIELDS = {  # tensor.proto: where numbers of a kind stand
+    tf.float32: "float_val",
+    tf.float64: "double_val",
+    tf.bool: "bool_val",
+    tf.int64: "int64_val",
+    tf.uint64: "uint64_val",
+    tf.uint32: "uint32_val",
+    **dict.fromkeys((tf.int32, tf.int16, tf.int8, tf.uint16, tf.uint8), "int_val"),
+}
 _CLASSIFY_METHOD, _REGRESS_METHOD = "tensorflow/serving/classify", "tensorflow/serving/regress"
 
 
@@ -296,7 +306,11 @@ def _check_tasks(request: inference_pb2.MultiInferenceRequest, served: calls.Ser
         raise invalid("Input tensor must be the same for all Signatures.")
 
 
-def _as_proto(array: np.ndarray) -> tf.compat.v1.TensorProto:
-    """As TF Serving's AsProtoField: numbers as such; TensorFlow's own makes strings and bytes right."""
-    proto: tf.compat.v1.TensorProto = tf.make_tensor_proto(array, shape=array.shape)
+def _as_proto(array: np.ndarray) -> tensor_pb2.TensorProto:
+    """As TF Serving's `AsProtoField` does: numbers in their own field, which its clients read, not as bytes."""
+    kind = tf.as_dtype(array.dtype)
+    if (field := _FIELDS.get(kind)) is None:
+        return tf.make_tensor_proto(array, shape=array.shape)  # strings stand in their field there
+    proto = tensor_pb2.TensorProto(dtype=kind.as_datatype_enum, tensor_shape=tf.TensorShape(array.shape).as_proto())
+    getattr(proto, field).extend(array.ravel().tolist())
     return proto
