@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import os
 import signal
@@ -122,8 +123,12 @@ def serve(
     with _listen(address.host, address.port, "port") as listening:
         with _listen(address.host, address.grpc_port, "grpc_port"):
             pass  # it is free: gRPC binds it itself, once models are loaded
+        # What is imported stays: else Python's collector looks at all of it again now and then, and every request of
+        # that half second waits. What models leave behind is collected once, and later as usual.
+        gc.freeze()
         models.poll()
         _check_loaded(models)
+        gc.collect()
         return _run_loop(_run(models, listening, address, limits, show))
 
 
