@@ -237,10 +237,14 @@ def measure_hostile(arguments: Any) -> dict[str, Any]:
     """Good and hostile requests mixed: what each was answered, and the server's memory."""
     from benchmarks.hostile import run_hostile
 
-    models = train(arguments) / "models"
-    # in float32 an answer is the same in every batch: a tenth of a thousandth tells photographs apart
-    with serving(models, "--precision=float32", "--request_timeout_seconds=20") as (rest, _, process, _):
-        return run_hostile(rest, next(models.iterdir()).name, process.pid, HOSTILE_REQUESTS, arguments.data)
+    models, result = train(arguments) / "models", {}
+    for engine in ("openvino", "tensorflow"):
+        # in float32 an answer is the same in every batch: a tenth of a thousandth tells photographs apart
+        flags = (f"--engine={engine}", "--precision=float32", "--request_timeout_seconds=20")
+        with serving(models, *flags) as (rest, _, process, _):
+            name = next(models.iterdir()).name
+            result[engine] = run_hostile(rest, name, process.pid, HOSTILE_REQUESTS, arguments.data)
+    return result
 
 
 def measure_swaps(arguments: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ FLAGS = [
     "--disable-quic",
     "--disable-background-networking",
     "--disable-component-update",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 ]
 SIZES = {"desk": (1280, 900), "phone": (375, 740)}
 pytestmark = pytest.mark.skipif(
@@ -109,6 +111,65 @@ def test_results_are_downloaded_as_csv(page, photographs):
     page.get_by_role("button", name="Clear").click()
     assert page.locator("#results > li").count() == 0
     assert page.locator("#tools").is_hidden()
+
+
+def test_a_dropped_folder_is_read_to_its_end(page, colour_folder):
+    """Through the browser's own drag and drop: a page can't make a folder's entries itself."""
+    page.locator("#drop").scroll_into_view_if_needed()
+    box = page.locator("#drop").bounding_box()
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send(
+            "Input.dispatchDragEvent",
+            {
+                "type": kind,
+                "x": box["x"] + 20,
+                "y": box["y"] + 20,
+                "data": {"items": [], "files": [str(colour_folder / "red")], "dragOperationsMask": 1},
+            },
+        )
+    wanted = len(list((colour_folder / "red").iterdir()))
+    assert wanted > 3
+    page.wait_for_function("(count) => document.querySelectorAll('#results > li').length === count", arg=wanted)
+    assert set(page.locator("#results .label").all_inner_texts()) == {"red"}
+
+
+def test_a_folder_can_be_chosen(page, colour_folder):
+    page.locator("#folder").set_input_files(colour_folder / "blue")
+    wanted = len(list((colour_folder / "blue").iterdir()))
+    page.wait_for_function("(count) => document.querySelectorAll('#results > li').length === count", arg=wanted)
+    assert set(page.locator("#results .label").all_inner_texts()) == {"blue"}
+
+
+def test_an_image_can_be_pasted(page, photographs):
+    page.evaluate(
+        """(data) => {
+            const transfer = new DataTransfer();
+            const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+            transfer.items.add(new File([bytes], "image.png", {type: "image/png"}));
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true}));
+        }""",
+        base64.b64encode(photographs[0]).decode(),
+    )
+    page.wait_for_selector("#results > li")
+    assert page.locator("#results .label").inner_text() == "blue"
+
+
+def test_a_picture_is_taken_with_the_camera(page):
+    page.context.grant_permissions(["camera"])
+    page.get_by_role("button", name="Use the camera").click()
+    page.wait_for_function("document.getElementById('video').videoWidth > 0")
+    page.get_by_role("button", name="Take the picture").click()
+    page.wait_for_selector("#results > li:not(.invalid)")
+    assert page.locator("#results .file").inner_text().startswith("camera-")
+    assert not page.locator("#viewfinder").is_visible()
+    assert page.evaluate("document.getElementById('video').srcObject") is None
+
+
+def test_a_camera_that_may_not_be_used_is_said_to_be(page):
+    page.evaluate("navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied'))")
+    page.get_by_role("button", name="Use the camera").click()
+    page.wait_for_function("document.getElementById('status').textContent.startsWith('There is no camera')")
 
 
 def test_files_can_be_chosen_and_everything_reached_by_keyboard(page, colour_folder):

@@ -1,4 +1,4 @@
-"""HTTP with a bound on headers: uvicorn with httptools takes any number of them, for as long as a client likes."""
+"""HTTP with bounds: uvicorn with httptools takes any number of headers, and waits for a client as long as it likes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEAD_BYTES = 64 << 10
 _HEAD_SECONDS = 30.0
+_STALL_SECONDS = 30.0  # in which a client takes nothing of its answer
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Hangs up on whoever sends a request's line and headers too slowly, or too many of them."""
+    """Hangs up on whoever sends a request's line and headers too slowly, or too many, or does not read the answer."""
 
     _head_bytes = 0
     _in_head = True
     _timer: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A client is there: its first request has to come."""
@@ -26,7 +28,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._end_head()
+        self._end_stall()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as is written."""
+        super().pause_writing()
+        self._end_stall()
+        self._stalled = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._end_stall()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Counts what comes before a request's body; parsed first, as it may hold the end of the headers."""
@@ -56,6 +70,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _end_stall(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _give_up(self) -> None:
         if self._in_head and not self.transport.is_closing():
