@@ -70,7 +70,7 @@ def page(request, browser, server) -> Iterator[object]:
 def drop(page, *files: tuple[str, str, bytes]) -> None:
     page.evaluate(_DROP, [[[name, kind, base64.b64encode(content).decode()] for name, kind, content in files]])
     page.wait_for_function("(count) => document.querySelectorAll('#results > li').length >= count", arg=len(files))
-    page.wait_for_function("document.getElementById('status').textContent.endsWith('done.')")
+    page.wait_for_function("() => document.getElementById('status').textContent.endsWith('done.')")
 
 
 def test_dropped_images_get_their_labels(page, photographs):
@@ -158,7 +158,7 @@ def test_an_image_can_be_pasted(page, photographs):
 def test_a_picture_is_taken_with_the_camera(page):
     page.context.grant_permissions(["camera"])
     page.get_by_role("button", name="Use the camera").click()
-    page.wait_for_function("document.getElementById('video').videoWidth > 0")
+    page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
     page.get_by_role("button", name="Take the picture").click()
     page.wait_for_selector("#results > li:not(.invalid)")
     assert page.locator("#results .file").inner_text().startswith("camera-")
@@ -167,9 +167,9 @@ def test_a_picture_is_taken_with_the_camera(page):
 
 
 def test_a_camera_that_may_not_be_used_is_said_to_be(page):
-    page.evaluate("navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied'))")
+    page.evaluate("() => { navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied')); }")
     page.get_by_role("button", name="Use the camera").click()
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('There is no camera')")
+    page.wait_for_function("() => document.getElementById('status').textContent.startsWith('There is no camera')")
 
 
 def test_files_can_be_chosen_and_everything_reached_by_keyboard(page, colour_folder):
