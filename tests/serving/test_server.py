@@ -170,6 +170,14 @@ def test_a_port_that_is_taken(flag, other, models, capsys):
     assert "serving" not in captured.out  # found out before models are loaded
 
 
+@pytest.mark.parametrize("version", ["", "1"])
+def test_a_models_folder_is_served_under_a_name_of_ones_own(models, tmp_path, version):
+    flags = (f"--classifier={models / 'colours' / version}", "--model_name=resnet")
+    with start_server(tmp_path / "log", *flags, *FAST) as server:
+        assert server.ask("/v1/models/resnet")[0] == 200
+        assert server.ask("/v1/models/colours")[0] == 404
+
+
 def test_a_models_folder_is_served_without_a_version(models, tmp_path):
     with start_server(tmp_path / "log", f"--classifier={models / 'colours'}", *FAST) as server:
         assert server.ask("/v1/models/colours")[0] == 200
@@ -194,7 +202,7 @@ def test_nothing_but_broken_models(tmp_path, capsys):
         (["--max_batch_size=20"], "--max_batch_size=20 is no size that models are warmed up for"),
         (["--max_queued_images=5"], "--max_queued_images=5 is less than --max_request_images=256"),
         (["--request_timeout_seconds=nan"], "--request_timeout_seconds=nan is out of range"),
-        (["--model_name=x"], "--model_name names a run that is served"),
+        (["--model_name=x"], "--model_name names one model: give --classifier with it"),
         (["--precision=float16"], "--precision=float16 is the trunk's"),
     ],
 )

@@ -71,19 +71,21 @@ def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry]
     export_dir, samples = Path(config.run.export_dir), [make_photograph(seed) for seed in range(_SAMPLES)]
     if config.serve.models_config:
         entries = read_config_file(Path(config.serve.models_config))
-        _check_no_run(config)
+        _check_no_name(config)
         yield entries, [export_dir, *(entry.base_path for entry in entries)], samples
     elif not config.read.classifier:
-        _check_no_run(config)
+        _check_no_name(config)
         yield find_models(export_dir), [export_dir], samples
     elif is_exported(path := Path(config.read.classifier).resolve()):
         if not path.name.isdecimal():
             raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
-        _check_no_run(config)
-        yield [ModelEntry(path.parent.name, path.parent, (int(path.name),))], [path.parent], samples
+        yield (
+            [ModelEntry(config.run.model_name or path.parent.name, path.parent, (int(path.name),))],
+            [path.parent],
+            samples,
+        )
     elif path.is_dir() and list_versions(path):  # saved_models/NAME
-        _check_no_run(config)
-        yield [ModelEntry(path.name, path)], [path], samples
+        yield [ModelEntry(config.run.model_name or path.name, path)], [path], samples
     else:
         classifier = load_trained(config.read.classifier)
         with tempfile.TemporaryDirectory(prefix="tl_keras-serve-") as folder:
@@ -95,7 +97,7 @@ def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry]
             yield [ModelEntry(model.name, model)], [model], own
 
 
-def _check_no_run(config: Config) -> None:
-    """Raises: UserError: a name was given for models that have theirs."""
+def _check_no_name(config: Config) -> None:
+    """Raises: UserError: one name was given for a list of models."""
     if config.run.model_name:
-        raise UserError("--model_name names a run that is served; exported models have names. Leave it out.")
+        raise UserError("--model_name names one model: give --classifier with it, or leave it out.")
