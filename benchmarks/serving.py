@@ -363,7 +363,7 @@ def measure_sizes(arguments: Any) -> dict[str, Any]:
     result = {}
     for name in NETWORKS:
         version = export_random(arguments, name)
-        runs = [measure_speed(version, make_photograph(), batch_sizes=BATCH_SIZES) for _ in range(arguments.runs)]
+        runs = [measure_speed(version, [make_photograph()], batch_sizes=BATCH_SIZES) for _ in range(arguments.runs)]
         result[name] = {
             precision: {size: spread([run.images_per_second[precision][size] for run in runs]) for size in BATCH_SIZES}
             for precision in runs[0].images_per_second

@@ -244,7 +244,9 @@ class ReadConfig:
     """What a finished classifier is used on."""
 
     classifier: str | None = _setting(
-        None, "a run folder or an exported version folder (serve: all models in --export_dir)", (*_READ, *_SERVE)
+        None,
+        "a run folder or an exported version folder (serve: saved_models/NAME too; left out: all in --export_dir)",
+        (*_READ, *_SERVE),
     )
     images: tuple[str, ...] = _setting((), "files, folders or globs, comma-separated", ("predict",))
     output: str | None = _setting(None, "the CSV of predictions (standard output)", ("predict",))

@@ -103,7 +103,7 @@ def _run(argv: list[str]) -> int:
     if values["dry_run"].value:
         print(settings.as_flags(), end="")
         return 0
-    with _quiet_tensorflow():
+    with _quiet_tensorflow(level="2" if settings.mode == "doctor" else "3"):
         mode = importlib.import_module(_MODULES[settings.mode])
     try:
         return int(mode.run(settings).exit_status)
@@ -113,12 +113,13 @@ def _run(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
+def _quiet_tensorflow(*, level: str) -> Iterator[None]:
     """Keeps what TensorFlow's C++ writes to stderr while it is loaded off the screen; errors are shown all the same.
 
-    TF_CPP_MIN_LOG_LEVEL alone does not: its first lines are written before the setting is read (TF 2.21).
+    TF_CPP_MIN_LOG_LEVEL alone does not: its first lines are written before the setting is read (TF 2.21). What goes
+    wrong comes as an exception too; at level 2 each truncated JPEG would write a line.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
     sys.stderr.flush()

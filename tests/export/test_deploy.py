@@ -14,6 +14,7 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from tests.serving.conftest import start_server
 from tl_keras.export.deploy import make_batching_config, make_models_config, write_deployment
+from tl_keras.export.warmup import BATCH_SIZES
 
 SPEEDS = {"float32": {1: 20.0, 2: 22.0, 4: 23.0}, "bfloat16": {1: 31.0, 2: 38.0, 4: 41.0}}
 
@@ -30,7 +31,13 @@ def version(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(version: Path, tmp_path: Path) -> Path:
     write_deployment(
-        tmp_path / "deploy", version, batch_sizes=(1, 2, 4), images_per_second=SPEEDS, bfloat16=True, cores=2
+        tmp_path / "deploy",
+        version,
+        batch_sizes=(1, 2, 4),
+        images_per_second=SPEEDS,
+        bfloat16=True,
+        difference=0.0031,
+        cores=2,
     )
     return tmp_path / "deploy"
 
@@ -96,10 +103,14 @@ def test_batching_config_keeps_tf_servings_rules(folder):
     read = text_format.Parse((folder / "batching.config").read_text(), build_message("BatchingParameters", fields))
     sizes = list(read.allowed_batch_sizes)
     assert sizes == sorted(set(sizes)) == [1, 2, 4]
-    assert sizes[-1] == read.max_batch_size.value
+    # one request may be larger than a batch, above all one of the warm-up file, or the version is not loaded
+    assert read.enable_large_batch_splitting.value
+    assert sizes[-1] == read.max_execution_batch_size.value
+    assert read.max_batch_size.value == 256
+    assert read.max_batch_size.value >= max(BATCH_SIZES)
     assert read.num_batch_threads.value == 2
     assert read.batch_timeout_micros.value == 10_000  # at most; a request alone takes 32 ms
-    assert read.max_enqueued_batches.value == 20  # two seconds of work: 82 images
+    assert read.max_enqueued_batches.value == 64  # of one request of 256 images; two seconds of work would be 20
 
 
 def test_a_fast_model_waits_less():
@@ -155,6 +166,38 @@ def test_the_dockerfile_starts_the_server_with_the_flags(folder):
     assert "COPY --from=models My_Model.v2 /models/My_Model.v2" in lines
 
 
+def test_a_models_config_that_was_edited_is_kept(version, folder):
+    edited = (folder / "models.config").read_text().replace("value: 3", "value: 4")
+    (folder / "models.config").write_text(edited)
+    settings = {"batch_sizes": (1,), "images_per_second": {"float32": {1: 9.0}}, "bfloat16": False, "difference": None}
+    assert "models.config.new" in write_deployment(folder, version, **settings, cores=2)
+    assert (folder / "models.config").read_text() == edited
+    assert "value: 3" in (folder / "models.config.new").read_text()
+    (folder / "models.config").write_text((folder / "models.config.new").read_text())
+    assert "models.config" in write_deployment(folder, version, **settings, cores=2)
+
+
+def test_the_readme_says_which_precision_was_taken_and_why(version, folder, tmp_path):
+    text = (folder / "README.md").read_text()
+    assert "has `--mixed_precision=bfloat16`: it is at least 1.3 times faster. Its probabilities differ" in text
+    assert "by 3.1e-03 at most" in text
+    write_deployment(
+        tmp_path / "plain",
+        version,
+        batch_sizes=(1,),
+        images_per_second={"float32": {1: 9.0}},
+        bfloat16=False,
+        difference=None,
+        cores=2,
+    )
+    assert "The precision is float32: this CPU has no bfloat16." in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_ports_are_published_on_this_machine_alone(folder):
+    (service,) = yaml.safe_load((folder / "compose.yaml").read_text())["services"].values()
+    assert service["ports"] == ["127.0.0.1:8500:8500", "127.0.0.1:8501:8501"]
+
+
 def test_every_placeholder_is_filled(folder):
     for path in folder.iterdir():
         text = path.read_text()
@@ -166,20 +209,29 @@ def test_the_client_asks_over_rest_and_grpc(trained, colour_folder, tmp_path):
     """The written client, run as a user runs it, against the local server."""
     deploy = tmp_path / "deploy"
     write_deployment(
-        deploy, trained[1], batch_sizes=(1, 2), images_per_second={"float32": {1: 9, 2: 9}}, bfloat16=False, cores=2
+        deploy,
+        trained[1],
+        batch_sizes=(1, 2),
+        images_per_second={"float32": {1: 9, 2: 9}},
+        bfloat16=False,
+        difference=None,
+        cores=2,
     )
     config = (deploy / "models.config").read_text().replace("/models/", f"{trained[1].parent.parent}/")
     (deploy / "local.config").write_text(config)
     images = [str(colour_folder / "red" / "000.jpg"), str(colour_folder / "blue" / "001.jpg"), __file__]
     with start_server(tmp_path / "log", f"--models_config={deploy / 'local.config'}", "--engine=tensorflow") as server:
         ports = [f"--port={server.rest.rpartition(':')[2]}", f"--grpc_port={server.grpc.rpartition(':')[2]}"]
-        for flags in ([], ["--grpc"], ["--label=stable"], ["--grpc", "--label=canary"]):
+        for flags in ([], ["--grpc"], ["--label="], ["--grpc", "--label=canary"]):
             output = run_client(deploy, *ports, *flags, "--host=127.0.0.1", *images).stdout.splitlines()
             assert output[0].startswith(f"{images[0]}: red ")
             assert output[1].startswith(f"{images[1]}: blue ")
             assert output[2] == f"{images[2]}: no image that can be read"
         wrong = run_client(deploy, *ports, "--label=nobody", "--host=127.0.0.1", images[0])
         assert "400: Unrecognized servable version label: nobody" in wrong.stderr
+        wrong = run_client(deploy, *ports, "--model=other", "--label=", "--host=127.0.0.1", images[0])
+        assert "404: Servable not found for request: Latest(other)" in wrong.stderr
+        assert run_client(deploy, "gone.jpg").stderr == "gone.jpg can't be read: No such file or directory\n"
         wrong = run_client(deploy, *ports, "--grpc", "--label=nobody", "--host=127.0.0.1", images[0])
         assert "INVALID_ARGUMENT: Unrecognized servable version label: nobody" in wrong.stderr
 

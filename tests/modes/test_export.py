@@ -66,3 +66,32 @@ def test_what_a_run_lacks_is_named_and_nothing_is_exported(trained, tmp_path, ca
     assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 1
     assert capsys.readouterr().err.startswith("tl_keras: error: " + text.format(run))
     assert not (tmp_path / "models").exists()
+
+
+def test_a_deployment_is_measured_and_written(trained, tmp_path, capsys):
+    flags = (f"--classifier={trained[0]}", f"--export_dir={tmp_path / 'models'}", f"--deploy={tmp_path / 'deploy'}")
+    assert run_main("--mode=export", *flags) == 0
+    assert "exported · " in capsys.readouterr().out
+    config = tmp_path / "deploy" / "models.config"
+    before = config.read_text()
+    assert "| float32 |" in (tmp_path / "deploy" / "README.md").read_text()
+    assert run_main("--mode=export", *flags) == 0  # a second version: stable stays where it is until someone moves it
+    output = capsys.readouterr().out
+    assert f"deploy: {tmp_path / 'deploy'}/models.config says something else and is kept" in output
+    assert config.read_text() == before
+    assert 'key: "canary"\n      value: 2' in (tmp_path / "deploy" / "models.config.new").read_text()
+
+
+def test_a_version_folder_is_deployed_without_being_exported_again(trained, tmp_path, capsys):
+    flags = (f"--classifier={trained[1]}", f"--deploy={tmp_path / 'deploy'}")
+    assert run_main("--mode=export", *flags) == 0
+    assert "exported · " not in capsys.readouterr().out
+    assert (tmp_path / "deploy" / "batching.config").is_file()
+
+
+def test_a_deployment_that_can_not_be_written_is_found_out_first(trained, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    flags = (f"--classifier={trained[0]}", f"--export_dir={tmp_path / 'models'}", f"--deploy={tmp_path / 'file' / 'x'}")
+    assert run_main("--mode=export", *flags) == 1
+    assert f"--deploy={tmp_path / 'file' / 'x'} can't be written: " in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()

@@ -16,6 +16,7 @@ from tensorflow_serving.config import model_server_config_pb2
 from tl_keras.run import write_atomically
 
 TFSERVING_VERSION = "2.20.0"  # the newest in TF Serving's RELEASE.md of July 2026
+MOST_IMAGES = 256  # in one request, as the local server's --max_request_images
 _QUEUE_SECONDS = 2.0  # of work may wait: clients would rather be refused than wait longer
 _LONGEST_WAIT_MICROS = 10_000
 _MEMORY_FACTOR = 24  # of the version folder: four signatures, each with its constants packed anew (ResNet50: 2.5 GB)
@@ -31,6 +32,7 @@ def write_deployment(
     batch_sizes: Sequence[int],
     images_per_second: Mapping[str, Mapping[int, float]],
     bfloat16: bool,
+    difference: float | None,
     cores: int,
 ) -> list[str]:
     """Writes every file that TF Serving is started with, for one exported model.
@@ -41,10 +43,11 @@ def write_deployment(
         batch_sizes: that the server may use, rising.
         images_per_second: precision → batch size → what was measured.
         bfloat16: whether the server lowers the precision.
+        difference: the largest that bfloat16 makes to a probability; None where it was not measured.
         cores: of the machine that it was measured on.
 
     Returns:
-        The names of the files.
+        The names of the files. A `models.config` that says something else is kept, and the new one written beside it.
 
     Raises:
         UserError: the folder can't be written.
@@ -67,6 +70,7 @@ def write_deployment(
         "requested_cores": max(1, cores - 1),  # a node keeps some of its cores to itself
         "largest": batch_sizes[-1],
         "table": _describe_speeds(images_per_second),
+        "precision": _describe_precision(bfloat16, difference),
     }
     files = {
         "models.config": make_models_config(version),
@@ -75,6 +79,8 @@ def write_deployment(
         "server.flags": "".join(f"{flag}\n" for flag in flags),
         **{file: _fill(file, values) for file in _TEMPLATES},
     }
+    if _differs(folder / "models.config", files["models.config"]):
+        files["models.config.new"] = files.pop("models.config")  # its labels say what clients are sent to
     for file, content in files.items():
         write_atomically(folder / file, content.encode())
     return list(files)
@@ -115,14 +121,19 @@ def make_models_config(version: Path) -> str:
 def make_batching_config(batch_sizes: Sequence[int], *, speeds: Mapping[int, float], cores: int) -> str:
     """`BatchingParameters` in text (tensorflow_serving/session_bundle/session_bundle_config.proto).
 
-    A request waits for others at most half as long as it takes alone: batching never costs more than it may win.
+    A request waits for others at most half as long as it takes alone: batching never costs more than it may win. One
+    of more images than the largest batch is split; without that it is refused, and a warm-up request that is larger
+    keeps a version from being loaded.
     """
     largest = batch_sizes[-1]
+    most = max(MOST_IMAGES, largest)
     wait_micros = min(round(0.5e6 / speeds[1]), _LONGEST_WAIT_MICROS)
-    queued = max(2, round(_QUEUE_SECONDS * speeds[largest] / largest))
+    queued = max(-(-most // largest), round(_QUEUE_SECONDS * speeds[largest] / largest))
     sizes = "".join(f"allowed_batch_sizes: {size}\n" for size in batch_sizes)
     return (
-        f"max_batch_size {{ value: {largest} }}\n"
+        f"max_batch_size {{ value: {most} }}\n"
+        "enable_large_batch_splitting { value: true }\n"
+        f"max_execution_batch_size {{ value: {largest} }}\n"
         f"batch_timeout_micros {{ value: {wait_micros} }}\n"
         f"max_enqueued_batches {{ value: {queued} }}\n"
         f"num_batch_threads {{ value: {cores} }}\n"
@@ -136,6 +147,22 @@ def make_monitoring_config() -> str:
     Prometheus, at the path that its scrapers expect of TF Serving.
     """
     return 'prometheus_config {\n  enable: true\n  path: "/monitoring/prometheus/metrics"\n}\n'
+
+
+def _differs(path: Path, content: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") != content
+    except OSError:
+        return False
+
+
+def _describe_precision(bfloat16: bool, difference: float | None) -> str:
+    told = "" if difference is None else f" Its probabilities differ from float32's by {difference:.1e} at most."
+    if bfloat16:
+        return f"`server.flags` has `--mixed_precision=bfloat16`: it is at least 1.3 times faster.{told}"
+    if difference is None:
+        return "The precision is float32: this CPU has no bfloat16."
+    return f"The precision is float32: bfloat16 was not at least 1.3 times faster, each time and at each end.{told}"
 
 
 def _fill(file: str, values: Mapping[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tl_keras.errors import UserError
 from tl_keras.export.deploy import write_deployment
 from tl_keras.export.saved_model import describe_request, export_saved_model
 from tl_keras.export.warmup import BATCH_SIZES, make_photograph
-from tl_keras.run import Result, Screen, read_json
+from tl_keras.run import Result, Screen, disk_errors, read_json
 from tl_keras.serving.measure import measure_speed
+
+_PHOTOGRAPHS = 8
 
 
 def run(config: Config) -> Result:
@@ -21,6 +24,9 @@ def run(config: Config) -> Result:
     With `--deploy` it writes what TF Serving is started with, too; of a model that is exported already that alone.
     """
     screen, path, metrics = Screen(), Path(str(config.read.classifier)), dict[str, Any]()
+    photographs = [make_photograph(seed) for seed in range(_PHOTOGRAPHS)]
+    if config.serve.deploy:
+        _check_writable(Path(config.serve.deploy))
     if is_exported(path):
         if not config.serve.deploy:
             raise UserError(f"{path} is exported already. Give a run folder, or --deploy=DIR.")
@@ -41,19 +47,31 @@ def run(config: Config) -> Result:
             max_pixels=config.run.max_pixels,
             show=screen.line,
         )
-        exported_path, metrics = exported.path, {"export": exported.as_dict()}
+        exported_path, metrics, photographs = exported.path, {"export": exported.as_dict()}, samples
         screen.line(f"try it: {describe_request(exported_path)}")
     if config.serve.deploy:
         screen.line("deploy: timing the model in each batch size")
-        speed = measure_speed(exported_path, make_photograph(), batch_sizes=BATCH_SIZES)
+        speed = measure_speed(exported_path, photographs, batch_sizes=BATCH_SIZES)
         files = write_deployment(
             Path(config.serve.deploy),
             exported_path,
             batch_sizes=speed.batch_sizes,
             images_per_second=speed.images_per_second,
             bfloat16=speed.bfloat16,
+            difference=speed.difference,
             cores=speed.cores,
         )
         screen.line(f"deploy: {config.serve.deploy}: {', '.join(files)}")
-    screen.line(f"exported · {exported_path}")
+        if "models.config.new" in files:
+            screen.line(f"deploy: {config.serve.deploy}/models.config says something else and is kept")
+    if metrics:
+        screen.line(f"exported · {exported_path}")
     return Result(run_dir=path, exported=exported_path, metrics=metrics)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises: UserError: nothing can be written there; found out before a version is exported."""
+    with disk_errors(f"--deploy={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tl_keras.data.formats import explain_unreadable, name_format
 from tl_keras.serving.errors import invalid
 from tl_keras.serving.graphs import as_strings
 
@@ -34,7 +35,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise invalid("JSON Parse error: nested too deeply") from error
     except ValueError as error:
-        raise invalid(f"JSON Parse error: {error}") from error
+        if not explain_unreadable(body):
+            raise invalid(
+                "JSON Parse error: the body is no JSON but an image: send it with Content-Type: "
+                f'image/{name_format(body)}, or as {{"instances": [{{"b64": "..."}}]}}'
+            ) from error
+        reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise invalid(f"JSON Parse error: {reason}") from error
     if not isinstance(document, dict):
         raise invalid(f"JSON Value: {_show(document)} Is not object")
     if not isinstance(document.get("signature_name", ""), str):

@@ -224,6 +224,7 @@ class Models:
         with self._lock:
             self._versions[name][number] = version
             version.state = LOADING
+        self._show(f"loading {name}/{number}")
         start = time.monotonic()
         try:
             self._check_path(name, path)

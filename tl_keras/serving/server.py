@@ -127,7 +127,7 @@ def serve(
         # that half second waits. What models leave behind is collected once, and later as usual.
         gc.freeze()
         models.poll()
-        _check_loaded(models)
+        _check_loaded(models, entries)
         gc.collect()
         return _run_loop(_run(models, listening, address, limits, show))
 
@@ -224,12 +224,13 @@ def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -
         graph.run(request.model_spec.signature_name, inputs)
 
 
-def _check_loaded(models: Models) -> None:
+def _check_loaded(models: Models, entries: Sequence[ModelEntry]) -> None:
     """Raises: UserError: nothing can be served."""
     versions = [version for name in models.names for version in _list(models, name)]
     if not any(version.state == AVAILABLE for version in versions):
-        reasons = "; ".join(f"{one.model}/{one.number}: {one.error}" for one in versions) or "no version is there"
-        raise UserError(f"no model can be served: {reasons}. Export it again.")
+        reasons = [f"{one.model}/{one.number}: {one.error}" for one in versions]
+        empty = [f"{entry.name}: no version is in {entry.base_path}" for entry in entries]
+        raise UserError(f"no model can be served: {'; '.join(reasons or empty)}. Check the path, or export it again.")
 
 
 def _list(models: Models, name: str) -> list[Version]:
