@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from scipy.special import softmax
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
@@ -24,7 +25,7 @@ from benchmarks.measure import parse, write_results
 from tl_keras.config import TrainingConfig
 from tl_keras.data.sources import load_source
 from tl_keras.training import heads
-from tl_keras.training.batches import make_batches, predict_probabilities
+from tl_keras.training.batches import make_batches, predict_logits
 from tl_keras.training.fit import Progress, fit_stage
 from tl_keras.training.losses import build_loss
 
@@ -97,8 +98,7 @@ def score_fold(
             training=TrainingConfig(),
             progress=Progress(Path(folder), quiet, quiet, quiet),
         )
-    probabilities = predict_probabilities(head, read, fold, batch_size=256).astype(np.float64)
-    probabilities /= probabilities.sum(1, keepdims=True)
+    probabilities = softmax(predict_logits(head, read, fold, batch_size=256).astype(np.float64), axis=1)
     accuracy = float((probabilities.argmax(1) == labels[fold]).mean())
     return float(log_loss(labels[fold], probabilities, labels=range(classes))), accuracy
 

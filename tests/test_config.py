@@ -17,6 +17,7 @@ from tl_keras.config import (
     Config,
     DataConfig,
     EngineConfig,
+    EvaluationConfig,
     ProbeConfig,
     ReadConfig,
     RunConfig,
@@ -32,7 +33,16 @@ from tl_keras.config import (
 )
 from tl_keras.errors import UserError
 
-GROUPS = (DataConfig, BackboneConfig, TrainingConfig, ProbeConfig, EngineConfig, RunConfig, ReadConfig)
+GROUPS = (
+    DataConfig,
+    BackboneConfig,
+    TrainingConfig,
+    ProbeConfig,
+    EvaluationConfig,
+    EngineConfig,
+    RunConfig,
+    ReadConfig,
+)
 FIELDS = [field for group in GROUPS for field in dataclasses.fields(group)]
 TYPES = {name: kind for group in GROUPS for name, kind in typing.get_type_hints(group).items()}
 
@@ -104,11 +114,13 @@ def test_a_flag_that_another_mode_uses_is_refused_by_name(mode):
     values = {bool: "true", int: "1", float: "0.5"}
     for field in FIELDS:
         kinds = {TYPES[field.name], *typing.get_args(TYPES[field.name])}
-        texts = {"backbone_kwargs": "x=1", "probe": "knn", "embeddings_output": "x.npz"}
+        texts = {"backbone_kwargs": "x=1", "probe": "knn", "embeddings_output": "x.npz", "compare": "x,y"}
         text = texts.get(field.name, "x")
         value = next((one for kind, one in values.items() if kind in kinds), (field.metadata["choices"] or (text,))[0])
         arguments = [f"--mode={mode}", f"--{field.name}={value}"]
-        arguments += ["--classifier=x"] * (mode in {"evaluate", "predict", "export"} and field.name != "classifier")
+        arguments += ["--classifier=x"] * (
+            mode in {"evaluate", "predict", "export"} and field.name not in {"classifier", "compare"}
+        )
         arguments += ["--images=x"] * (mode == "predict" and field.name != "images")
         if mode in field.metadata["modes"]:
             parse(*arguments)

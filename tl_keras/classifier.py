@@ -64,6 +64,13 @@ class Classifier:
         """Side of the network's input in pixels."""
         return int(self.network.input_shape[1])
 
+    def divide_logits(self, temperature: float) -> Classifier:
+        """The classifier with a temperature inside: its logits divided by it (Guo et al. 2017)."""
+        dtype = self.network.layers[-1].dtype_policy  # a probe computes in float64
+        layer = keras.layers.Rescaling(1 / temperature, name="temperature", dtype=dtype)
+        network = keras.Model(self.network.input, layer(self.network.output), name=self.network.name)
+        return dataclasses.replace(self, network=network)
+
     def save(self, folder: Path, *, samples: Sequence[bytes], expected: np.ndarray) -> None:
         """Writes `network.keras`, `classifier.json`, and `samples.npz` for whoever exports it later.
 
@@ -195,9 +202,20 @@ def _read_example(serialized: tf.Tensor) -> tf.Tensor:
 class LoadedClassifier:
     """A classifier to be used: from a run folder or an exported model, the same graph either way."""
 
-    def __init__(self, serve: Any, labels: Sequence[str], decoding: dict[str, Any]) -> None:
-        """Args: serve: the signature `serving_default`; decoding: the keywords of `images.decode` that it uses."""
-        self._serve, self.labels, self._decoding = serve, tuple(labels), decoding
+    def __init__(self, serve: Any, pixels: Any, labels: Sequence[str], decoding: dict[str, Any]) -> None:
+        """Takes what runs it.
+
+        Args:
+            serve: the signature `serving_default`.
+            pixels: the signature `pixels`.
+            labels: the classes.
+            decoding: the keywords of `images.decode` that it uses.
+        """
+        self._serve, self._pixels, self.labels, self.decoding = serve, pixels, tuple(labels), decoding
+
+    def predict_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities, float32 `(b, classes)`, of images at the network's size, float32 RGB 0 to 255."""
+        return np.asarray(self._pixels(images=tf.constant(images))["probabilities"])
 
     def predict(self, images: Sequence[str | Path | bytes] | str | Path | bytes) -> list[dict[str, Any]]:
         """Classifies images.
@@ -248,7 +266,7 @@ class LoadedClassifier:
         labels = [label.decode("utf-8") for label in row["labels"]]
         error = ""
         if not row["valid"]:
-            error = explain_unreadable(content) or explain_broken(content, **self._decoding) or "can't be decoded"
+            error = explain_unreadable(content) or explain_broken(content, **self.decoding) or "can't be decoded"
         return {
             "predicted": labels[0],
             "probability": float(row["scores"][0]),
@@ -277,6 +295,7 @@ def load(path: str) -> LoadedClassifier:
     servable = Servable(classifier)
     return LoadedClassifier(
         servable.endpoints["serving_default"],
+        servable.endpoints["pixels"],
         classifier.labels,
         {"image_size": classifier.image_size, "resize": classifier.resize},
     )
@@ -401,7 +420,8 @@ def _load_exported(path: Path) -> LoadedClassifier:
         raise UserError(
             f"the exported model {path} is damaged: {type(error).__name__}: {first}. Export it again."
         ) from error
-    return LoadedClassifier(_Kept(model, serve), labels, {"image_size": size, **read_decoding(path)})
+    pixels = _Kept(model, model.signatures["pixels"])
+    return LoadedClassifier(_Kept(model, serve), pixels, labels, {"image_size": size, **read_decoding(path)})
 
 
 class _Kept:
@@ -410,8 +430,8 @@ class _Kept:
     def __init__(self, model: Any, serve: Any) -> None:
         self._model, self._serve = model, serve
 
-    def __call__(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        answer: dict[str, tf.Tensor] = self._serve(image_bytes=image_bytes)
+    def __call__(self, **inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        answer: dict[str, tf.Tensor] = self._serve(**inputs)
         return answer
 
 

@@ -40,6 +40,8 @@ _PATHS = (
     "images",
     "output",
     "embeddings_output",
+    "slices",
+    "compare",
     "models_config",
     "deploy",
 )
@@ -206,6 +208,33 @@ class ProbeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How what was trained is judged."""
+
+    calibrate: bool = _setting(
+        True, "divide logits by the temperature that fits val, in the exported model too (Guo et al. 2017)", _MAKE
+    )
+    target_accuracy: float = _setting(
+        0.95, "find the probability above which val is so accurate", _DATA, minimum=0, maximum=1
+    )
+    slices: str | None = _setting(
+        None, "a CSV of id (or path) and attributes: the same figures for each of their values", _DATA
+    )
+    seeds: int = _setting(
+        1, "train so often, each time with another seed; mean and spread", _TRAIN, minimum=1, maximum=100
+    )
+    corruptions: bool = _setting(
+        False, "accuracy under noise, blur, light, compression, rotation and crop, at five strengths", ("evaluate",)
+    )
+    corruption_images: int = _setting(200, "drawn for --corruptions", ("evaluate",), minimum=1)
+    compare: tuple[str, ...] = _setting(
+        (),
+        "run folders, comma-separated: which is better on the examples that all have, and how sure that is",
+        ("evaluate",),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """What runs the frozen trunk, and where its embeddings are kept."""
 
@@ -281,6 +310,7 @@ _GROUPS: dict[str, type[Any]] = {
     "backbone": BackboneConfig,
     "training": TrainingConfig,
     "probe": ProbeConfig,
+    "evaluation": EvaluationConfig,
     "engine": EngineConfig,
     "run": RunConfig,
     "read": ReadConfig,
@@ -297,6 +327,7 @@ class Config:
     backbone: BackboneConfig = BackboneConfig()
     training: TrainingConfig = TrainingConfig()
     probe: ProbeConfig = ProbeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
     read: ReadConfig = ReadConfig()
@@ -527,7 +558,13 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"--warmup_epochs={training.warmup_epochs:g} is more than --epochs={training.epochs}. Give fewer."
         )
-    if config.mode in _READ and not config.read.classifier:
+    compare = config.evaluation.compare
+    if compare and (len(compare) < 2 or config.read.classifier or data.dataset):
+        raise UserError(
+            "--compare takes two run folders or more, and neither --classifier nor --dataset with it: "
+            "--compare=runs/A,runs/B."
+        )
+    if config.mode in _READ and not config.read.classifier and not compare:
         raise UserError(
             f"--classifier is missing. --mode={config.mode} reads a run folder or an exported version folder: "
             "--classifier=runs/NAME or --classifier=saved_models/NAME/1."

@@ -23,7 +23,7 @@ def size_in_bytes(network: keras.Model) -> int:
 
 def has_votes(network: keras.Model) -> bool:
     """Whether a classifier's probabilities jump where a vote changes, so that only its decisions can be compared."""
-    return isinstance(network.layers[-1], _Scaled)
+    return any(isinstance(layer, _Scaled) for layer in network.layers)
 
 
 class _Scaled(keras.layers.Layer):  # type: ignore[misc]

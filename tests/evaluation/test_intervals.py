@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.intervals import (
+    accuracy_interval,
+    auroc_interval,
+    bootstrap_interval,
+    f1_intervals,
+    mean_interval,
+    proportion_intervals,
+)
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3 (score without continuity correction)
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -62,3 +69,86 @@ def test_nothing_tried_is_nothing_known():
 
 def test_the_ends_are_plain_numbers_that_json_takes():
     assert [type(end) for end in accuracy_interval(3, 4)] == [float, float]
+
+
+def cover(draw, interval, truth: float, trials: int = 2000) -> float:
+    """The share of simulated trials whose interval contains the truth."""
+    random = np.random.default_rng(0)
+    ends = [interval(draw(random)) for _ in range(trials)]
+    return float(np.mean([low <= truth <= high for low, high in ends]))
+
+
+@pytest.mark.parametrize(("accuracy", "count"), [(0.9, 153), (0.6, 50), (0.75, 500), (0.98, 1000)])
+def test_intervals_of_an_accuracy_hold_the_truth_in_95_of_100_trials(accuracy, count):
+    found = cover(
+        lambda random: int(random.binomial(count, accuracy)), lambda right: accuracy_interval(right, count), accuracy
+    )
+    assert 0.93 <= found <= 0.97
+
+
+def test_so_do_those_of_an_accuracy_of_about_098_on_50_examples():
+    """At 0.98 itself no interval can: fifty trials leave it 92.2 % or 98.2 %, so accuracies around it are drawn."""
+    random, hits = np.random.default_rng(0), []
+    for _ in range(2000):
+        truth = random.uniform(0.96, 1.0)
+        low, high = accuracy_interval(int(random.binomial(50, truth)), 50)
+        hits.append(low <= truth <= high)
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+def test_intervals_of_f1_hold_the_truth():
+    def draw(random):
+        labels = random.random(300) < 0.3
+        predicted = np.where(labels, random.random(300) < 0.85, random.random(300) < 0.1)
+        hits = int((labels & predicted).sum())
+        return np.array([hits]), np.array([int(labels.sum() + predicted.sum()) - 2 * hits])
+
+    truth = 2 * 0.3 * 0.85 / (0.3 + 0.3 * 0.85 + 0.7 * 0.1)
+    assert 0.93 <= cover(draw, lambda counts: f1_intervals(*counts)[0], truth) <= 0.97
+
+
+def test_intervals_of_a_mean_over_classes_hold_the_truth():
+    truths, counts = np.array([0.95, 0.8, 0.6, 1.0]), np.array([40, 25, 60, 30])
+    weights = np.full(4, 0.25)
+
+    def interval(right):
+        return mean_interval(right / counts, proportion_intervals(right, counts), weights)
+
+    found = cover(lambda random: random.binomial(counts, truths), interval, float(truths.mean()))
+    assert 0.93 <= found <= 0.98  # a class that is always right makes it a little wide
+
+
+def test_a_mean_of_one_figure_has_its_interval():
+    interval = np.array([[0.4, 0.7]])
+    assert mean_interval(np.array([0.5]), interval, np.array([1.0])) == pytest.approx((0.4, 0.7))
+
+
+def test_all_right_in_every_class_is_no_certainty():
+    counts = np.array([10, 20])
+    low, high = mean_interval(np.ones(2), proportion_intervals(counts, counts), np.array([0.5, 0.5]))
+    assert 0.8 < low < 0.95
+    assert high == 1
+
+
+def test_intervals_of_an_area_under_the_curve_hold_the_truth():
+    from scipy import stats
+    from sklearn.metrics import roc_auc_score
+
+    labels = np.repeat([0, 1], [60, 40])
+
+    def draw(random):
+        return roc_auc_score(labels, random.normal(size=100) + 1.5 * labels)
+
+    truth = stats.norm.cdf(1.5 / math.sqrt(2))
+    assert 0.93 <= cover(draw, lambda area: auroc_interval(area, 40, 60), truth) <= 0.98
+    low, high = auroc_interval(1.0, 40, 60)
+    assert 0.9 < low < 1
+    assert high == 1
+    assert auroc_interval(0.0, 5, 5)[0] == 0
+
+
+def test_the_bootstraps_intervals_hold_the_truth():
+    found = cover(lambda random: random.exponential(size=200), lambda x: bootstrap_interval(np.mean, x), 1.0, 200)
+    assert 0.9 <= found <= 0.98
+    assert bootstrap_interval(np.mean, np.array([1.0])) is None
+    assert bootstrap_interval(np.mean, np.arange(50.0)) == bootstrap_interval(np.mean, np.arange(50.0))

@@ -7,10 +7,20 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
+from tl_keras.evaluation.calibration import expected_calibration_error
 from tl_keras.evaluation.intervals import accuracy_interval
-from tl_keras.evaluation.metrics import expected_calibration_error, headline, measure
+from tl_keras.evaluation.metrics import confuse, headline, measure, measure_classes, most_confused
 
 
 def make(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -140,9 +150,45 @@ def test_a_probability_of_0_for_the_label_is_a_large_number_not_an_infinite_one(
 def test_all_figures_are_plain_numbers_that_json_takes():
     found = measure(*make(50, 3))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert list(found) == [
-        *("n", "accuracy", "accuracy_ci95", "mean_per_class_accuracy", "top5_accuracy", "nll", "ece")
-    ]
+    figures = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "nll", "ece")
+    assert list(found) == ["n", *(f"{name}{end}" for name in figures for end in ("", "_ci95")), "macro", "weighted"]
+
+
+@pytest.mark.parametrize("classes", [2, 4, 120])
+def test_averages_and_figures_of_each_class_are_scikit_learns(classes):
+    probabilities, labels = make(900, classes)
+    predicted, found = probabilities.argmax(1), measure(probabilities, labels)
+    scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+    each = measure_classes(predicted, labels, num_classes=classes)
+    for name, score in scores.items():
+        for average in ("macro", "weighted"):
+            expected = score(labels, predicted, average=average, zero_division=0)
+            assert found[average][name] == pytest.approx(expected, abs=1e-12)
+            low, high = found[average][f"{name}_ci95"]
+            assert low < expected < high
+        np.testing.assert_allclose(each[name], score(labels, predicted, average=None, zero_division=0))
+        ends = each[f"{name}_ci95"]
+        assert (ends[:, 0] <= each[name] + 1e-12).all()
+        assert (each[name] <= ends[:, 1] + 1e-12).all()
+    assert each["support"].sum() == each["predicted"].sum() == 900
+
+
+def test_two_classes_have_an_area_under_the_curve():
+    probabilities, labels = make(300, 2)
+    found = measure(probabilities, labels)
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, probabilities[:, 1]))
+    assert found["auroc_ci95"][0] < found["auroc"] < found["auroc_ci95"][1]
+    assert "auroc" not in measure(probabilities, np.zeros(300, int))  # one class alone has no such area
+    assert "auroc" not in measure(*make(300, 3))
+
+
+def test_confusion_and_the_pairs_that_are_confused_most():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2])
+    predicted = np.array([0, 1, 1, 2, 1, 0, 2])
+    matrix = confuse(predicted, labels, num_classes=4)
+    np.testing.assert_array_equal(matrix, confusion_matrix(labels, predicted, labels=range(4)))
+    assert most_confused(matrix, at_most=9) == [(0, 1, 2), (1, 2, 1), (2, 0, 1)]
+    assert most_confused(matrix, at_most=1) == [(0, 1, 2)]
 
 
 def test_the_headline_is_designs():

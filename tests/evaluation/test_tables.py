@@ -17,6 +17,7 @@ from tl_keras.evaluation.metrics import measure
 from tl_keras.evaluation.tables import (
     describe_device,
     describe_environment,
+    describe_evaluation,
     format_table,
     write_evaluation,
     write_examples,
@@ -79,20 +80,58 @@ def test_probabilities_are_the_rows_of_predictions_unrounded(folder, tmp_path):
 
 
 def test_each_split_is_measured_alone_and_labels_are_one_a_line(folder, tmp_path):
-    found = write_evaluation(folder, examples(), PROBABILITIES)
-    assert found == {
-        "val": measure(PROBABILITIES["val"], np.array([2, 1])),
-        "test": measure(PROBABILITIES["test"], np.array([1, 0, 2])),
-    }
+    found = write_evaluation(folder, examples(), PROBABILITIES, target_accuracy=0.9)
+    assert list(found) == ["val", "test", "reject"]
+    for split, labels in (("val", np.array([2, 1])), ("test", np.array([1, 0, 2]))):
+        expected = measure(PROBABILITIES[split], labels)
+        assert {name: found[split][name] for name in expected} == expected
     assert (tmp_path / "labels.txt").read_text(encoding="utf-8") == "".join(f"{name}\n" for name in NAMES)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("splits.csv", "predictions.csv", "probabilities.npy", "labels.txt")
+        *("splits.csv", "predictions.csv", "probabilities.npy", "labels.txt"),
+        *("per_class.csv", "confusion.csv", "reliability.csv", "coverage.csv"),
     }
+
+
+def test_the_tables_by_hand(folder, tmp_path):
+    found = write_evaluation(folder, examples(), PROBABILITIES, target_accuracy=0.9)
+    # val: class 2 rightly with 0.6, class 1 taken for 0 with 0.5; test: classes 1 and 0 rightly, class 2 for 0
+    by_class = [row for row in rows(tmp_path / "per_class.csv") if row["split"] == "test"]
+    assert [(row["label"], row["support"], row["predicted"], row["recall"]) for row in by_class] == [
+        (NAMES[0], "1", "2", "1.0"),
+        (NAMES[1], "1", "1", "1.0"),
+        (NAMES[2], "1", "0", "0.0"),
+    ]
+    confused = {tuple(row.values()) for row in rows(tmp_path / "confusion.csv") if row["split"] == "test"}
+    assert confused == {
+        ("test", NAMES[0], NAMES[0], "1"),
+        ("test", NAMES[1], NAMES[1], "1"),
+        ("test", NAMES[2], NAMES[0], "1"),
+    }
+    assert found["test"]["most_confused"] == [{"label": NAMES[2], "predicted": NAMES[0], "count": 1}]
+    assert found["reject"]["threshold"] == pytest.approx(0.6)  # val's 0.6 is right, its 0.5 is not
+    assert found["reject"]["test"]["coverage"] == pytest.approx(2 / 3)
+    assert found["reject"]["test"]["accuracy"] == 1
+    assert [float(row["threshold"]) for row in rows(tmp_path / "coverage.csv") if row["split"] == "val"] == [0.6, 0.5]
+    assert sum(int(row["n"]) for row in rows(tmp_path / "reliability.csv") if row["split"] == "test") == 3
+
+
+def test_lines_for_the_screen(folder):
+    found = write_evaluation(folder, examples(), PROBABILITIES, target_accuracy=0.9)
+    found["calibration"] = {"temperature": 1.5, "before": {"test": {"ece": 0.2}}}
+    ece = found["test"]["ece"]
+    assert describe_evaluation(found) == [
+        f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
+        f"most often taken wrongly on test: {NAMES[2]} for {NAMES[0]} (1)",
+        "to be right in 90 %, chosen on val: probability 0.600 or more, which 67 % of test reach, accuracy 1.000 "
+        "[0.342, 1.000]",
+    ]
+    found["reject"] |= {"threshold": None}
+    assert describe_evaluation(found)[-1] == "no probability on val is high enough to be right in 90 %"
 
 
 def test_a_source_without_test_has_val_alone(folder, tmp_path):
-    found = write_evaluation(folder, examples(), {"val": PROBABILITIES["val"]})
-    assert list(found) == ["val"]
+    found = write_evaluation(folder, examples(), {"val": PROBABILITIES["val"]}, target_accuracy=0.9)
+    assert list(found) == ["val", "reject"]
     assert len(rows(tmp_path / "predictions.csv")) == len(np.load(tmp_path / "probabilities.npy")) == 2
 
 
@@ -102,7 +141,7 @@ def test_a_disk_that_fails_is_one_line(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(UserError, match=f"^the disk is full: {tmp_path}/splits.csv could not be written"):
-        write_evaluation(folder, examples(), PROBABILITIES)
+        write_evaluation(folder, examples(), PROBABILITIES, target_accuracy=0.9)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import COLOURS, make_image, run_main, write_colour_folder, write_image
 from tl_keras.classifier import LoadedClassifier, load
+from tl_keras.data.corruptions import CORRUPTIONS, STRENGTHS
 from tl_keras.evaluation.metrics import measure
 from tl_keras.modes import evaluate
 
@@ -159,7 +160,8 @@ def test_figures_are_those_of_the_rows(score, fresh):
     found = score(fresh)
     labels = [sorted(COLOURS).index(row["label"]) for row in found.rows]
     expected = measure(found.probabilities, np.array(labels))
-    assert found.metrics["test"] == expected
+    assert {name: found.metrics["test"][name] for name in expected} == expected
+    assert "reject" not in found.metrics  # there is no val to choose a threshold on
     assert expected["accuracy"] < 1
 
 
@@ -301,3 +303,76 @@ def test_an_interruption_leaves_no_metrics(trained, fresh, tmp_path, monkeypatch
     arguments = [f"--classifier={trained[0]}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}"]
     assert run_main("--mode=evaluate", *arguments) == 130
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "run.flags"]
+
+
+def write_slices(path: Path, ids: list[str]) -> Path:
+    path.write_text("id,camera\n" + "".join(f"{one},{'AB'[number % 2]}\n" for number, one in enumerate(ids)))
+    return path
+
+
+def test_slices_are_measured_and_the_worst_is_named(score, trained, tmp_path, capsys):
+    ids = score().ids("test")
+    capsys.readouterr()
+    again = score(None, f"--slices={write_slices(tmp_path / 'slices.csv', ids)}")
+    cameras = again.metrics["test"]["slices"]["columns"]["camera"]
+    assert sorted(cameras) == ["A", "B"]
+    assert sum(one["n"] for one in cameras.values()) == len(ids)
+    assert [row["value"] for row in again.table("slices.csv") if row["split"] == "test"] == ["A", "B"]
+    assert "slices: " in capsys.readouterr().out
+
+
+def test_slices_of_other_images_are_refused(refuse, tmp_path):
+    path = write_slices(tmp_path / "slices.csv", ["nobody.jpg"])
+    assert refuse(f"--slices={path}").startswith(f"--slices={path} knows none of the ")
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["run", "exported"])
+def test_corruptions_are_measured_on_images_that_are_drawn(score, fresh, capsys, which):
+    found = score(fresh, "--corruptions", "--corruption_images=7", which=which).metrics["robustness"]
+    assert (found["n"], found["split"]) == (7, "test")
+    assert list(found["corruptions"]) == list(CORRUPTIONS)
+    assert all(len(rows) == STRENGTHS for rows in found["corruptions"].values())
+    assert found["clean"]["accuracy"] == 1
+    assert found["corruptions"]["rotation"][0]["accuracy"] > found["corruptions"]["contrast"][-1]["accuracy"] - 1e-9
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("test accuracy, n=7, corrupted by") for line in lines)
+    assert any(line.startswith("pixelation ") for line in lines)
+
+
+def write_predictions(folder: Path, wrong: set[int]) -> Path:
+    folder.mkdir()
+    rows = [f"{number}.jpg,test,x,{'y' if number in wrong else 'x'},0.9,0.9" for number in range(60)]
+    header = "id,split,label,predicted,probability,label_probability"
+    (folder / "predictions.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def test_runs_are_compared_in_a_sentence(tmp_path, capsys):
+    first = write_predictions(tmp_path / "A", set(range(14)) | {50, 51})
+    second = write_predictions(tmp_path / "B", {20, 21, 22} | {50, 51})
+    assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "test", "accuracy"]
+    assert lines[1].split() == ["A", "0.733", "[0.610,", "0.829]", "n=60"]
+    assert lines[-1].startswith(
+        "B is better: 14 images only B gets right, 3 only A, p = 0.013; difference +0.183 [+0.0"
+    )
+    third = write_predictions(tmp_path / "C", {20, 21, 22, 23})
+    assert run_main("--mode=evaluate", f"--compare={first},{second},{third}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "p values are adjusted for 3 comparisons (Holm)"
+    assert "B and C can't be told apart on these images" in lines[-2]
+    assert "p = 0.035" in lines[-4]  # that of A and C, 0.0118, times three: the larger one may not be less
+
+
+@pytest.mark.parametrize("other", [[], ["--classifier=x"], ["--dataset=digits"]])
+def test_what_can_not_be_compared_is_said(other, capsys):
+    paths = "A,B" if other else "A"
+    assert run_main("--mode=evaluate", f"--compare={paths}", *other) == 1
+    assert capsys.readouterr().err.startswith("tl_keras: error: --compare takes two run folders or more, and neither")
+
+
+def test_a_run_that_has_not_ended_can_not_be_compared(tmp_path, capsys):
+    first = write_predictions(tmp_path / "A", set())
+    assert run_main("--mode=evaluate", f"--compare={first},{tmp_path / 'gone'}") == 1
+    assert "gone/predictions.csv can't be read: No such file or directory. Give run folders" in capsys.readouterr().err

@@ -1,16 +1,26 @@
-"""The figures of `metrics.json`."""
+"""The figures of `metrics.json`, `per_class.csv` and `confusion.csv`."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import log_loss
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
-from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.calibration import confidence_gaps, error_of, losses
+from tl_keras.evaluation.intervals import (
+    accuracy_interval,
+    auroc_interval,
+    bootstrap_interval,
+    f1_intervals,
+    mean_interval,
+    proportion_intervals,
+)
 
-_ECE_BINS = 15  # Guo et al. 2017, section 5
 _TOP_K = 5
+_AVERAGED = ("precision", "recall", "f1")
 
 
 def measure(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -21,47 +31,111 @@ def measure(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         labels: int `(n,)`.
 
     Returns:
-        `n`, `accuracy`, `accuracy_ci95` (Wilson), `mean_per_class_accuracy` over the classes that occur,
-        `top5_accuracy` (1 where there are five classes or fewer), `nll` (mean negative log-likelihood, nats) and
-        `ece` (expected calibration error, 15 bins of equal width; Naeini et al. 2015).
+        `n`, `accuracy`, `mean_per_class_accuracy` over the classes that occur, `top5_accuracy` (1 where there are five
+        classes or fewer), `nll` (mean negative log-likelihood, nats), `ece` (expected calibration error, 15 bins of
+        equal width), `macro` and `weighted` averages of precision, recall and F1 over the classes that occur, and for
+        two classes that both occur `auroc`. Each `NAME` has its 95 % interval in `NAME_ci95`,
+        `nll` and `ece` of a single example None.
     """
     predicted = probabilities.argmax(1)
-    correct = int((predicted == labels).sum())
-    low, high = accuracy_interval(correct, len(labels))
+    correct, count = int((predicted == labels).sum()), len(labels)
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :_TOP_K]
-    known = np.unique(labels)
-    exact = probabilities.astype(np.float64)
-    exact = exact / exact.sum(1, keepdims=True)  # a float32 softmax sums to 1 within 1e-6, scikit-learn wants 1e-8
-    per_class = [float((predicted[labels == label] == label).mean()) for label in known]
+    in_top = int((top == labels[:, np.newaxis]).any(1).sum())
+    classes = measure_classes(predicted, labels, num_classes=probabilities.shape[1])
+    occurs = classes["support"] > 0
+    share = occurs / occurs.sum()
+    each_loss = losses(probabilities, labels)
+    gaps = confidence_gaps(probabilities, labels)
+    figures: dict[str, tuple[float, tuple[float, float] | None]] = {
+        "accuracy": (correct / count, accuracy_interval(correct, count)),
+        "mean_per_class_accuracy": _average(classes, "recall", share),
+        "top5_accuracy": (in_top / count, accuracy_interval(in_top, count)),
+        "nll": (float(each_loss.mean()), bootstrap_interval(np.mean, each_loss)),
+        "ece": (error_of(*gaps), bootstrap_interval(error_of, *gaps)),
+    }
+    if probabilities.shape[1] == 2 and occurs.all():
+        area = float(roc_auc_score(labels, probabilities[:, 1]))
+        positives, negatives = (int(classes["support"][label]) for label in (1, 0))
+        figures["auroc"] = area, auroc_interval(area, positives, negatives)
+    result: dict[str, Any] = {"n": count}
+    for name, (value, interval) in figures.items():
+        result |= {name: value, f"{name}_ci95": list(interval) if interval else None}
+    for name, weights in (("macro", share), ("weighted", classes["support"] / count)):
+        averages = {figure: _average(classes, figure, weights) for figure in _AVERAGED}
+        result[name] = {}
+        for figure, (value, interval) in averages.items():
+            result[name] |= {figure: value, f"{figure}_ci95": list(interval)}
+    return result
+
+
+def measure_classes(predicted: np.ndarray, labels: np.ndarray, *, num_classes: int) -> dict[str, np.ndarray]:
+    """Figures of each class.
+
+    Args:
+        predicted: int `(n,)`.
+        labels: int `(n,)`.
+        num_classes: classes.
+
+    Returns:
+        `support` (examples of the class) and `predicted` (examples taken for it), int `(classes,)`; `precision`,
+        `recall` and `f1`, float64 `(classes,)`, 0 where there is nothing to count; of each `NAME_ci95`, float64
+        `(classes, 2)` (Wilson; F1: Lam et al. 2023).
+    """
+    numbers = np.arange(num_classes)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=numbers, zero_division=0.0
+    )
+    hits = np.bincount(labels[predicted == labels], minlength=num_classes)
+    taken = np.bincount(predicted, minlength=num_classes)
     return {
-        "n": len(labels),
-        "accuracy": correct / len(labels),
-        "accuracy_ci95": [low, high],
-        "mean_per_class_accuracy": float(np.mean(per_class)),
-        "top5_accuracy": float((top == labels[:, np.newaxis]).any(1).mean()),
-        "nll": float(log_loss(labels, exact, labels=np.arange(exact.shape[1]))),
-        "ece": expected_calibration_error(probabilities, labels),
+        "support": support,
+        "predicted": taken,
+        "precision": precision,
+        "precision_ci95": proportion_intervals(hits, taken),
+        "recall": recall,
+        "recall_ci95": proportion_intervals(hits, support),
+        "f1": f1,
+        "f1_ci95": f1_intervals(hits, support + taken - 2 * hits),
     }
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean distance between confidence and accuracy over 15 bins of confidence (Naeini et al. 2015, section 3).
+def confuse(predicted: np.ndarray, labels: np.ndarray, *, num_classes: int) -> np.ndarray:
+    """The confusion matrix, int `(classes, classes)`: rows are labels, columns what was predicted."""
+    return np.asarray(confusion_matrix(labels, predicted, labels=np.arange(num_classes)))
 
-    Args:
-        probabilities: float `(n, classes)`.
-        labels: int `(n,)`.
 
-    Returns:
-        0 to 1.
-    """
-    confidence = probabilities.max(1)
-    correct = probabilities.argmax(1) == labels
-    bins = np.clip(np.ceil(confidence * _ECE_BINS).astype(int) - 1, 0, _ECE_BINS - 1)
-    sums = [np.bincount(bins, values, minlength=_ECE_BINS) for values in (confidence, correct)]
-    return float(np.abs(sums[0] - sums[1]).sum() / len(labels))
+def most_confused(confusion: np.ndarray, *, at_most: int) -> list[tuple[int, int, int]]:
+    """Label, what it was taken for, how often: the most frequent first, of equals the lower number first."""
+    errors = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-errors, axis=None, kind="stable")[:at_most]
+    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
+    return [(int(label), int(taken), int(errors[label, taken])) for label, taken in pairs if errors[label, taken]]
+
+
+def summarize(accuracies: Sequence[float]) -> dict[str, Any]:
+    """Of repeated trainings: `accuracies`, `mean`, `standard_deviation`, `min`, `max`."""
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return {
+        "accuracies": list(accuracies),
+        "mean": statistics.mean(accuracies),
+        "standard_deviation": spread,
+        "min": min(accuracies),
+        "max": max(accuracies),
+    }
+
+
+def describe_spread(summary: Mapping[str, Any]) -> str:
+    """`0.902, standard deviation 0.004, 0.897 to 0.908`."""
+    low, high = summary["min"], summary["max"]
+    return f"{summary['mean']:.3f}, standard deviation {summary['standard_deviation']:.3f}, {low:.3f} to {high:.3f}"
 
 
 def headline(name: str, metrics: dict[str, Any]) -> str:
     """`test accuracy 0.902 [0.845, 0.941] n=153`."""
     low, high = metrics["accuracy_ci95"]
     return f"{name} accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] n={metrics['n']}"
+
+
+def _average(classes: dict[str, np.ndarray], figure: str, weights: np.ndarray) -> tuple[float, tuple[float, float]]:
+    values = classes[figure]
+    return float(values @ weights), mean_interval(values, classes[f"{figure}_ci95"], weights)

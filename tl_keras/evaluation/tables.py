@@ -14,28 +14,109 @@ import tensorflow as tf
 
 from tl_keras import __version__
 from tl_keras.data.examples import Examples
-from tl_keras.evaluation.metrics import measure
+from tl_keras.evaluation.calibration import (
+    RELIABILITY,
+    accuracy_by_coverage,
+    choose_threshold,
+    measure_threshold,
+    reliability,
+)
+from tl_keras.evaluation.metrics import confuse, measure, measure_classes, most_confused
+from tl_keras.evaluation.slices import SLICES, Attributes, describe_worst, measure_slices, slice_cells
 from tl_keras.run import RunFolder, write_atomically
 
 _PREDICTIONS_HEADER = ("id", "split", "label", "predicted", "probability", "label_probability")
 _DIGITS = 6
+_PAIRS, _PAIRS_SHOWN = 50, 3
+_CURVE_POINTS = 200
+_FIGURES = ("precision", "recall", "f1")
+_PER_CLASS_HEADER = (
+    *("split", "label", "support", "predicted"),
+    *(f"{figure}{part}" for figure in _FIGURES for part in ("", "_low", "_high")),
+)
 
 
-def write_evaluation(folder: RunFolder, examples: Examples, probabilities: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Measures val and test, and writes `splits.csv`, `predictions.csv`, `probabilities.npy` and `labels.txt`.
+def write_evaluation(
+    folder: RunFolder,
+    examples: Examples,
+    probabilities: Mapping[str, np.ndarray],
+    *,
+    target_accuracy: float,
+    attributes: Attributes | None = None,
+) -> dict[str, Any]:
+    """Measures val and test, and writes the tables.
+
+    These are `splits.csv`, `predictions.csv`, `probabilities.npy`, `labels.txt`, `per_class.csv`, `confusion.csv`,
+    `reliability.csv` and `coverage.csv`; with attributes `slices.csv`.
 
     Args:
         folder: the run folder.
         examples: what was evaluated.
         probabilities: split → float32 `(n, classes)`, in the order of the split's positions.
+        target_accuracy: see `choose_threshold`.
+        attributes: by which the same figures are wanted.
 
     Returns:
-        Split → its figures, for `metrics.json`.
+        For `metrics.json` split → its figures, and `reject` where there is a val to choose on: `target_accuracy`,
+        `threshold`, and for each split what `measure_threshold` says.
     """
     write_examples(folder, examples)
     write_predictions(folder, examples, probabilities)
     folder.write_text("labels.txt", "".join(f"{label}\n" for label in examples.class_names))
-    return {split: measure(values, examples.labels(split)) for split, values in probabilities.items()}
+    metrics = {}
+    per_class, confusion, curve, coverage, slices = (list[tuple[Any, ...]]() for _ in range(5))
+    for split, values in probabilities.items():
+        labels, names = examples.labels(split), examples.class_names
+        metrics[split] = measure(values, labels)
+        classes = measure_classes(values.argmax(1), labels, num_classes=len(names))
+        per_class += [(split, name, *_class_cells(classes, number)) for number, name in enumerate(names)]
+        matrix = confuse(values.argmax(1), labels, num_classes=len(names))
+        metrics[split]["most_confused"] = [
+            {"label": names[label], "predicted": names[taken], "count": count}
+            for label, taken, count in most_confused(matrix, at_most=_PAIRS)
+        ]
+        filled = zip(*np.nonzero(matrix), strict=True)
+        confusion += [(split, names[label], names[taken], int(matrix[label, taken])) for label, taken in filled]
+        curve += [(split, *row.values()) for row in reliability(values, labels)]
+        coverage += [(split, *row) for row in _thin(accuracy_by_coverage(values, labels))]
+        if attributes:
+            metrics[split]["slices"] = found = measure_slices(
+                attributes, examples.ids(split), values.argmax(1) == labels
+            )
+            slices += [(split, *cells) for cells in slice_cells(found)]
+    if attributes:
+        folder.write_csv("slices.csv", ("split", *SLICES), slices)
+    folder.write_csv("per_class.csv", _PER_CLASS_HEADER, per_class)
+    folder.write_csv("confusion.csv", ("split", "label", "predicted", "count"), confusion)
+    folder.write_csv("reliability.csv", ("split", *RELIABILITY), curve)
+    folder.write_csv("coverage.csv", ("split", "threshold", "coverage", "accuracy"), coverage)
+    if "val" in probabilities:  # nothing is chosen on test
+        reached = choose_threshold(probabilities["val"], examples.labels("val"), target_accuracy=target_accuracy)
+        metrics["reject"] = {"target_accuracy": target_accuracy, "threshold": reached}
+        if reached is not None:
+            for split, values in probabilities.items():
+                metrics["reject"][split] = measure_threshold(values, examples.labels(split), reached)
+    return metrics
+
+
+def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
+    """The lines that say more than the headline: calibration, what is confused, what a threshold buys."""
+    split = "test" if "test" in metrics else "val"
+    figures, lines = metrics[split], list[str]()
+    calibration = metrics.get("calibration")
+    if calibration and calibration["temperature"] != 1:
+        before = calibration["before"][split]["ece"]
+        lines.append(
+            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val; {split} ece {before:.3f} → "
+            f"{figures['ece']:.3f}"
+        )
+    if figures["most_confused"]:
+        pairs = figures["most_confused"][:_PAIRS_SHOWN]
+        told = ", ".join(f"{one['label']} for {one['predicted']} ({one['count']})" for one in pairs)
+        lines.append(f"most often taken wrongly on {split}: {told}")
+    if "slices" in figures:
+        lines.append(describe_worst(figures["slices"], accuracy=figures["accuracy"]))
+    return [*lines, *_describe_reject(metrics["reject"], split, figures["accuracy"])] if "reject" in metrics else lines
 
 
 def write_examples(folder: RunFolder, examples: Examples) -> None:
@@ -87,6 +168,37 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     ]
+
+
+def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> list[str]:
+    target = f"{100 * reject['target_accuracy']:g} %"
+    if reject["threshold"] is None:
+        return [f"no probability on val is high enough to be right in {target}"]
+    if accuracy >= reject["target_accuracy"]:
+        return []
+    found = reject[split]
+    low, high = found["accuracy_ci95"]
+    reached = f"accuracy {found['accuracy']:.3f} [{low:.3f}, {high:.3f}]" if found["n"] else "none"
+    return [
+        f"to be right in {target}, chosen on val: probability {reject['threshold']:.3f} or more, which "
+        f"{100 * found['coverage']:.0f} % of {split} reach, {reached}"
+    ]
+
+
+def _class_cells(found: Mapping[str, np.ndarray], number: int) -> list[Any]:
+    cells: list[Any] = [int(found["support"][number]), int(found["predicted"][number])]
+    for figure in _FIGURES:
+        values = (found[figure][number], *found[f"{figure}_ci95"][number])
+        cells += [round(float(value), _DIGITS) for value in values]
+    return cells
+
+
+def _thin(curve: tuple[np.ndarray, ...]) -> Iterable[tuple[float, ...]]:
+    """Some points of a curve, the last among them."""
+    count = len(curve[0])
+    rows = np.unique(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).round().astype(int))
+    for row in rows:
+        yield tuple(round(float(column[row]), _DIGITS) for column in curve)
 
 
 def _prediction_rows(examples: Examples, probabilities: Mapping[str, np.ndarray]) -> Iterable[tuple[Any, ...]]:

@@ -5,32 +5,52 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tl_keras.classifier import LoadedClassifier, load
 from tl_keras.config import Config, from_dict, nearest
+from tl_keras.data.corruptions import STRENGTHS
 from tl_keras.data.examples import Examples, scan
+from tl_keras.data.images import make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, UNUSED, carve
 from tl_keras.errors import UserError
+from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
+from tl_keras.evaluation.intervals import accuracy_interval
 from tl_keras.evaluation.metrics import headline
-from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
+from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
+from tl_keras.evaluation.slices import read_attributes
+from tl_keras.evaluation.tables import (
+    describe_device,
+    describe_environment,
+    describe_evaluation,
+    format_table,
+    write_evaluation,
+)
 from tl_keras.run import Result, RunFolder, Screen, Stopwatch, name_run, read_json
+
+_CORRUPTED_BATCH = 32
 
 
 def run(config: Config) -> Result:
     """Scores a classifier on the val and test of its own data, or on all labelled images of another source."""
     screen, watch = Screen(), Stopwatch()
+    if config.evaluation.compare:
+        return _compare(config.evaluation.compare, screen)
     path = Path(str(config.read.classifier))
     with watch.stage("classifier"):
         classifier = load(str(path))
     with watch.stage("data"):
         source, splits = _load_data(config, path)
         source = _renumber(source, classifier.labels)
+        slices = config.evaluation.slices
+        attributes = read_attributes(slices, source.ids) if slices else None
         folder = RunFolder.create(
             config.run.run_dir or name_run("evaluate", source.name, path.resolve().name),
             overwrite=config.run.overwrite,
@@ -59,15 +79,69 @@ def run(config: Config) -> Result:
                 f"none of the {len(examples.broken)} images can be used: {folder.path}/broken.csv says why. Mend them, "
                 "or give others."
             )
-        metrics = write_evaluation(folder, examples, probabilities)
+        target = config.evaluation.target_accuracy
+        metrics: dict[str, Any] = write_evaluation(
+            folder, examples, probabilities, target_accuracy=target, attributes=attributes
+        )
+        if config.evaluation.corruptions:
+            split = "test" if "test" in probabilities else "val"
+            count = config.evaluation.corruption_images
+            metrics["robustness"] = _corrupt(classifier, examples, split, count, screen)
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
     rate = round(count / watch.seconds["evaluation"], 1)
     metrics["timing"] = {"seconds": dict(watch.seconds), "trunk_images": count, "trunk_images_per_second": rate}
     folder.write_json("metrics.json", metrics)
+    for line in describe_evaluation(metrics):
+        screen.line(line)
     split = "test" if "test" in metrics else "val"
     screen.line(f"{headline(split, metrics[split])} · {folder.path}")
     return Result(run_dir=folder.path, metrics=metrics)
+
+
+def _corrupt(
+    classifier: LoadedClassifier, examples: Examples, split: str, count: int, screen: Screen
+) -> dict[str, Any]:
+    """Accuracy on images that were made worse, of some drawn from a split."""
+    positions = np.sort(np.random.default_rng(0).permutation(examples.positions(split))[:count])
+    size, resize = classifier.decoding["image_size"], classifier.decoding["resize"]
+    read = examples.source.read
+    batches = list(make_images(read, positions, image_size=size, resize=resize, batch_size=_CORRUPTED_BATCH))
+    order, images = (np.concatenate(part) for part in zip(*batches, strict=True))
+    found = measure_corruptions(
+        images, examples.source.labels[order], classifier.predict_pixels, show_progress=screen.progress
+    )
+    strengths = [str(number) for number in range(1, STRENGTHS + 1)]
+    for line in format_table((f"{split} accuracy, n={len(order):,}, corrupted by", *strengths), robustness_rows(found)):
+        screen.line(line)
+    return {"split": split, **found}
+
+
+def _compare(paths: tuple[str, ...], screen: Screen) -> Result:
+    """Runs against each other, on the examples that all of them have predicted; nothing is computed anew."""
+    runs = [read_predictions(path) for path in paths]
+    shared = find_shared(runs)
+    left_out = max(len(run.labels) for run in runs) - len(shared)
+    if left_out:
+        screen.line(f"note: {left_out:,} examples are not in all of these runs, and left out")
+    correct = [run.correct(shared) for run in runs]
+    rows = []
+    for run, right in zip(runs, correct, strict=True):
+        low, high = accuracy_interval(int(right.sum()), len(shared))
+        rows.append((run.name, f"{right.mean():.3f} [{low:.3f}, {high:.3f}]", f"n={len(shared):,}"))
+    for line in format_table(("run", f"{runs[0].split} accuracy", ""), rows):
+        screen.line(line)
+    pairs = list(itertools.combinations(range(len(runs)), 2))
+    found = [compare(correct[first], correct[second]) for first, second in pairs]
+    p_values = adjust([one.p_value for one in found])
+    found = [dataclasses.replace(one, p_value=p) for one, p in zip(found, p_values, strict=True)]
+    for (first, second), one in zip(pairs, found, strict=True):
+        screen.line(one.describe(runs[first].name, runs[second].name))
+    if len(pairs) > 1:
+        screen.line(f"p values are adjusted for {len(pairs)} comparisons (Holm)")
+    names = [[runs[first].name, runs[second].name] for first, second in pairs]
+    compared = [{"runs": both, **dataclasses.asdict(one)} for both, one in zip(names, found, strict=True)]
+    return Result(metrics={"compared": compared})
 
 
 def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:

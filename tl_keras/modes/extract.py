@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from tl_keras.config import Config, ProbeConfig, is_run
 from tl_keras.data.examples import Examples, draw_shots
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import format_table, write_examples
 from tl_keras.export.embeddings import check_output, write_embeddings
 from tl_keras.export.parity import ParityProcess
@@ -30,7 +30,7 @@ from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_memory
 from tl_keras.probes.search import Labelled, Search, choose_parameter
 from tl_keras.run import Result, Screen, Stopwatch
-from tl_keras.training.batches import predict_probabilities
+from tl_keras.training.batches import predict_logits
 from tl_keras.training.heads import attach
 
 _COLUMNS = ("layer", "probe", "dim", "parameter", "value", "val_accuracy", "ci95_low", "ci95_high", "seconds")
@@ -82,9 +82,9 @@ def run(config: Config) -> Result:
             if config.probe.repeats > 1:
                 more["few_shot"] = _repeat(job, every, winner, fitted)
         with watch.stage("evaluation"):
-            probabilities = {"val": winner.val_probabilities}
+            logits = {"val": winner.val_logits}
             if len(job.examples.positions("test")):
-                probabilities["test"] = _predict(job.examples, winner.embedded, head, "test")
+                logits["test"] = _predict(job.examples, winner.embedded, head, "test")
         screen.line(f"head: {winner.probe}, {size_in_bytes(head) / 1e6:,.1f} MB in the exported model")
         classifier = Classifier(
             attach(head, winner.trunk),
@@ -95,7 +95,7 @@ def run(config: Config) -> Result:
             resize=config.backbone.resize,
         )
         chosen = "layers and probes" if len(candidates) > 1 else "the probe's parameters" if winner.search else ""
-        return job.finish(classifier, probabilities, embedded=winner.embedded, parity=parity, chosen=chosen, more=more)
+        return job.finish(classifier, logits, embedded=winner.embedded, parity=parity, chosen=chosen, more=more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Candidate:
     value: float
     converged: bool
     fitted: Any
-    val_probabilities: np.ndarray
+    val_logits: np.ndarray
     correct: int
     seconds: float
 
@@ -119,11 +119,11 @@ class _Candidate:
 
     @property
     def accuracy(self) -> float:
-        return self.correct / len(self.val_probabilities)
+        return self.correct / len(self.val_logits)
 
     @property
     def interval(self) -> tuple[float, float]:
-        return accuracy_interval(self.correct, len(self.val_probabilities))
+        return accuracy_interval(self.correct, len(self.val_logits))
 
     def as_dict(self) -> dict[str, Any]:
         """For `metrics.json`."""
@@ -242,7 +242,7 @@ def _read(examples: Examples, embedded: Embedded, *splits: str) -> Labelled:
 
 def _predict(examples: Examples, embedded: Embedded, head: keras.Model, split: str) -> np.ndarray:
     """By the folded head: what is measured is what is served."""
-    return predict_probabilities(head, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH)
+    return predict_logits(head, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH)
 
 
 def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train: Labelled, val: Labelled) -> _Candidate:
@@ -251,12 +251,10 @@ def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train:
     search, fitted = _fit(job, probe, train, val)
     _warn_of_convergence(job, fitted, search)
     head = fold(fitted, num_classes=len(job.examples.class_names))
-    probabilities = _predict(job.examples, embedded, head, "val")
-    correct = int((probabilities.argmax(1) == val[1]).sum())
+    logits = _predict(job.examples, embedded, head, "val")
+    correct = int((logits.argmax(1) == val[1]).sum())
     seconds = time.perf_counter() - start
-    return _Candidate(
-        trunk, embedded, probe, search, fitted.value, fitted.converged, fitted, probabilities, correct, seconds
-    )
+    return _Candidate(trunk, embedded, probe, search, fitted.value, fitted.converged, fitted, logits, correct, seconds)
 
 
 def _fit(job: Job, probe: str, train: Labelled, val: Labelled) -> tuple[Search | None, Fitted]:
@@ -302,18 +300,11 @@ def _repeat(job: Job, examples: Examples, winner: _Candidate, first: Fitted) -> 
             _, fitted = _fit(job, winner.probe, _read(drawn, winner.embedded, "train"), val)
             fitted = _refit(job, drawn, winner, fitted.value) if config.probe.refit == "train+val" else fitted
         head = fold(fitted, num_classes=len(drawn.class_names))
-        probabilities = _predict(drawn, winner.embedded, head, split)
-        accuracies.append(float((probabilities.argmax(1) == drawn.labels(split)).mean()))
+        logits = _predict(drawn, winner.embedded, head, split)
+        accuracies.append(float((logits.argmax(1) == drawn.labels(split)).mean()))
         job.screen.progress(f"draw {repeat + 1}/{config.probe.repeats}: {split} accuracy {accuracies[-1]:.3f}")
-    mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+    summary = summarize(accuracies)
     job.screen.line(
-        f"{config.data.shots} examples a class, {len(accuracies)} draws: {split} accuracy {mean:.3f}, standard "
-        f"deviation {spread:.3f}, {min(accuracies):.3f} to {max(accuracies):.3f}"
+        f"{config.data.shots} examples a class, {len(accuracies)} draws: {split} accuracy {describe_spread(summary)}"
     )
-    return {
-        "shots": config.data.shots,
-        "split": split,
-        "accuracies": accuracies,
-        "mean": mean,
-        "standard_deviation": spread,
-    }
+    return {"shots": config.data.shots, "split": split, **summary}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
+import numpy as np
 
 from tl_keras.backbones.cut import TrainablePart, choose_trainable, cut
 from tl_keras.backbones.embed import embed_tail
@@ -12,13 +15,14 @@ from tl_keras.backbones.zoo import Preset
 from tl_keras.classifier import Classifier
 from tl_keras.config import Config
 from tl_keras.data.splits import SPLITS
+from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import write_examples
 from tl_keras.export.parity import ParityProcess
-from tl_keras.modes.steps import PREDICT_BATCH, load_backbone, load_job, wanted_views
+from tl_keras.modes.steps import PREDICT_BATCH, Job, load_backbone, load_job, wanted_views
 from tl_keras.run import History, Result, Screen, Stopwatch
-from tl_keras.training.batches import predict_probabilities
+from tl_keras.training.batches import predict_logits
 from tl_keras.training.callbacks import HISTORY_HEADER
-from tl_keras.training.fit import Progress
+from tl_keras.training.fit import Progress, Stage
 from tl_keras.training.heads import attach
 from tl_keras.training.stages import Task, fit_head, fit_tail, new_head
 
@@ -52,26 +56,31 @@ def run(config: Config) -> Result:
         with watch.stage("training"):
             history = History(job.folder, HISTORY_HEADER)
             progress = Progress(job.folder.path, screen.line, screen.progress, history.keep)
-            task = Task(examples, config.training, config.run.seed, progress)
-            has_tail = whole or bool(part.layers)
-            head, stage = new_head(task, dim=backbone.output_shape[1]), None
-            if pretrained or not has_tail:
+            has_tail, vectors = whole or bool(part.layers), embedded
+            if pretrained and has_tail:
                 views, show_progress = wanted_views(examples, mirrored=flip), screen.progress
-                vectors = (
-                    embed_tail(embedded, tail, wanted=views, show_progress=show_progress) if has_tail else embedded
-                )
-                head, stage = fit_head(task, vectors)
-            if has_tail and not (stage and stage.interrupted):
-                stage = fit_tail(task, embedded, tail, head, layers=part.layers, crop=crop, after=stage)
+                vectors = embed_tail(embedded, tail, wanted=views, show_progress=show_progress)
+
+            def fit(task: Task) -> tuple[keras.Model, Stage | None]:
+                head, stage = new_head(task, dim=backbone.output_shape[1]), None
+                if pretrained or not has_tail:
+                    head, stage = fit_head(task, vectors)
+                if has_tail and not (stage and stage.interrupted):
+                    stage = fit_tail(task, embedded, tail, head, layers=part.layers, crop=crop, after=stage)
+                return head, stage
+
+            def predict(head: keras.Model, split: str) -> np.ndarray:
+                trained = attach(head, tail) if has_tail else head
+                return predict_logits(trained, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH)
+
+            untrained = tail.get_weights() if has_tail and config.evaluation.seeds > 1 else []
+            head, stage = fit(Task(examples, config.training, config.run.seed, progress))
         with watch.stage("evaluation"):
-            trained = attach(head, tail) if has_tail else head
-            probabilities = {
-                split: predict_probabilities(
-                    trained, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH
-                )
-                for split in SPLITS[1:]
-                if len(examples.positions(split))
-            }
+            logits = {split: predict(head, split) for split in SPLITS[1:] if len(examples.positions(split))}
+        more = {}
+        if config.evaluation.seeds > 1 and not (stage and stage.interrupted):
+            with watch.stage("seeds"), _kept(tail, untrained) as forget:
+                more["seeds"] = _repeat(job, fit, predict, forget, first=logits)
         classifier = Classifier(
             attach(head, backbone),
             name=f"{examples.source.name}-{preset.name}",
@@ -82,8 +91,59 @@ def run(config: Config) -> Result:
         )
         interrupted = bool(stage and stage.interrupted)
         return job.finish(
-            classifier, probabilities, embedded=embedded, parity=parity, chosen="epochs", interrupted=interrupted
+            classifier,
+            logits,
+            embedded=embedded,
+            parity=parity,
+            chosen="epochs",
+            interrupted=interrupted,
+            more=more,
         )
+
+
+@contextlib.contextmanager
+def _kept(tail: keras.Model, untrained: list[np.ndarray]) -> Iterator[Callable[[], None]]:
+    """Gives what brings a tail back to its start; in the end the tail is what it was in the beginning of the block."""
+    trained = tail.get_weights() if untrained else []
+    try:
+        yield lambda: tail.set_weights(untrained) if untrained else None
+    finally:
+        if untrained:
+            tail.set_weights(trained)
+
+
+def _repeat(
+    job: Job,
+    fit: Callable[[Task], tuple[keras.Model, Stage | None]],
+    predict: Callable[[keras.Model, str], np.ndarray],
+    forget: Callable[[], None],
+    *,
+    first: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """Trains again with other seeds, for the spread alone; the run's own classifier stays that of the first seed."""
+    split = "test" if "test" in first else "val"
+    labels, count = job.examples.labels(split), job.config.evaluation.seeds
+    accuracies = [float((first[split].argmax(1) == labels).mean())]
+    for number in range(1, count):
+        seed = job.config.run.seed + number
+        keras.utils.set_random_seed(seed)
+        forget()
+        folder = job.folder.path / "seeds" / str(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        progress = Progress(folder, _ignore, job.screen.progress, _ignore)
+        head, stage = fit(Task(job.examples, job.config.training, seed, progress))
+        if stage and stage.interrupted:
+            break
+        accuracies.append(float((predict(head, split).argmax(1) == labels).mean()))
+        job.screen.progress(f"seed {seed}: {split} accuracy {accuracies[-1]:.3f}")
+    summary = summarize(accuracies)
+    job.screen.line(f"{len(accuracies)} seeds: {split} accuracy {describe_spread(summary)}")
+    return {"split": split, **summary}
+
+
+def _ignore(shown: Any) -> None:
+    """What further seeds have to say epoch by epoch."""
+    del shown
 
 
 def _introduce(screen: Screen, preset: Preset, part: TrainablePart, config: Config) -> None:

@@ -19,8 +19,10 @@ from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
 from tl_keras.data.splits import SPLITS, carve, check_classes
 from tl_keras.errors import UserError
+from tl_keras.evaluation.calibration import describe_calibration, fit_temperature, scale
 from tl_keras.evaluation.metrics import headline
-from tl_keras.evaluation.tables import describe_device, describe_environment, write_evaluation
+from tl_keras.evaluation.slices import Attributes, read_attributes
+from tl_keras.evaluation.tables import describe_device, describe_environment, describe_evaluation, write_evaluation
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
 from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
@@ -71,6 +73,7 @@ class Job:
         folder: the run folder.
         examples: labelled images; those that turn out broken are left out as they are found.
         warnings: lines about the data that were shown.
+        attributes: of the examples, where the user gave some.
         embeddings_only: whether labels are neither learnt nor measured.
     """
 
@@ -80,6 +83,7 @@ class Job:
     folder: RunFolder
     examples: Examples
     warnings: list[str]
+    attributes: Attributes | None = None
     embeddings_only: bool = False
 
     def embed(
@@ -133,7 +137,7 @@ class Job:
     def finish(
         self,
         classifier: Classifier,
-        probabilities: dict[str, np.ndarray],
+        logits: dict[str, np.ndarray],
         *,
         embedded: Embedded,
         parity: ParityProcess | None,
@@ -145,7 +149,7 @@ class Job:
 
         Args:
             classifier: what was trained.
-            probabilities: split → float32 `(n, classes)`, of val and test.
+            logits: split → `(n, classes)`, of val and test.
             embedded: what it was trained on.
             parity: the process that compares the exported model, where one is wanted.
             chosen: what was chosen on val, in the plural; empty where nothing was.
@@ -155,7 +159,23 @@ class Job:
         config, screen, watch, folder = self.config, self.screen, self.watch, self.folder
         precision = embedded.choice.precision
         with watch.stage("evaluation"):
-            metrics = write_evaluation(folder, self.examples, probabilities) | (more or {})
+            temperature = 1.0
+            if config.evaluation.calibrate and "val" in logits:
+                temperature = fit_temperature(logits["val"], self.examples.labels("val"))
+                classifier = classifier.divide_logits(temperature)
+            probabilities = {split: scale(values, temperature) for split, values in logits.items()}
+            evaluation = write_evaluation(
+                folder,
+                self.examples,
+                probabilities,
+                target_accuracy=config.evaluation.target_accuracy,
+                attributes=self.attributes,
+            )
+            metrics = evaluation | (more or {})
+            metrics["calibration"] = describe_calibration(
+                temperature,
+                {split: (scale(values, 1), self.examples.labels(split)) for split, values in logits.items()},
+            )
             samples, expected = _sample(self.examples, probabilities, _PARITY_IMAGES[precision])
             classifier.save(
                 folder.path / "classifier", samples=samples[:_KEPT_SAMPLES], expected=expected[:_KEPT_SAMPLES]
@@ -164,6 +184,8 @@ class Job:
         metrics["environment"] = describe_environment(engine=embedded.choice.engine, precision=precision)
         metrics["timing"] = _describe_timing(watch, embedded)
         folder.write_json("metrics.json", metrics)
+        for line in describe_evaluation(metrics):
+            screen.line(line)
 
         exported = None
         if parity and not interrupted:
@@ -233,6 +255,8 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -
                 seed=config.run.seed,
                 draws=config.probe.repeats,
             )
+        slices = config.evaluation.slices
+        attributes = read_attributes(slices, source.ids) if slices else None
         folder = RunFolder.create(
             config.run.run_dir or name_run(config.mode, source.name, preset.name),
             overwrite=config.run.overwrite,
@@ -254,7 +278,7 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -
     screen.line(f"data: {source.name}: {labels}")
     for warning in warnings:
         screen.line(warning)
-    return Job(config, screen, watch, folder, examples, warnings, embeddings_only)
+    return Job(config, screen, watch, folder, examples, warnings, attributes, embeddings_only)
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:

@@ -86,10 +86,8 @@ def crop_and_mirror(images: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(cropped, images.shape)
 
 
-def predict_probabilities(
-    model: keras.Model, read: ReadEmbeddings, positions: np.ndarray, *, batch_size: int
-) -> np.ndarray:
-    """Probabilities of every example, in order.
+def predict_logits(model: keras.Model, read: ReadEmbeddings, positions: np.ndarray, *, batch_size: int) -> np.ndarray:
+    """Logits of every example, in order.
 
     Args:
         model: embeddings `(b, ...)` → logits `(b, classes)`.
@@ -98,12 +96,12 @@ def predict_probabilities(
         batch_size: examples at once.
 
     Returns:
-        float32 `(n, classes)`.
+        `(n, classes)`: float32, of a probe float64.
     """
 
     @tf.function(reduce_retracing=True, autograph=False)
     def predict(embeddings: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.nn.softmax(model(embeddings, training=False)), tf.float32)  # a probe's logits are float64
+        return model(embeddings, training=False)
 
     batches = make_batches(read, positions, np.zeros(len(positions), np.int32), batch_size=batch_size)
     return np.concatenate([predict(embeddings).numpy() for embeddings, _ in batches])

@@ -49,7 +49,7 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         steps = self.params.get("steps") or 0
         loss = float((logs or {}).get("loss", math.nan))
         self._show_progress(
-            f"{self._stage} epoch {self._epoch + 1}/{self._epochs} step {batch + 1}/{steps} loss {loss:.4f}"
+            f"{self._stage} epoch {self._epoch + 1}/{self._epochs} step {min(batch + 1, steps)}/{steps} loss {loss:.4f}"
         )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:

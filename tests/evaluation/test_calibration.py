@@ -1,0 +1,99 @@
+"""Calibration, against sums done by hand and against what it must never change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+from sklearn.calibration import calibration_curve
+
+from tl_keras.evaluation.calibration import (
+    accuracy_by_coverage,
+    choose_threshold,
+    expected_calibration_error,
+    fit_temperature,
+    losses,
+    measure_threshold,
+    reliability,
+    scale,
+)
+
+
+def draw(count: int, classes: int, *, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that are `temperature` times too large, and labels drawn from what they should say."""
+    random = np.random.default_rng(seed)
+    honest = random.normal(size=(count, classes)) * 2
+    shares = np.exp(log_softmax(honest, axis=1))
+    labels = np.array([random.choice(classes, p=row) for row in shares])
+    return (honest * temperature).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_labels_were_drawn_with_is_found(temperature):
+    logits, labels = draw(4000, 6, temperature=temperature)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.06)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+def test_it_lowers_the_calibration_error_of_other_examples_and_never_changes_the_class(temperature):
+    logits, labels = draw(2000, 10, temperature=temperature)
+    others, their_labels = draw(2000, 10, temperature=temperature, seed=1)
+    found = fit_temperature(logits, labels)
+    before, after = scale(others, 1), scale(others, found)
+    assert expected_calibration_error(after, their_labels) < 0.5 * expected_calibration_error(before, their_labels)
+    assert losses(after, their_labels).mean() < losses(before, their_labels).mean()
+    np.testing.assert_array_equal(before.argmax(1), after.argmax(1))
+
+
+def test_a_small_val_without_an_error_gives_no_boundless_trust():
+    logits = np.array([[4.0, 0.0], [0.0, 4.0]] * 10, np.float32)
+    labels = np.array([0, 1] * 10)
+    confidence = scale(logits, fit_temperature(logits, labels)).max()
+    assert 0.95 < confidence < 0.99  # twenty right of twenty: about 1 - 1 / 22 each
+
+
+def test_votes_of_zero_stay_finite():
+    logits = np.log(np.maximum(np.array([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.0, 0.2, 0.8]]), 1e-300))
+    temperature = fit_temperature(logits, np.array([0, 1, 1]))
+    assert np.isfinite(temperature)
+    np.testing.assert_allclose(scale(logits, temperature).sum(1), 1, rtol=1e-6)
+
+
+def test_the_reliability_curve_is_scikit_learns():
+    logits, labels = draw(3000, 2, temperature=2)
+    probabilities = scale(logits, 1)
+    found = reliability(probabilities, labels)
+    correct = probabilities.argmax(1) == labels
+    accuracy, confidence = calibration_curve(correct, probabilities.max(1), n_bins=15)
+    np.testing.assert_allclose([row["accuracy"] for row in found], accuracy)
+    np.testing.assert_allclose([row["confidence"] for row in found], confidence, rtol=1e-6)
+    assert sum(row["n"] for row in found) == 3000
+    assert all(row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in found)
+
+
+HAND = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
+LABELS = np.array([0, 1, 1, 1, 1])
+
+
+def test_coverage_and_accuracy_by_hand():
+    thresholds, coverage, accuracy = accuracy_by_coverage(HAND, LABELS)
+    np.testing.assert_allclose(thresholds, [0.9, 0.8, 0.7, 0.6])
+    np.testing.assert_allclose(coverage, [0.2, 0.6, 0.8, 1.0])  # two share the probability 0.8: they come together
+    np.testing.assert_allclose(accuracy, [1, 2 / 3, 3 / 4, 3 / 5])
+
+
+@pytest.mark.parametrize(("target", "threshold"), [(1.0, 0.9), (0.7, 0.7), (0.5, 0.6), (0.0, 0.6)])
+def test_the_lowest_threshold_that_reaches_the_target(target, threshold):
+    assert choose_threshold(HAND, LABELS, target_accuracy=target) == pytest.approx(threshold)
+
+
+def test_a_target_out_of_reach():
+    assert choose_threshold(HAND, 1 - LABELS, target_accuracy=0.99) is None
+
+
+def test_what_a_threshold_does():
+    found = measure_threshold(HAND, LABELS, 0.8)
+    assert (found["n"], found["coverage"]) == (3, 0.6)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    nobody = measure_threshold(HAND, LABELS, 0.95)
+    assert (nobody["n"], nobody["accuracy"], nobody["accuracy_ci95"]) == (0, None, [0.0, 1.0])

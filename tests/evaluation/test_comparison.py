@@ -1,0 +1,97 @@
+"""Two classifiers on the same examples."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tl_keras.errors import UserError
+from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
+
+
+def make(both: int, only_first: int, only_second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    first = np.repeat([True, True, False, False], [both, only_first, only_second, neither])
+    second = np.repeat([True, False, True, False], [both, only_first, only_second, neither])
+    return first, second
+
+
+def exact_p_value(only_first: int, only_second: int) -> float:
+    """Twice the smaller tail of a fair coin, by hand."""
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count)
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(3, 14), (14, 3), (1, 0), (8, 8), (0, 6), (25, 41)])
+def test_mcnemars_exact_test_by_hand(only_first, only_second):
+    found = compare(*make(100, only_first, only_second, 20))
+    assert (found.only_first, found.only_second) == (only_first, only_second)
+    assert found.p_value == pytest.approx(exact_p_value(only_first, only_second), rel=1e-9)
+    assert found.difference == pytest.approx((only_second - only_first) / found.count)
+    assert found.interval[0] <= found.difference <= found.interval[1]
+
+
+def test_the_interval_of_the_difference_holds_the_truth():
+    random, hits = np.random.default_rng(0), []
+    for _ in range(2000):
+        both, only_first, only_second, neither = random.multinomial(150, [0.7, 0.06, 0.12, 0.12])
+        low, high = compare(*make(both, only_first, only_second, neither)).interval
+        hits.append(low <= 0.06 <= high)
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+def test_a_sentence_for_everyone():
+    assert (
+        compare(*make(100, 3, 14, 20))
+        .describe("A", "B")
+        .startswith("B is better: 14 images only B gets right, 3 only A, p = 0.013; difference +0.080 [")
+    )
+    assert compare(*make(100, 14, 3, 20)).describe("A", "B").startswith("A is better: 3 images only B gets right")
+    assert compare(*make(100, 5, 8, 20)).describe("A", "B").startswith("A and B can't be told apart on these images")
+    assert compare(*make(9, 0, 0, 1)).describe("A", "B") == "A and B get the same 10 images right and wrong"
+
+
+def test_no_difference_has_an_interval():
+    low, high = compare(*make(30, 0, 0, 0)).interval
+    assert low < 0 < high
+
+
+def test_holms_adjustment():
+    assert adjust([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjust([0.5, 0.9]) == [1.0, 1.0]
+    assert adjust([0.02]) == [0.02]
+
+
+def write_run(folder, rows) -> str:
+    folder.mkdir()
+    lines = ["id,split,label,predicted,probability,label_probability", *(f"{row},0.9,0.9" for row in rows)]
+    (folder / "predictions.csv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def test_runs_are_compared_on_the_test_examples_that_all_have(tmp_path):
+    first = write_run(tmp_path / "A", ["a,test,x,x", "b,test,y,x", "v,val,x,x"])
+    second = write_run(tmp_path / "B", ["b,test,y,y", "c,test,x,x", "v,val,x,x"])
+    runs = [read_predictions(first), read_predictions(second)]
+    assert [run.name for run in runs] == ["A", "B"]
+    assert find_shared(runs) == ["b"]
+    assert [run.correct(["b"]).tolist() for run in runs] == [[False], [True]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["z,test,x,x"], "have no example of test in common"),
+        (["a,test,y,x"], "a is 'x' to A and 'y' to B. Compare runs on the same labels"),
+    ],
+)
+def test_runs_that_can_not_be_compared(tmp_path, rows, message):
+    first, second = write_run(tmp_path / "A", ["a,test,x,x"]), write_run(tmp_path / "B", rows)
+    with pytest.raises(UserError, match=message):
+        find_shared([read_predictions(first), read_predictions(second)])
+
+
+def test_a_folder_without_predictions(tmp_path):
+    with pytest.raises(UserError, match=r"predictions.csv can't be read: No such file"):
+        read_predictions(str(tmp_path))

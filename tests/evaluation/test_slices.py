@@ -1,0 +1,75 @@
+"""The same figures for parts of the examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tl_keras.errors import UserError
+from tl_keras.evaluation.slices import describe_worst, measure_slices, read_attributes
+
+IDS = [f"{number}.jpg" for number in range(40)]
+CORRECT = np.array([True] * 20 + [True] * 8 + [False] * 12)
+
+
+def write(folder, text: str) -> str:
+    (folder / "slices.csv").write_text(text, encoding="utf-8")
+    return str(folder / "slices.csv")
+
+
+def write_cameras(folder) -> str:
+    rows = [f"{one},{'A' if number < 20 else 'B'},{number % 2}" for number, one in enumerate(IDS)]
+    return write(folder, "\n".join(["id,camera,parity", *rows, "unknown.jpg,A,1"]) + "\n")
+
+
+def test_the_worst_is_named(tmp_path):
+    found = measure_slices(read_attributes(write_cameras(tmp_path), IDS), IDS, CORRECT)
+    assert found["columns"]["camera"]["A"]["accuracy"] == 1
+    worst = found["worst"]
+    assert (worst["column"], worst["value"], worst["n"], worst["accuracy"]) == ("camera", "B", 20, 0.4)
+    expected = 2 * stats.fisher_exact([[8, 12], [20, 0]]).pvalue
+    assert worst["p_value"] == pytest.approx(expected)
+    line = describe_worst(found, accuracy=0.7)
+    assert line.startswith("slices: worst is camera=B: accuracy 0.400 [0.219, 0.613] n=20, all 0.700; p = ")
+    assert set(found["columns"]["parity"]) == {"0", "1"}
+
+
+def test_a_difference_that_may_be_chance_is_said_to_be(tmp_path):
+    rows = "\n".join(f"{one},{number % 2}" for number, one in enumerate(IDS))
+    found = measure_slices(read_attributes(write(tmp_path, f"id,parity\n{rows}\n"), IDS), IDS, CORRECT)
+    assert "which may be chance, p = 1.00" in describe_worst(found, accuracy=0.7)
+
+
+def test_few_examples_are_not_called_the_worst_and_missing_values_are_a_value(tmp_path):
+    path = write(tmp_path, "path,label,split,site\n39.jpg,x,test,tiny\n0.jpg,x,test,\n")
+    found = measure_slices(read_attributes(path, IDS), IDS, CORRECT)
+    assert set(found["columns"]) == {"site"}
+    assert {value: row["n"] for value, row in found["columns"]["site"].items()} == {"(none)": 39, "tiny": 1}
+    assert found["worst"]["value"] == "(none)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,camera\na,b\n", "has the columns name, camera. It needs id"),
+        ("id,label\n0.jpg,x\n", "has the columns id, label. It needs id"),
+        ("", r"has the columns \(none\)"),
+        ("id,camera\nother/0.jpg,A\n", "knows none of the 40 examples. Its first id is 'other/0.jpg'; the data's are"),
+    ],
+)
+def test_files_that_are_of_no_use(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_attributes(write(tmp_path, text), IDS)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="can't be read: No such file or directory"):
+        read_attributes(str(tmp_path / "nothing.csv"), IDS)
+
+
+def test_a_column_with_too_many_values(tmp_path):
+    ids = [str(number) for number in range(300)]
+    rows = "\n".join(f"{one},{one}" for one in ids)
+    with pytest.raises(UserError, match="column serial has 300 values; at most 200 make groups"):
+        read_attributes(write(tmp_path, f"id,serial\n{rows}\n"), ids)

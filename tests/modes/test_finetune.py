@@ -1,0 +1,82 @@
+"""Finetuning: calibration and repeated seeds, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import SMALL, run_main
+from tl_keras.classifier import load, load_trained
+from tl_keras.evaluation.metrics import measure
+
+
+@pytest.fixture
+def finetune(colour_folder, store_dir, tmp_path):
+    def run(name: str, *flags: str) -> Path:
+        status = run_main(
+            "--mode=finetune",
+            f"--dataset=folder:{colour_folder}",
+            *SMALL,
+            "--learning_rate=0.05",
+            "--noexport",
+            f"--run_dir={tmp_path / name}",
+            f"--store_dir={store_dir}",
+            *flags,
+        )
+        assert status == 0
+        return tmp_path / name
+
+    return run
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_temperature_is_in_the_classifier_and_changes_no_class(finetune, colour_folder, capsys):
+    with_it, without = finetune("with", "--epochs=2"), finetune("without", "--epochs=2", "--nocalibrate")
+    calibrated, plain = np.load(with_it / "probabilities.npy"), np.load(without / "probabilities.npy")
+    np.testing.assert_array_equal(calibrated.argmax(1), plain.argmax(1))
+    temperature = read(with_it)["calibration"]["temperature"]
+    assert temperature != 1
+    assert read(without)["calibration"]["temperature"] == 1
+    logits = np.log(plain) / temperature
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(calibrated, expected, atol=1e-5)
+    before = read(with_it)["calibration"]["before"]["test"]
+    assert before["ece"] == pytest.approx(read(without)["test"]["ece"], abs=1e-6)
+    assert [layer.name for layer in load_trained(str(with_it)).network.layers][-1] == "temperature"
+    ids = [line.split(",")[0] for line in (with_it / "predictions.csv").read_text().splitlines()[1:]]
+    rows = [one["probabilities"] for one in load(str(with_it)).predict([colour_folder / one for one in ids[:5]])]
+    np.testing.assert_allclose(rows, calibrated[:5], atol=1e-4)
+    assert f"calibration: temperature {temperature:.2f}, fitted on val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainable", ["head", "last:2"])
+def test_other_seeds_tell_the_spread_and_leave_the_run_as_it_is(finetune, capsys, trainable):
+    flags = ("--epochs=1", f"--trainable={trainable}")
+    once, often = finetune("once", *flags), finetune("often", *flags, "--seeds=3")
+    np.testing.assert_allclose(np.load(often / "probabilities.npy"), np.load(once / "probabilities.npy"), atol=1e-5)
+    for name, other in zip(
+        load_trained(str(once)).network.get_weights(), load_trained(str(often)).network.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(name, other, atol=1e-5)
+    found, test = read(often)["seeds"], read(often)["test"]
+    assert len(found["accuracies"]) == 3
+    assert found["accuracies"][0] == pytest.approx(test["accuracy"])
+    assert found["min"] <= found["mean"] <= found["max"]
+    assert "3 seeds: test accuracy " in capsys.readouterr().out
+    assert (often / "history.csv").read_text().count("\n") == (once / "history.csv").read_text().count("\n")
+
+
+def test_figures_are_measured_on_what_is_calibrated(finetune):
+    folder = finetune("run", "--epochs=1")
+    values = np.load(folder / "probabilities.npy")
+    rows = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()[1:]]
+    labels = (folder / "labels.txt").read_text().splitlines()
+    test = [number for number, row in enumerate(rows) if row[1] == "test"]
+    expected = measure(values[test], np.array([labels.index(rows[number][2]) for number in test]))
+    assert read(folder)["test"]["nll"] == pytest.approx(expected["nll"])

@@ -1,0 +1,180 @@
+"""Calibration: whether a probability of 0.8 is right eight times in ten, and what a threshold on it buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+from scipy.special import log_softmax, softmax
+
+from tl_keras.evaluation.intervals import accuracy_interval
+
+BINS = 15  # Guo et al. 2017, section 5
+RELIABILITY = ("low", "high", "n", "confidence", "accuracy", "accuracy_low", "accuracy_high")
+_TEMPERATURES = (1 / 20, 20.0)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature that makes the logits' probabilities most likely (Guo et al. 2017, section 4.2).
+
+    Each label counts as 1 - 1 / (n + 2) of an example, the rest is spread over all classes (Platt 1999, section 2.2):
+    where all of a small val is right, nothing else would keep it from boundless trust in itself.
+
+    Args:
+        logits: float `(n, classes)`, n at least 1, of examples that nothing was fitted on.
+        labels: int `(n,)`.
+
+    Returns:
+        What logits are divided by, between 1/20 and 20; the order of the classes stays as it is.
+    """
+    rows, spread = np.arange(len(labels)), 1 / (len(labels) + 2)
+    exact = logits.astype(np.float64)
+
+    def nll(log_temperature: float) -> float:
+        logs = log_softmax(exact / math.exp(log_temperature), axis=1)
+        return float(-(1 - spread) * logs[rows, labels].mean() - spread * logs.mean())
+
+    bounds = tuple(map(math.log, _TEMPERATURES))
+    found = optimize.minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    return math.exp(float(found.x))
+
+
+def scale(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities of logits divided by a temperature, float32 `(n, classes)`."""
+    return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=1), np.float32)
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean distance between confidence and accuracy over 15 bins of confidence (Naeini et al. 2015, section 3).
+
+    Args:
+        probabilities: float `(n, classes)`.
+        labels: int `(n,)`.
+
+    Returns:
+        0 to 1.
+    """
+    return error_of(*confidence_gaps(probabilities, labels))
+
+
+def confidence_gaps(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's bin of confidence, int `(n,)`, and its confidence less whether it is right, float `(n,)`."""
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == labels
+    return _bins(confidence), confidence - correct
+
+
+def error_of(bins: np.ndarray, gaps: np.ndarray) -> float:
+    """Expected calibration error of what `confidence_gaps` gives; SciPy's bootstrap makes floats of the bins."""
+    return float(np.abs(np.bincount(bins.astype(np.int64), gaps, minlength=BINS)).sum() / len(gaps))
+
+
+def describe_calibration(temperature: float, before: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """For `metrics.json`.
+
+    Args:
+        temperature: that was fitted on val; 1: none was.
+        before: split → probabilities as they were without it, float `(n, classes)`, and labels, int `(n,)`.
+
+    Returns:
+        `temperature`, and for each split in `before` its `ece` and `nll` (nats) without it.
+    """
+    return {
+        "temperature": temperature,
+        "before": {
+            split: {"ece": expected_calibration_error(*values), "nll": float(losses(*values).mean())}
+            for split, values in before.items()
+        },
+    }
+
+
+def losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of each example in nats, float64 `(n,)`; bounded as scikit-learn's `log_loss` bounds it.
+
+    Args:
+        probabilities: float `(n, classes)`.
+        labels: int `(n,)`.
+    """
+    exact = probabilities.astype(np.float64)
+    exact = exact / exact.sum(1, keepdims=True)  # a float32 softmax sums to 1 within 1e-6
+    chosen = exact[np.arange(len(labels)), labels]
+    return np.asarray(-np.log(np.clip(chosen, np.finfo(np.float64).eps, 1.0)))
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    """The reliability curve (DeGroot & Fienberg 1983): each bin of confidence that has examples.
+
+    Args:
+        probabilities: float `(n, classes)`.
+        labels: int `(n,)`.
+
+    Returns:
+        For each bin what `RELIABILITY` names: its bounds, examples, mean confidence, accuracy, and its 95 % interval
+        (Wilson).
+    """
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == labels
+    bins, rows = _bins(confidence), []
+    for number in np.unique(bins):
+        own = bins == number
+        low, high = accuracy_interval(int(correct[own].sum()), int(own.sum()))
+        means = float(confidence[own].mean()), float(correct[own].mean())
+        values = (number / BINS, (number + 1) / BINS, int(own.sum()), *means, low, high)
+        rows.append(dict(zip(RELIABILITY, values, strict=True)))
+    return rows
+
+
+def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is gained by leaving the least sure images to a person (El-Yaniv & Wiener 2010: the risk-coverage curve).
+
+    Args:
+        probabilities: float `(n, classes)`, n at least 1.
+        labels: int `(n,)`.
+
+    Returns:
+        Thresholds, falling, float64 `(k,)`: each probability that occurs; the share of images that reach it; the
+        accuracy on these.
+    """
+    confidence = probabilities.max(1).astype(np.float64)
+    correct = (probabilities.argmax(1) == labels).astype(np.float64)
+    order = np.argsort(-confidence, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)
+    counts = ends + 1
+    return confidence[order][ends], counts / len(order), np.cumsum(correct[order])[ends] / counts
+
+
+def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_accuracy: float) -> float | None:
+    """The lowest threshold of the probability above which val is at least so accurate.
+
+    Args:
+        probabilities: of val, float `(n, classes)`.
+        labels: int `(n,)`.
+        target_accuracy: 0 to 1.
+
+    Returns:
+        The threshold; None where none reaches it.
+    """
+    thresholds, _, accuracies = accuracy_by_coverage(probabilities, labels)
+    good = np.flatnonzero(accuracies >= target_accuracy)
+    return float(thresholds[good[-1]]) if len(good) else None
+
+
+def measure_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, object]:
+    """How many images reach a threshold, `n`; their share, `coverage`; `accuracy` and `accuracy_ci95` (Wilson)."""
+    reached = probabilities.max(1) >= threshold
+    correct = int((probabilities.argmax(1) == labels)[reached].sum())
+    count = int(reached.sum())
+    return {
+        "threshold": threshold,
+        "n": count,
+        "coverage": count / len(labels),
+        "accuracy": correct / count if count else None,
+        "accuracy_ci95": list(accuracy_interval(correct, count)),
+    }
+
+
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return np.asarray(np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1))

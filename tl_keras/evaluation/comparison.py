@@ -1,0 +1,170 @@
+"""Whether one classifier is better than another on the same examples."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from tl_keras.errors import UserError
+from tl_keras.evaluation.intervals import accuracy_interval
+
+_SIGNIFICANT = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a run predicted.
+
+    Attributes:
+        name: of the run's folder.
+        split: `test`, or `val` where the run has none.
+        labels: id → label.
+        predicted: id → what was predicted.
+    """
+
+    name: str
+    split: str
+    labels: dict[str, str]
+    predicted: dict[str, str]
+
+    def correct(self, ids: list[str]) -> np.ndarray:
+        """Whether each is predicted rightly, bool `(n,)`."""
+        return np.array([self.labels[one] == self.predicted[one] for one in ids], bool)
+
+
+def read_predictions(path: str) -> Predictions:
+    """Reads a run's `predictions.csv`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    file = Path(path) / "predictions.csv"
+    try:
+        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            rows = [(row["split"], row["id"], row["label"], row["predicted"]) for row in csv.DictReader(stream)]
+    except (OSError, KeyError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or f"it has no column {error}"
+        raise UserError(
+            f"--compare: {file} can't be read: {reason}. Give run folders whose runs have ended."
+        ) from error
+    split = "test" if any(row[0] == "test" for row in rows) else "val"
+    own = [row for row in rows if row[0] == split]
+    return Predictions(
+        Path(path).resolve().name, split, {row[1]: row[2] for row in own}, {row[1]: row[3] for row in own}
+    )
+
+
+def find_shared(runs: list[Predictions]) -> list[str]:
+    """The ids that all runs have predicted, in the first one's order.
+
+    Raises:
+        UserError: there are none, or one has another label for an id.
+    """
+    first = runs[0]
+    shared = [one for one in first.labels if all(one in run.labels for run in runs)]
+    if not shared:
+        raise UserError(
+            f"--compare: {', '.join(run.name for run in runs)} have no example of {first.split} in common. Compare "
+            "runs on the same data, split alike."
+        )
+    for run in runs[1:]:
+        for one in shared:
+            if run.labels[one] != first.labels[one]:
+                raise UserError(
+                    f"--compare: {one} is {first.labels[one]!r} to {first.name} and {run.labels[one]!r} to {run.name}. "
+                    "Compare runs on the same labels."
+                )
+    return shared
+
+
+def adjust(p_values: list[float]) -> list[float]:
+    """P values of several comparisons, made comparable with 0.05 again (Holm 1979)."""
+    count, adjusted, highest = len(p_values), [0.0] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(range(count), key=lambda one: p_values[one])):
+        highest = max(highest, min(1.0, (count - rank) * p_values[number]))
+        adjusted[number] = highest
+    return adjusted
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two classifiers, A and B, on the same examples.
+
+    Attributes:
+        count: examples.
+        only_first: that only A gets right.
+        only_second: that only B gets right.
+        p_value: McNemar's exact test, two-sided.
+        difference: accuracy of B less that of A.
+        interval: of the difference, 95 %.
+    """
+
+    count: int
+    only_first: int
+    only_second: int
+    p_value: float
+    difference: float
+    interval: tuple[float, float]
+
+    def describe(self, first: str, second: str) -> str:
+        """A sentence for people who never heard of a p value."""
+        numbers = (
+            f"{self.only_second:,} images only {second} gets right, {self.only_first:,} only {first}, p = "
+            f"{_short(self.p_value)}; difference {self.difference:+.3f} [{self.interval[0]:+.3f}, "
+            f"{self.interval[1]:+.3f}], n={self.count:,}"
+        )
+        if self.only_first == self.only_second == 0:
+            return f"{first} and {second} get the same {self.count:,} images right and wrong"
+        if self.p_value >= _SIGNIFICANT:
+            return f"{first} and {second} can't be told apart on these images: {numbers}"
+        better = second if self.difference > 0 else first
+        return f"{better} is better: {numbers}"
+
+
+def compare(first: np.ndarray, second: np.ndarray) -> Comparison:
+    """Compares two classifiers on the same examples.
+
+    The test is McNemar's in its exact form (McNemar 1947; Dietterich 1998), the difference's interval the hybrid score
+    interval for paired proportions (Newcombe 1998, Statistics in Medicine 17, method 10).
+
+    Args:
+        first: whether A is right, bool `(n,)`, n at least 1.
+        second: whether B is right, bool `(n,)`.
+
+    Returns:
+        What was found.
+    """
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    differing = only_first + only_second
+    p_value = float(stats.binomtest(only_first, differing).pvalue) if differing else 1.0
+    return Comparison(
+        len(first), only_first, only_second, p_value, float(second.mean() - first.mean()), _interval(first, second)
+    )
+
+
+def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Newcombe's method 10, without its continuity correction of phi's numerator (his method 10 has none)."""
+    count = len(first)
+    a, d = int((first & second).sum()), int((~first & ~second).sum())
+    b, c = int((second & ~first).sum()), int((first & ~second).sum())  # the difference is (b - c) / n
+    low_second, high_second = accuracy_interval(a + b, count)
+    low_first, high_first = accuracy_interval(a + c, count)
+    share_second, share_first = (a + b) / count, (a + c) / count
+    product = (a + b) * (c + d) * (a + c) * (b + d)
+    phi = (a * d - b * c) / math.sqrt(product) if product else 0.0
+    below, above = share_second - low_second, high_first - share_first
+    up, down = high_second - share_second, share_first - low_first
+    difference = share_second - share_first
+    return (
+        difference - math.sqrt(max(0.0, below**2 - 2 * phi * below * above + above**2)),
+        difference + math.sqrt(max(0.0, up**2 - 2 * phi * up * down + down**2)),
+    )
+
+
+def _short(p_value: float) -> str:
+    return f"{p_value:.3f}" if p_value >= 0.001 else "less than 0.001" if p_value > 0 else "0"

@@ -1,0 +1,146 @@
+"""The same figures for parts of the examples: by camera, hospital, season, skin tone. That is how bias is seen."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tl_keras.config import nearest
+from tl_keras.errors import UserError
+from tl_keras.evaluation.intervals import accuracy_interval
+
+SLICES = ("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value")
+_IDS = ("id", "path")
+_NO_ATTRIBUTES = {"label", "split"}  # of a manifest that is given for its further columns
+_MISSING = "(none)"
+_NAMED_AT_LEAST = 10  # examples: a value with fewer is not called the worst
+_AT_MOST = 200  # values of a column: more are no groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Attributes:
+    """What a file says about examples beside their labels.
+
+    Attributes:
+        columns: name → id → value.
+    """
+
+    columns: dict[str, dict[str, str]]
+
+    def values(self, column: str, ids: Sequence[str]) -> list[str]:
+        """A column's value for each id; `(none)` where the file does not say."""
+        return [self.columns[column].get(one) or _MISSING for one in ids]
+
+
+def read_attributes(path: str, ids: Sequence[str]) -> Attributes:
+    """Reads a CSV of attributes: a column `id` or `path`, and any others.
+
+    Args:
+        path: the file.
+        ids: the examples.
+
+    Raises:
+        UserError: it can't be read, has no such columns, or knows none of the ids.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = [name for name in reader.fieldnames or () if name]
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--slices={path} can't be read: {reason}. Give a CSV in UTF-8.") from error
+    key = next((name for name in _IDS if name in header), None)
+    names = [name for name in header if name not in {key, *_NO_ATTRIBUTES}]
+    if key is None or not names:
+        raise UserError(
+            f"--slices={path} has the columns {', '.join(header) or '(none)'}. It needs id (or path), and one more for "
+            "each attribute: id,camera,season."
+        )
+    known = {row[key]: row for row in rows if row[key]}
+    if not known.keys() & set(ids):
+        example = next(iter(known), "")
+        raise UserError(
+            f"--slices={path} knows none of the {len(ids):,} examples. Its first id is {example!r}; the data's are "
+            f"like {ids[0]!r}. {nearest(example, ids)}Write ids as they stand in splits.csv."
+        )
+    columns = {name: {one: (row[name] or "").strip() for one, row in known.items()} for name in names}
+    for name, values in columns.items():
+        count = len({values.get(one, "") for one in ids})
+        if count > _AT_MOST:
+            raise UserError(
+                f"--slices={path}: column {name} has {count:,} values; at most {_AT_MOST} make groups. Leave it out, "
+                "or put its values into ranges."
+            )
+    return Attributes(columns)
+
+
+def measure_slices(attributes: Attributes, ids: Sequence[str], correct: np.ndarray) -> dict[str, Any]:
+    """Accuracy for each value of each column.
+
+    Args:
+        attributes: what is known of the examples.
+        ids: of the examples.
+        correct: whether each was predicted rightly, bool `(n,)`.
+
+    Returns:
+        `columns`: column → value → `n`, `accuracy`, `accuracy_ci95` (Wilson), and `p_value` of the value against all
+        others (Fisher's exact test, two-sided, times the number of values: Bonferroni); `worst`: column, value and
+        figures of the lowest accuracy among values of at least ten examples, None where there is none.
+    """
+    columns: dict[str, dict[str, Any]] = {}
+    for name in attributes.columns:
+        values = np.array(attributes.values(name, ids))
+        known = np.unique(values).tolist()
+        columns[name] = {value: _measure(values == value, correct, tests=len(known)) for value in known}
+    candidates = [
+        {"column": name, "value": value, **found}
+        for name, values in columns.items()
+        for value, found in values.items()
+        if found["n"] >= _NAMED_AT_LEAST and len(values) > 1
+    ]
+    worst = min(candidates, key=lambda one: one["accuracy"], default=None)
+    return {"columns": columns, "worst": worst}
+
+
+def slice_cells(slices: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The rows of `slices.csv`, in the columns of `SLICES`."""
+    return [
+        (column, value, found["n"], found["accuracy"], *found["accuracy_ci95"], found["p_value"])
+        for column, values in slices["columns"].items()
+        for value, found in values.items()
+    ]
+
+
+def describe_worst(slices: dict[str, Any], *, accuracy: float) -> str:
+    """A line that names the worst slice."""
+    worst = slices["worst"]
+    if worst is None:
+        return f"slices: no value has {_NAMED_AT_LEAST} examples and others to be compared with"
+    low, high = worst["accuracy_ci95"]
+    told = (
+        f"slices: worst is {worst['column']}={worst['value']}: accuracy {worst['accuracy']:.3f} [{low:.3f}, "
+        f"{high:.3f}] n={worst['n']:,}, all {accuracy:.3f}"
+    )
+    p_value = worst["p_value"]
+    verdict = f"p = {p_value:.3g}" if p_value < 0.05 else f"which may be chance, p = {p_value:.2f}"
+    return f"{told}; {verdict}"
+
+
+def _measure(own: np.ndarray, correct: np.ndarray, *, tests: int) -> dict[str, Any]:
+    right, count = int(correct[own].sum()), int(own.sum())
+    others_right, others = int(correct[~own].sum()), int((~own).sum())
+    table = [[right, count - right], [others_right, others - others_right]]
+    p_value = float(stats.fisher_exact(table).pvalue) if others else 1.0
+    return {
+        "n": count,
+        "accuracy": right / count,
+        "accuracy_ci95": list(accuracy_interval(right, count)),
+        "p_value": min(1.0, p_value * tests),
+    }
