@@ -57,7 +57,7 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
     Returns:
         0 to 1.
     """
-    return error_of(*confidence_gaps(probabilities, labels))
+    return float(error_of(*confidence_gaps(probabilities, labels)))
 
 
 def confidence_gaps(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,9 +67,22 @@ def confidence_gaps(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.n
     return _bins(confidence), confidence - correct
 
 
-def error_of(bins: np.ndarray, gaps: np.ndarray) -> float:
-    """Expected calibration error of what `confidence_gaps` gives; SciPy's bootstrap makes floats of the bins."""
-    return float(np.abs(np.bincount(bins.astype(np.int64), gaps, minlength=BINS)).sum() / len(gaps))
+def error_of(bins: np.ndarray, gaps: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Expected calibration errors of what `confidence_gaps` gives, or of many resamples of it.
+
+    Args:
+        bins: `(..., n)`; SciPy's bootstrap makes floats of them.
+        gaps: float `(..., n)`.
+        axis: the last; SciPy's bootstrap names it.
+
+    Returns:
+        float64 `(...)`.
+    """
+    del axis
+    shape, rows = bins.shape[:-1], bins.reshape(-1, bins.shape[-1])
+    numbers = rows.astype(np.int64) + BINS * np.arange(len(rows))[:, np.newaxis]
+    sums = np.bincount(numbers.ravel(), gaps.ravel(), minlength=BINS * len(rows)).reshape(*shape, BINS)
+    return np.asarray(np.abs(sums).sum(-1) / bins.shape[-1])
 
 
 def describe_calibration(temperature: float, before: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

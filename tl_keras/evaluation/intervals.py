@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -93,11 +94,11 @@ def auroc_interval(auroc: float, positives: int, negatives: int) -> tuple[float,
     return float(low), float(high)
 
 
-def bootstrap_interval(statistic: Callable[..., float], *columns: np.ndarray) -> tuple[float, float] | None:
+def bootstrap_interval(statistic: Callable[..., Any], *columns: np.ndarray) -> tuple[float, float] | None:
     """95 % interval by the percentile bootstrap over examples (Efron & Tibshirani 1993, section 13.3), 1,000 resamples.
 
     Args:
-        statistic: columns → a figure.
+        statistic: columns, `(..., n)` each, and `axis` → figures, `(...)`.
         columns: of the examples, `(n,)` each.
 
     Returns:
@@ -109,7 +110,7 @@ def bootstrap_interval(statistic: Callable[..., float], *columns: np.ndarray) ->
         columns,
         statistic,
         paired=True,
-        vectorized=False,
+        vectorized=True,
         n_resamples=_RESAMPLES,
         batch=_BATCH,
         confidence_level=_CONFIDENCE,

@@ -51,7 +51,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "mean_per_class_accuracy": _average(classes, "recall", share),
         "top5_accuracy": (in_top / count, accuracy_interval(in_top, count)),
         "nll": (float(each_loss.mean()), bootstrap_interval(np.mean, each_loss)),
-        "ece": (error_of(*gaps), bootstrap_interval(error_of, *gaps)),
+        "ece": (float(error_of(*gaps)), bootstrap_interval(error_of, *gaps)),
     }
     if probabilities.shape[1] == 2 and occurs.all():
         area = float(roc_auc_score(labels, probabilities[:, 1]))
