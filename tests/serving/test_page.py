@@ -67,6 +67,9 @@ def page(request, browser, server) -> Iterator[object]:
     context.close()
 
 
+on_a_desk = pytest.mark.parametrize("page", ["desk-light"], indirect=True)
+
+
 def drop(page, *files: tuple[str, str, bytes]) -> None:
     page.evaluate(_DROP, [[[name, kind, base64.b64encode(content).decode()] for name, kind, content in files]])
     page.wait_for_function("(count) => document.querySelectorAll('#results > li').length >= count", arg=len(files))
@@ -96,6 +99,7 @@ def test_what_is_no_image_is_said_to_be_invalid(page, photographs):
     assert "Not an image that can be read" in broken.inner_text()
 
 
+@on_a_desk
 def test_a_file_that_is_too_large_is_not_even_sent(page):
     drop(page, ("large.jpg", "image/jpeg", b"x" * 3_000_001))
     assert "larger than the server takes" in page.locator("#results > li.invalid").inner_text()
@@ -113,6 +117,7 @@ def test_results_are_downloaded_as_csv(page, photographs):
     assert page.locator("#tools").is_hidden()
 
 
+@on_a_desk
 def test_a_dropped_folder_is_read_to_its_end(page, colour_folder):
     """Through the browser's own drag and drop: a page can't make a folder's entries itself."""
     page.locator("#drop").scroll_into_view_if_needed()
@@ -134,6 +139,7 @@ def test_a_dropped_folder_is_read_to_its_end(page, colour_folder):
     assert set(page.locator("#results .label").all_inner_texts()) == {"red"}
 
 
+@on_a_desk
 def test_a_folder_can_be_chosen(page, colour_folder):
     page.locator("#folder").set_input_files(colour_folder / "blue")
     wanted = len(list((colour_folder / "blue").iterdir()))
@@ -141,6 +147,7 @@ def test_a_folder_can_be_chosen(page, colour_folder):
     assert set(page.locator("#results .label").all_inner_texts()) == {"blue"}
 
 
+@on_a_desk
 def test_an_image_can_be_pasted(page, photographs):
     page.evaluate(
         """(data) => {
@@ -155,6 +162,7 @@ def test_an_image_can_be_pasted(page, photographs):
     assert page.locator("#results .label").inner_text() == "blue"
 
 
+@on_a_desk
 def test_a_picture_is_taken_with_the_camera(page):
     page.context.grant_permissions(["camera"])
     page.get_by_role("button", name="Use the camera").click()
@@ -166,6 +174,7 @@ def test_a_picture_is_taken_with_the_camera(page):
     assert page.evaluate("document.getElementById('video').srcObject") is None
 
 
+@on_a_desk
 def test_a_camera_that_may_not_be_used_is_said_to_be(page):
     page.evaluate("() => { navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied')); }")
     page.get_by_role("button", name="Use the camera").click()
@@ -196,6 +205,7 @@ def test_nothing_is_wider_than_the_window(page, photographs):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+@on_a_desk
 def test_a_server_that_is_gone_is_said_to_be(page, photographs):
     page.route("**/v1/**", lambda route: route.abort())
     page.evaluate(_DROP, [[["photo.jpg", "image/jpeg", base64.b64encode(photographs[0]).decode()]]])
