@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -111,6 +112,17 @@ def disk_errors(what: str) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk is full: {what} could not be written. Free some space and run again.") from error
         raise UserError(f"{what} can't be written: {error.strerror or error}. Choose another place.") from error
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Makes a folder and tries to write in it, before anything long is computed that is to end there.
+
+    Raises:
+        UserError: it can't be made or written; it names `what`.
+    """
+    with disk_errors(what):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

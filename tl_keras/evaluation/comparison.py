@@ -148,7 +148,7 @@ def compare(first: np.ndarray, second: np.ndarray) -> Comparison:
 
 
 def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Newcombe's method 10, without its continuity correction of phi's numerator (his method 10 has none)."""
+    """Newcombe's method 10; see `compare`."""
     count = len(first)
     a, d = int((first & second).sum()), int((~first & ~second).sum())
     b, c = int((second & ~first).sum()), int((first & ~second).sum())  # the difference is (b - c) / n

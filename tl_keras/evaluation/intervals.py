@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,12 @@ def accuracy_interval(correct: int, count: int) -> tuple[float, float]:
         return 0.0, 1.0
     interval = stats.binomtest(correct, count).proportion_ci(confidence_level=_CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """`0.902 [0.845, 0.941]`."""
+    low, high = interval
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def proportion_intervals(correct: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -17,18 +17,22 @@ from tl_keras.evaluation.intervals import (
     f1_intervals,
     mean_interval,
     proportion_intervals,
+    with_interval,
 )
 
 _TOP_K = 5
 _AVERAGED = ("precision", "recall", "f1")
 
 
-def measure(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def measure(
+    probabilities: np.ndarray, labels: np.ndarray, classes: dict[str, np.ndarray] | None = None
+) -> dict[str, Any]:
     """Scores every example.
 
     Args:
         probabilities: float32 `(n, classes)`, n at least 1.
         labels: int `(n,)`.
+        classes: what `measure_classes` gives, where it is there already.
 
     Returns:
         `n`, `accuracy`, `mean_per_class_accuracy` over the classes that occur, `top5_accuracy` (1 where there are five
@@ -41,7 +45,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     correct, count = int((predicted == labels).sum()), len(labels)
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :_TOP_K]
     in_top = int((top == labels[:, np.newaxis]).any(1).sum())
-    classes = measure_classes(predicted, labels, num_classes=probabilities.shape[1])
+    classes = classes or measure_classes(predicted, labels, num_classes=probabilities.shape[1])
     occurs = classes["support"] > 0
     share = occurs / occurs.sum()
     each_loss = losses(probabilities, labels)
@@ -132,8 +136,7 @@ def describe_spread(summary: Mapping[str, Any]) -> str:
 
 def headline(name: str, metrics: dict[str, Any]) -> str:
     """`test accuracy 0.902 [0.845, 0.941] n=153`."""
-    low, high = metrics["accuracy_ci95"]
-    return f"{name} accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] n={metrics['n']}"
+    return f"{name} accuracy {with_interval(metrics['accuracy'], metrics['accuracy_ci95'])} n={metrics['n']}"
 
 
 def _average(classes: dict[str, np.ndarray], figure: str, weights: np.ndarray) -> tuple[float, tuple[float, float]]:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from tl_keras.config import nearest
 from tl_keras.errors import UserError
-from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 
 SLICES = ("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value")
 _IDS = ("id", "path")
@@ -38,16 +38,18 @@ class Attributes:
         return [self.columns[column].get(one) or _MISSING for one in ids]
 
 
-def read_attributes(path: str, ids: Sequence[str]) -> Attributes:
+def read_attributes(path: str | None, ids: Sequence[str]) -> Attributes | None:
     """Reads a CSV of attributes: a column `id` or `path`, and any others.
 
     Args:
-        path: the file.
+        path: the file, if there is one.
         ids: the examples.
 
     Raises:
         UserError: it can't be read, has no such columns, or knows none of the ids.
     """
+    if path is None:
+        return None
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -123,11 +125,8 @@ def describe_worst(slices: dict[str, Any], *, accuracy: float) -> str:
     worst = slices["worst"]
     if worst is None:
         return f"slices: no value has {_NAMED_AT_LEAST} examples and others to be compared with"
-    low, high = worst["accuracy_ci95"]
-    told = (
-        f"slices: worst is {worst['column']}={worst['value']}: accuracy {worst['accuracy']:.3f} [{low:.3f}, "
-        f"{high:.3f}] n={worst['n']:,}, all {accuracy:.3f}"
-    )
+    shown = with_interval(worst["accuracy"], worst["accuracy_ci95"])
+    told = f"slices: worst is {worst['column']}={worst['value']}: accuracy {shown} n={worst['n']:,}, all {accuracy:.3f}"
     p_value = worst["p_value"]
     verdict = f"p = {p_value:.3g}" if p_value < 0.05 else f"which may be chance, p = {p_value:.2f}"
     return f"{told}; {verdict}"

@@ -21,6 +21,7 @@ from tl_keras.evaluation.calibration import (
     measure_threshold,
     reliability,
 )
+from tl_keras.evaluation.intervals import with_interval
 from tl_keras.evaluation.metrics import confuse, measure, measure_classes, most_confused
 from tl_keras.evaluation.slices import SLICES, Attributes, describe_worst, measure_slices, slice_cells
 from tl_keras.run import RunFolder, write_atomically
@@ -66,11 +67,11 @@ def write_evaluation(
     metrics = {}
     per_class, confusion, curve, coverage, slices = (list[tuple[Any, ...]]() for _ in range(5))
     for split, values in probabilities.items():
-        labels, names = examples.labels(split), examples.class_names
-        metrics[split] = measure(values, labels)
-        classes = measure_classes(values.argmax(1), labels, num_classes=len(names))
+        labels, predicted, names = examples.labels(split), values.argmax(1), examples.class_names
+        classes = measure_classes(predicted, labels, num_classes=len(names))
+        metrics[split] = measure(values, labels, classes)
         per_class += [(split, name, *_class_cells(classes, number)) for number, name in enumerate(names)]
-        matrix = confuse(values.argmax(1), labels, num_classes=len(names))
+        matrix = confuse(predicted, labels, num_classes=len(names))
         metrics[split]["most_confused"] = [
             {"label": names[label], "predicted": names[taken], "count": count}
             for label, taken, count in most_confused(matrix, at_most=_PAIRS)
@@ -80,9 +81,7 @@ def write_evaluation(
         curve += [(split, *row.values()) for row in reliability(values, labels)]
         coverage += [(split, *row) for row in _thin(accuracy_by_coverage(values, labels))]
         if attributes:
-            metrics[split]["slices"] = found = measure_slices(
-                attributes, examples.ids(split), values.argmax(1) == labels
-            )
+            metrics[split]["slices"] = found = measure_slices(attributes, examples.ids(split), predicted == labels)
             slices += [(split, *cells) for cells in slice_cells(found)]
     if attributes:
         folder.write_csv("slices.csv", ("split", *SLICES), slices)
@@ -177,8 +176,7 @@ def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> 
     if accuracy >= reject["target_accuracy"]:
         return []
     found = reject[split]
-    low, high = found["accuracy_ci95"]
-    reached = f"accuracy {found['accuracy']:.3f} [{low:.3f}, {high:.3f}]" if found["n"] else "none"
+    reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "none"
     return [
         f"to be right in {target}, chosen on val: probability {reject['threshold']:.3f} or more, which "
         f"{100 * found['coverage']:.0f} % of {split} reach, {reached}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
-from tl_keras.run import disk_errors
+from tl_keras.run import check_writable, disk_errors
 
 _ROWS = 1000  # read and written at once
 
@@ -30,9 +30,7 @@ def check_output(path: str) -> None:
         raise UserError(f"--embeddings_output={path} is a folder. Give the file a name in it.")
     if path.endswith(".parquet"):
         _import_pyarrow()
-    with disk_errors(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    check_writable(Path(path).parent, path)
 
 
 def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str:

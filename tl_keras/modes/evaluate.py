@@ -22,7 +22,7 @@ from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, UNUSED, carve
 from tl_keras.errors import UserError
 from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
-from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
 from tl_keras.evaluation.slices import read_attributes
@@ -49,8 +49,7 @@ def run(config: Config) -> Result:
     with watch.stage("data"):
         source, splits = _load_data(config, path)
         source = _renumber(source, classifier.labels)
-        slices = config.evaluation.slices
-        attributes = read_attributes(slices, source.ids) if slices else None
+        attributes = read_attributes(config.evaluation.slices, source.ids)
         folder = RunFolder.create(
             config.run.run_dir or name_run("evaluate", source.name, path.resolve().name),
             overwrite=config.run.overwrite,
@@ -127,8 +126,8 @@ def _compare(paths: tuple[str, ...], screen: Screen) -> Result:
     correct = [run.correct(shared) for run in runs]
     rows = []
     for run, right in zip(runs, correct, strict=True):
-        low, high = accuracy_interval(int(right.sum()), len(shared))
-        rows.append((run.name, f"{right.mean():.3f} [{low:.3f}, {high:.3f}]", f"n={len(shared):,}"))
+        shown = with_interval(right.mean(), accuracy_interval(int(right.sum()), len(shared)))
+        rows.append((run.name, shown, f"n={len(shared):,}"))
     for line in format_table(("run", f"{runs[0].split} accuracy", ""), rows):
         screen.line(line)
     pairs = list(itertools.combinations(range(len(runs)), 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tl_keras.errors import UserError
 from tl_keras.export.deploy import write_deployment
 from tl_keras.export.saved_model import describe_request, export_saved_model
 from tl_keras.export.warmup import BATCH_SIZES, make_photograph
-from tl_keras.run import Result, Screen, disk_errors, read_json
+from tl_keras.run import Result, Screen, check_writable, read_json
 from tl_keras.serving.measure import measure_speed
 
 _PHOTOGRAPHS = 8
@@ -24,15 +23,15 @@ def run(config: Config) -> Result:
     With `--deploy` it writes what TF Serving is started with, too; of a model that is exported already that alone.
     """
     screen, path, metrics = Screen(), Path(str(config.read.classifier)), dict[str, Any]()
-    photographs = [make_photograph(seed) for seed in range(_PHOTOGRAPHS)]
     if config.serve.deploy:
-        _check_writable(Path(config.serve.deploy))
+        check_writable(Path(config.serve.deploy), f"--deploy={config.serve.deploy}")
     if is_exported(path):
         if not config.serve.deploy:
             raise UserError(f"{path} is exported already. Give a run folder, or --deploy=DIR.")
         exported_path = path.resolve()
         if not exported_path.name.isdecimal():
             raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
+        samples = [make_photograph(seed) for seed in range(_PHOTOGRAPHS)]
     else:
         classifier = load_trained(str(path))
         samples, expected = load_samples(str(path))
@@ -47,11 +46,11 @@ def run(config: Config) -> Result:
             max_pixels=config.run.max_pixels,
             show=screen.line,
         )
-        exported_path, metrics, photographs = exported.path, {"export": exported.as_dict()}, samples
+        exported_path, metrics = exported.path, {"export": exported.as_dict()}
         screen.line(f"try it: {describe_request(exported_path)}")
     if config.serve.deploy:
         screen.line("deploy: timing the model in each batch size")
-        speed = measure_speed(exported_path, photographs, batch_sizes=BATCH_SIZES)
+        speed = measure_speed(exported_path, samples, batch_sizes=BATCH_SIZES)
         files = write_deployment(
             Path(config.serve.deploy),
             exported_path,
@@ -67,11 +66,3 @@ def run(config: Config) -> Result:
     if metrics:
         screen.line(f"exported · {exported_path}")
     return Result(run_dir=path, exported=exported_path, metrics=metrics)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises: UserError: nothing can be written there; found out before a version is exported."""
-    with disk_errors(f"--deploy={folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass

@@ -18,7 +18,7 @@ from tl_keras.classifier import Classifier
 from tl_keras.config import Config, ProbeConfig, is_run
 from tl_keras.data.examples import Examples, draw_shots
 from tl_keras.errors import UserError
-from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import format_table, write_examples
 from tl_keras.export.embeddings import check_output, write_embeddings
@@ -148,13 +148,12 @@ class _Candidate:
 
     def as_row(self) -> tuple[str, ...]:
         """For the screen."""
-        low, high = self.interval
         return (
             self.layer,
             self.probe,
             f"{PROBES[self.probe].parameter}={self.value:.3g}",
             f"{self.trunk.output_shape[1]:,}",
-            f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]",
+            with_interval(self.accuracy, self.interval),
             f"{self.seconds:.1f}",
         )
 

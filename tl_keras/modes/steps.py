@@ -255,8 +255,7 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -
                 seed=config.run.seed,
                 draws=config.probe.repeats,
             )
-        slices = config.evaluation.slices
-        attributes = read_attributes(slices, source.ids) if slices else None
+        attributes = read_attributes(config.evaluation.slices, source.ids)
         folder = RunFolder.create(
             config.run.run_dir or name_run(config.mode, source.name, preset.name),
             overwrite=config.run.overwrite,

@@ -7,7 +7,6 @@ import functools
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +19,13 @@ from google.protobuf.message import DecodeError
 from tl_keras.backbones.engines import FASTER_AT_LEAST, freeze_function, has_bfloat16, has_openvino
 from tl_keras.classifier import EXAMPLE_FEATURE, TOP_K, read_decoding
 from tl_keras.data.images import decode
-from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings
+from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings, time_run
 
 _PART = 4  # images that one core runs at once (benchmarks/extract.py: the faster of 4 and 32 on five networks)
 _TYPES = {"float32": "f32", "bfloat16": "bf16"}
-_DIFFERENCE_AT_MOST = {"float32": 1e-3, "bfloat16": 0.1}  # of a probability, on the images that are compared
+DIFFERENCE_AT_MOST = {"float32": 1e-3, "bfloat16": 0.1}  # of a probability, on the images that are compared
 _COMPARED = 8
-_TIMED_RUNS, _TIMED_SECONDS = 3, 0.5  # at least
+_TIMED_SECONDS = 0.5  # at least
 _CALLERS_THREAD = -1  # tf.ConfigProto: no threads of the session's own
 
 
@@ -188,8 +187,9 @@ def build_engine(
     graph = Graph(path, precision="float32")
     images = as_strings([*(list(samples) * _COMPARED)[: _COMPARED - 1], b"no image"])
     expected = graph.run("serving_default", {IMAGE_INPUT: images})
+    clock = functools.partial(time_run, images=images, seconds=_TIMED_SECONDS)
     plain = Choice("tensorflow", "float32")
-    found: dict[Choice, tuple[Any, float]] = {plain: (graph, _time(graph, images))} if plain in _list(wanted) else {}
+    found: dict[Choice, tuple[Any, float]] = {plain: (graph, clock(graph))} if plain in _list(wanted) else {}
     reason = ""
     for choice in _list(wanted):
         if choice == plain:
@@ -197,7 +197,7 @@ def build_engine(
         try:
             tried = _load(choice, graph, path, labels)
             _check_answers(tried, choice, images, expected)
-            found[choice] = tried, _time(tried, images)
+            found[choice] = tried, clock(tried)
         except Exception as error:  # OpenVINO's own exceptions have no class; TensorFlow's differ
             reason = f"{choice} does not run {path}: {(str(error).strip().splitlines() or ['unknown'])[0][:200]}"
             show(reason)
@@ -234,23 +234,13 @@ def _check_answers(tried: Any, choice: Choice, images: np.ndarray, expected: dic
     if (answers["valid"] != expected["valid"]).any():
         raise RuntimeError("it does not find the same images invalid as the graph does")
     difference = float(np.abs(answers["probabilities"] - expected["probabilities"]).max())
-    if not difference <= _DIFFERENCE_AT_MOST[choice.precision]:
+    if not difference <= DIFFERENCE_AT_MOST[choice.precision]:
         raise RuntimeError(f"its probabilities differ from the graph's by {difference:.1e}")
     # where the two best are as good as equal, rounding may swap them
     margins = np.sort(expected["probabilities"], axis=1)[:, -1] - np.sort(expected["probabilities"], axis=1)[:, -2]
-    is_clear = margins > 2 * _DIFFERENCE_AT_MOST[choice.precision]
+    is_clear = margins > 2 * DIFFERENCE_AT_MOST[choice.precision]
     if (answers["labels"][is_clear, 0] != expected["labels"][is_clear, 0]).any():
         raise RuntimeError("its labels are not the graph's")
-
-
-def _time(graph: Any, images: np.ndarray) -> float:
-    """The shortest of several runs in seconds; it has run before, which plans."""
-    seconds = list[float]()
-    while len(seconds) < _TIMED_RUNS or sum(seconds) < _TIMED_SECONDS:
-        start = time.perf_counter()
-        graph.run("serving_default", {IMAGE_INPUT: images})
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _make_decoder(**decoding: Any) -> tuple[tf.compat.v1.Session, Callable[[bytes], np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tl_keras.backbones.engines import session_config
 from tl_keras.serving.errors import RequestError, code_of, invalid
 
 DEFAULT_SIGNATURE, IMAGE_INPUT = "serving_default", "image_bytes"
+_TIMED_RUNS = 3
 _INIT_OP = "__saved_model_init_op"
 
 
@@ -117,6 +119,22 @@ def check_inputs(signature: Any, inputs: Mapping[str, np.ndarray]) -> int:
     if len(rows) > 1:
         raise invalid("Batching Run() input tensors must have equal 0th-dimension size")
     return rows.pop() if rows else 0
+
+
+def time_run(graph: Any, images: np.ndarray, *, seconds: float) -> float:
+    """The shortest of several runs of `serving_default` in seconds: at least three, and at least so long altogether.
+
+    Args:
+        graph: a `Graph`, or what runs as one; it has run such a batch before, which plans and allocates.
+        images: encoded, `(n,)` of bytes.
+        seconds: for all runs.
+    """
+    times = list[float]()
+    while len(times) < _TIMED_RUNS or sum(times) < seconds:
+        start = time.perf_counter()
+        graph.run(DEFAULT_SIGNATURE, {IMAGE_INPUT: images})
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def as_strings(values: Sequence[bytes]) -> np.ndarray:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tl_keras.backbones.engines import FASTER_AT_LEAST, has_bfloat16
-from tl_keras.serving.graphs import Graph, as_strings
+from tl_keras.serving.engines import DIFFERENCE_AT_MOST
+from tl_keras.serving.graphs import DEFAULT_SIGNATURE, IMAGE_INPUT, Graph, as_strings, time_run
 
-_RUNS, _SECONDS, _PASSES = 3, 0.3, 2  # at least so many, and so long, each time
-DIFFERENCE_AT_MOST = 0.1  # of a probability, that bfloat16 may make
+_SECONDS, _PASSES = 0.3, 2  # at least so long, each time
 _FULL_SPEED = 0.95  # of the fastest size: larger batches only make clients wait
 
 
@@ -61,7 +60,7 @@ def measure_speed(path: Path, samples: Sequence[bytes], *, batch_sizes: Sequence
         precision: {size: max(one[precision][size] for one in passes) for size in batch_sizes}
         for precision in precisions
     }
-    is_true = difference is not None and difference <= DIFFERENCE_AT_MOST
+    is_true = difference is not None and difference <= DIFFERENCE_AT_MOST["bfloat16"]
     pays = is_true and all(_pays(one, batch_sizes) for one in passes)
     speeds = found["bfloat16" if pays else "float32"]
     largest = next(size for size in batch_sizes if speeds[size] >= _FULL_SPEED * max(speeds.values()))
@@ -77,19 +76,14 @@ def _pays(speeds: dict[str, dict[int, float]], batch_sizes: Sequence[int]) -> bo
 
 def _compare(graphs: Sequence[Graph], samples: Sequence[bytes]) -> float | None:
     """The largest difference of a probability between two graphs; None where there is one alone."""
-    answers = [graph.run("serving_default", {"image_bytes": as_strings(samples)})["probabilities"] for graph in graphs]
+    answers = [graph.run(DEFAULT_SIGNATURE, {IMAGE_INPUT: as_strings(samples)})["probabilities"] for graph in graphs]
     return float(np.abs(answers[0] - answers[1]).max()) if len(answers) > 1 else None
 
 
 def _measure(graph: Graph, samples: Sequence[bytes], batch_sizes: Sequence[int]) -> dict[int, float]:
     speeds = {}
     for size in batch_sizes:
-        images = {"image_bytes": as_strings([samples[row % len(samples)] for row in range(size)])}
-        graph.run("serving_default", images)  # plans and allocates
-        seconds = list[float]()
-        while len(seconds) < _RUNS or sum(seconds) < _SECONDS:
-            start = time.perf_counter()
-            graph.run("serving_default", images)
-            seconds.append(time.perf_counter() - start)
-        speeds[size] = size / min(seconds)
+        images = as_strings([samples[row % len(samples)] for row in range(size)])
+        graph.run(DEFAULT_SIGNATURE, {IMAGE_INPUT: images})  # plans and allocates
+        speeds[size] = size / time_run(graph, images, seconds=_SECONDS)
     return speeds
