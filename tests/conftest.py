@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,22 @@ if TYPE_CHECKING:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
-SMALL = ("--backbone=SmallConvNet", "--image_size=16", "--weights=none")
+SMALL_NETWORK = ("--backbone=SmallConvNet", "--image_size=16", "--weights=none")
+SMALL = (*SMALL_NETWORK, "--noreport")  # whose report is looked at says so
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
+# where Chromium is missing such tests are left out, but for CI
+in_chromium = pytest.mark.skipif(
+    CHROMIUM is None and "TL_KERAS_NEEDS_CHROMIUM" not in os.environ, reason="no Chromium on this machine"
+)
 
 
 def make_image(
@@ -67,6 +84,17 @@ def run_main(*arguments: str) -> int:
     return main(["tl_keras", *arguments])
 
 
+@pytest.fixture(scope="module")  # Playwright's event loop stays in this thread until it ends
+def browser() -> Iterator[object]:
+    """A Chromium; it is no Python package: `.ci/run` installs Debian's."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=_CHROMIUM_FLAGS)
+        yield opened
+        opened.close()
+
+
 @pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_colour_folder(tmp_path_factory.mktemp("colours") / "colours", each=30)
@@ -84,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, colour_folder: Path, store
     status = run_main(
         "--mode=finetune",
         f"--dataset=folder:{colour_folder}",
-        *SMALL,
+        *SMALL_NETWORK,
         "--epochs=6",
         "--learning_rate=0.05",
         f"--run_dir={root / 'run'}",

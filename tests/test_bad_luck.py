@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import SMALL, make_image, run_main, write_colour_folder, write_image
+from tests.conftest import SMALL_NETWORK, make_image, run_main, write_colour_folder, write_image
 
 ROOT = Path(__file__).parent.parent
 
 
 def finetune(root: Path, dataset: str, *flags: str) -> dict:
     places = [f"--run_dir={root / 'run'}", f"--store_dir={root / 'store'}", f"--export_dir={root / 'models'}"]
-    assert run_main("--mode=finetune", f"--dataset={dataset}", *SMALL, "--epochs=1", *places, *flags) == 0
+    assert run_main("--mode=finetune", f"--dataset={dataset}", *SMALL_NETWORK, "--epochs=1", *places, *flags) == 0
     return json.loads((root / "run" / "metrics.json").read_text())
 
 
@@ -57,6 +57,7 @@ def test_ten_thousand_classes_of_one_pixel(tmp_path):
     assert metrics["val"]["n"] == 20
     assert metrics["export"]["decisions"] >= 0.99
     assert np.load(tmp_path / "run" / "probabilities.npy").shape == (20, 10_000)
+    assert (tmp_path / "run" / "report.html").stat().st_size < 10e6
 
 
 def test_a_manifest_made_on_windows(tmp_path):
@@ -85,7 +86,7 @@ def test_a_machine_without_a_home(colour_folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)  # a container's user that no file of users knows
-    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, "--epochs=1", "--noexport"]
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL_NETWORK, "--epochs=1", "--noexport"]
     assert run_main("--mode=finetune", *arguments, f"--run_dir={tmp_path / 'run'}") == 0
     assert list((tmp_path / ".tl_keras_store").glob("*.sqlite"))
 
@@ -105,7 +106,7 @@ def test_a_broken_photograph_among_many_is_left_out_and_listed(tmp_path, capsys)
 def test_a_run_folder_that_exists_is_never_written_over(colour_folder, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
-    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL_NETWORK, f"--run_dir={tmp_path / 'run'}"]
     assert run_main("--mode=finetune", *arguments) == 1
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
@@ -113,7 +114,14 @@ def test_a_run_folder_that_exists_is_never_written_over(colour_folder, tmp_path,
 
 @pytest.mark.parametrize("stage", ["trunk", "training"])
 def test_ctrl_c_keeps_what_is_done(stage, colour_folder, tmp_path):
-    command = [sys.executable, "-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{colour_folder}", *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "tl_keras.main",
+        "--mode=finetune",
+        f"--dataset=folder:{colour_folder}",
+        *SMALL_NETWORK,
+    ]
     places = [f"--run_dir={tmp_path / 'run'}", f"--store_dir={tmp_path / 'store'}", f"--export_dir={tmp_path / 'm'}"]
     process = subprocess.Popen(
         [*command, "--epochs=100000", *places], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

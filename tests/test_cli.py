@@ -81,7 +81,8 @@ def test_the_same_run_again_computes_nothing_and_gives_the_same_numbers(trained,
 
 def test_new_images_alone_are_computed_and_move_no_other(trained, colour_folder, store_dir, tmp_path):
     run, _ = trained
-    more = write_colour_folder(tmp_path / "colours", each=40)
+    more = write_colour_folder(tmp_path / "colours", each=30)
+    write_colour_folder(more, each=10, first=500)  # which no other test has sent through the same store
     flags = [flag for flag in (run / "run.flags").read_text().splitlines()]
     kept = [flag for flag in flags if not flag.startswith(("--run_dir", "--export", "--dataset"))]
     assert run_main(*kept, f"--dataset=folder:{more}", f"--run_dir={tmp_path / 'run'}", "--noexport") == 0

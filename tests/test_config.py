@@ -306,7 +306,9 @@ def test_a_config_that_was_written_is_checked_as_any_other():
 # values
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS if field.metadata["minimum"] is not None], ids=str)
+@pytest.mark.parametrize(
+    "field", [field for field in FIELDS if field.metadata["minimum"] is not None], ids=lambda field: field.name
+)
 def test_the_bounds_of_a_range_are_allowed_and_what_is_beyond_is_not(field):
     low, high = field.metadata["minimum"], field.metadata["maximum"]
     config._check_value(field, low)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, make_image, run_main, write_colour_folder, write_image
+from tests.conftest import SMALL_NETWORK, make_image, run_main, write_colour_folder, write_image
 
 TRAIN, READ = "--mode=finetune", "--mode=extract"
 COLOURS = "--dataset=folder:{colours}"
-NET = " ".join(SMALL)
+NET = " ".join(SMALL_NETWORK)
 
 
 def nothing(tmp: Path) -> None:
@@ -433,14 +433,14 @@ def test_the_same_files_under_two_spellings_of_one_name_are_one_id(tmp_path, cap
     for name in ("é.png", "e\u0301.png"):  # composed and decomposed
         write_image(tmp_path / "data" / "a" / name, make_image(1))
     write_image(tmp_path / "data" / "b" / "1.png", make_image(2))
-    assert run_main(TRAIN, f"--dataset=folder:{tmp_path / 'data'}", *SMALL) == 1
+    assert run_main(TRAIN, f"--dataset=folder:{tmp_path / 'data'}", *SMALL_NETWORK) == 1
     assert "two images have the id a/é.png" in the_line(capsys)
 
 
 def test_a_disk_that_is_too_small_is_foreseen(colour_folder, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL_NETWORK, f"--run_dir={tmp_path / 'run'}"]
     assert run_main(TRAIN, *arguments, f"--store_dir={tmp_path / 'store'}") == 1
     assert "GB free. Give a --store_dir on a larger disk" in the_line(capsys)
 
@@ -450,7 +450,7 @@ def test_the_network_is_missed_at_once_and_by_name(tmp_path, capsys, monkeypatch
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    assert run_main(TRAIN, f"--data_dir={tmp_path}", *SMALL) == 1
+    assert run_main(TRAIN, f"--data_dir={tmp_path}", *SMALL_NETWORK) == 1
     line = the_line(capsys)
     assert "stanford_dogs can't be downloaded" in line
     assert "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar" in line
@@ -479,17 +479,23 @@ def test_tfds_that_cannot_be_imported_leaves_folders_usable(colour_folder, store
     import sys
 
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    assert run_main(TRAIN, "--dataset=mnist", *SMALL) == 1
+    assert run_main(TRAIN, "--dataset=mnist", *SMALL_NETWORK) == 1
     line = the_line(capsys)
     assert "TensorFlow Datasets can't be imported" in line
     assert "folder:PATH and csv:PATH work without it" in line
-    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, "--epochs=1", "--noexport", f"--store_dir={store_dir}"]
+    arguments = [
+        f"--dataset=folder:{colour_folder}",
+        *SMALL_NETWORK,
+        "--epochs=1",
+        "--noexport",
+        f"--store_dir={store_dir}",
+    ]
     assert run_main(TRAIN, *arguments, f"--run_dir={tmp_path / 'run'}") == 0
 
 
 def test_an_unwritable_home_is_said(colour_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
-    arguments = [f"--dataset=folder:{colour_folder}", *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    arguments = [f"--dataset=folder:{colour_folder}", *SMALL_NETWORK, f"--run_dir={tmp_path / 'run'}"]
     assert run_main(TRAIN, *arguments) == 1
     assert "the embedding store /dev/null/cache/tl_keras (--store_dir) can't be written" in the_line(capsys)

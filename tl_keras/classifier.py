@@ -202,7 +202,14 @@ def _read_example(serialized: tf.Tensor) -> tf.Tensor:
 class LoadedClassifier:
     """A classifier to be used: from a run folder or an exported model, the same graph either way."""
 
-    def __init__(self, serve: Any, pixels: Any, labels: Sequence[str], decoding: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        serve: Any,
+        pixels: Any,
+        labels: Sequence[str],
+        decoding: dict[str, Any],
+        trained: Classifier | None = None,
+    ) -> None:
         """Takes what runs it.
 
         Args:
@@ -210,8 +217,10 @@ class LoadedClassifier:
             pixels: the signature `pixels`.
             labels: the classes.
             decoding: the keywords of `images.decode` that it uses.
+            trained: the classifier with its Keras network; an exported model has none.
         """
         self._serve, self._pixels, self.labels, self.decoding = serve, pixels, tuple(labels), decoding
+        self.trained = trained
 
     def predict_pixels(self, images: np.ndarray) -> np.ndarray:
         """Probabilities, float32 `(b, classes)`, of images at the network's size, float32 RGB 0 to 255."""
@@ -298,6 +307,7 @@ def load(path: str) -> LoadedClassifier:
         servable.endpoints["pixels"],
         classifier.labels,
         {"image_size": classifier.image_size, "resize": classifier.resize},
+        classifier,
     )
 
 

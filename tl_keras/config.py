@@ -20,16 +20,23 @@ from absl import flags
 from tl_keras.errors import UserError
 
 MODEL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # TF Serving does not undo the escapes of an address
-MODES = ("finetune", "extract", "evaluate", "predict", "export", "serve", "doctor")
+MODES = ("finetune", "extract", "evaluate", "predict", "export", "serve", "audit", "doctor")
+FINDINGS = (
+    *("unreadable", "leak", "two_labels", "duplicate", "blank", "outlier", "label", "near_duplicate"),
+    *("tiny", "huge", "aspect", "animated", "cmyk", "16-bit", "suffix", "rotated"),
+)
 PROBES = ("logistic_regression", "linear_svm", "rbf_svm", "knn", "ridge")
 _TRAIN = ("finetune",)
 _PROBE = ("extract",)
 _MAKE = (*_TRAIN, *_PROBE)
-_DATA = (*_MAKE, "evaluate")
+_AUDIT = ("audit",)
+_SPLIT = (*_MAKE, *_AUDIT)
+_DATA = (*_SPLIT, "evaluate")
 _READ = ("evaluate", "predict", "export")
+_REPORT = (*_MAKE, "evaluate")
 _SERVE = ("serve",)
 _EXPORT = (*_MAKE, "export")
-_RUN = (*_MAKE, "evaluate")
+_RUN = (*_SPLIT, "evaluate")
 _PATHS = (
     "data_dir",
     "weights",
@@ -42,6 +49,8 @@ _PATHS = (
     "embeddings_output",
     "slices",
     "compare",
+    "write_clean_csv",
+    "card",
     "models_config",
     "deploy",
 )
@@ -88,21 +97,28 @@ class DataConfig:
         "a TFDS classification set (name, name/config:version), folder:PATH, csv:PATH or digits (stanford_dogs; "
         "evaluate: the classifier's own)",
         _DATA,
-        mode_defaults={"finetune": "stanford_dogs", "extract": "stanford_dogs"},
+        mode_defaults={"finetune": "stanford_dogs", "extract": "stanford_dogs", "audit": "stanford_dogs"},
     )
     data_dir: str | None = _setting(None, "where TFDS keeps its data (TFDS's own default)", _DATA)
     classes: tuple[str, ...] = _setting((), "only these classes, comma-separated (all)", _DATA)
-    val_fraction: float = _setting(0.1, "carved from train where the source has no val", _MAKE, minimum=0, maximum=0.9)
+    val_fraction: float = _setting(0.1, "carved from train where the source has no val", _SPLIT, minimum=0, maximum=0.9)
     test_fraction: float | None = _setting(
         None,
         "carved from train where the source has neither val nor test (0.2); given, it is carved from a source with "
         "train and val too",
-        _MAKE,
+        _SPLIT,
         minimum=0,
         maximum=0.9,
     )
     shots: int | None = _setting(None, "so many training examples a class (all)", _MAKE, minimum=1)
-    max_broken_fraction: float = _setting(0.01, "more broken files than this stop the run", _DATA, minimum=0, maximum=1)
+    max_broken_fraction: float = _setting(
+        0.01,
+        "more broken files than this stop the run (audit: 1)",
+        _DATA,
+        minimum=0,
+        maximum=1,
+        mode_defaults={"audit": 1.0},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +127,18 @@ class BackboneConfig:
 
     backbone: str | None = _setting(
         None,
-        "any network of keras.applications, in any case (finetune: ResNet50, extract: VGG16; with --weights=RUN that "
-        "run's)",
-        _MAKE,
-        mode_defaults={"finetune": "ResNet50", "extract": "VGG16"},
+        "any network of keras.applications, in any case (finetune, audit: ResNet50, extract: VGG16; with --weights=RUN "
+        "that run's)",
+        _SPLIT,
+        mode_defaults={"finetune": "ResNet50", "extract": "VGG16", "audit": "ResNet50"},
     )
-    backbone_kwargs: str = _setting("", "arguments of the network's constructor: alpha=0.35,...", _MAKE)
-    weights: str = _setting("imagenet", "imagenet, none, a weights file, or the run folder of an earlier run", _MAKE)
-    image_size: int | None = _setting(None, "pixels a side (the network's own)", _MAKE, minimum=1, maximum=4096)
+    backbone_kwargs: str = _setting("", "arguments of the network's constructor: alpha=0.35,...", _SPLIT)
+    weights: str = _setting("imagenet", "imagenet, none, a weights file, or the run folder of an earlier run", _SPLIT)
+    image_size: int | None = _setting(None, "pixels a side (the network's own)", _SPLIT, minimum=1, maximum=4096)
     resize: str = _setting(
         "crop",
         "crop: shortest side, then centre crop; squash: both sides; pad: longest side, then black borders",
-        _MAKE,
+        _SPLIT,
         choices=("crop", "squash", "pad"),
     )
 
@@ -215,16 +231,20 @@ class EvaluationConfig:
         True, "divide logits by the temperature that fits val, in the exported model too (Guo et al. 2017)", _MAKE
     )
     target_accuracy: float = _setting(
-        0.95, "find the probability above which val is so accurate", _DATA, minimum=0, maximum=1
+        0.95, "find the probability above which val is so accurate", _REPORT, minimum=0, maximum=1
     )
     slices: str | None = _setting(
-        None, "a CSV of id (or path) and attributes: the same figures for each of their values", _DATA
+        None, "a CSV of id (or path) and attributes: the same figures for each of their values", _REPORT
     )
     seeds: int = _setting(
         1, "train so often, each time with another seed; mean and spread", _TRAIN, minimum=1, maximum=100
     )
     corruptions: bool = _setting(
         False, "accuracy under noise, blur, light, compression, rotation and crop, at five strengths", ("evaluate",)
+    )
+    report: bool = _setting(True, "write report.html and MODEL_CARD.md, with pictures of what went wrong", _REPORT)
+    card: str | None = _setting(
+        None, "a JSON file of what the report's model card can't know: intended use, limits, licence, ...", _REPORT
     )
     corruption_images: int = _setting(200, "drawn for --corruptions", ("evaluate",), minimum=1)
     compare: tuple[str, ...] = _setting(
@@ -241,16 +261,16 @@ class EngineConfig:
     engine: str = _setting(
         "auto",
         "what runs the trunk, or the served network; auto: what is installed and fastest here",
-        (*_MAKE, *_SERVE),
+        (*_SPLIT, *_SERVE),
         choices=("auto", "tensorflow", "openvino"),
     )
     precision: str = _setting(
         "auto",
         "auto: bfloat16 where it is 1.3 times faster and true to float32; float16 needs a GPU",
-        (*_MAKE, *_SERVE),
+        (*_SPLIT, *_SERVE),
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    store_dir: str | None = _setting(None, "the embedding store (tl_keras in the user's cache)", (*_MAKE, "doctor"))
+    store_dir: str | None = _setting(None, "the embedding store (tl_keras in the user's cache)", (*_SPLIT, "doctor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +282,7 @@ class RunConfig:
     export: bool = _setting(True, "export a SavedModel when the run ends", _MAKE)
     export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", (*_EXPORT, *_SERVE))
     model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", (*_EXPORT, *_SERVE))
-    seed: int = _setting(0, "of everything random", _MAKE, minimum=0, maximum=2**31 - 1)
+    seed: int = _setting(0, "of everything random", _SPLIT, minimum=0, maximum=2**31 - 1)
     max_pixels: int = _setting(
         50_000_000, "larger images are invalid to the exported model", (*_EXPORT, *_SERVE), minimum=1
     )
@@ -274,11 +294,24 @@ class ReadConfig:
 
     classifier: str | None = _setting(
         None,
-        "a run folder or an exported version folder (serve: saved_models/NAME too; left out: all in --export_dir)",
-        (*_READ, *_SERVE),
+        "a run folder or an exported version folder (serve: saved_models/NAME too; left out: all in --export_dir; "
+        "audit: a run folder, whose data is looked at with its network)",
+        (*_READ, *_SERVE, *_AUDIT),
     )
     images: tuple[str, ...] = _setting((), "files, folders or globs, comma-separated", ("predict",))
     output: str | None = _setting(None, "the CSV of predictions (standard output)", ("predict",))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """What becomes of an audit's findings."""
+
+    write_clean_csv: str | None = _setting(
+        None, "a manifest without the images of the findings that --clean names, for --dataset=csv:", _AUDIT
+    )
+    clean: tuple[str, ...] = _setting(
+        ("unreadable", "leak", "two_labels", "duplicate", "blank"), "kinds of findings that it leaves out", _AUDIT
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +347,7 @@ _GROUPS: dict[str, type[Any]] = {
     "engine": EngineConfig,
     "run": RunConfig,
     "read": ReadConfig,
+    "audit": AuditConfig,
     "serve": ServeConfig,
 }
 
@@ -331,6 +365,7 @@ class Config:
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
     read: ReadConfig = ReadConfig()
+    audit: AuditConfig = AuditConfig()
     serve: ServeConfig = ServeConfig()
 
     def __post_init__(self) -> None:
@@ -432,7 +467,9 @@ def read_flags(values: flags.FlagValues) -> Config:
     for group, field in _fields():
         flag = values[field.name]
         if not flag.present:
-            follows_run = field.name == "backbone" and is_run(os.path.expanduser(str(values["weights"].value)))
+            follows_run = (field.name == "backbone" and is_run(os.path.expanduser(str(values["weights"].value)))) or (
+                field.name in {"backbone", "dataset"} and mode == "audit" and values["classifier"].present
+            )
             if mode in field.metadata["mode_defaults"] and not follows_run:
                 given[group][field.name] = field.metadata["mode_defaults"][mode]
             continue
@@ -554,6 +591,9 @@ def _check_together(config: Config) -> None:
             "Together they may take less than 0.95."
         )
     _check_probe(config)
+    _check_audit(config)
+    if config.evaluation.card and not config.evaluation.report:
+        raise UserError("--card fills in the report: leave out --noreport with it, or leave --card out.")
     if training.warmup_epochs > training.epochs:
         raise UserError(
             f"--warmup_epochs={training.warmup_epochs:g} is more than --epochs={training.epochs}. Give fewer."
@@ -595,6 +635,23 @@ def _check_serve(config: Config) -> None:
         raise UserError(
             f"--max_queued_images={serve.max_queued_images} is less than --max_request_images="
             f"{serve.max_request_images}: such a request could never wait. Give more, or fewer images a request."
+        )
+
+
+def _check_audit(config: Config) -> None:
+    for kind in config.audit.clean:
+        if kind not in FINDINGS:
+            raise UserError(f"--clean={kind} is not known. {nearest(kind, FINDINGS)}Allowed: {', '.join(FINDINGS)}.")
+    if config.audit.clean != AuditConfig().clean and not config.audit.write_clean_csv:
+        raise UserError("--clean says what --write_clean_csv=FILE leaves out: give both, or leave --clean out.")
+    if config.audit.write_clean_csv and not (config.data.dataset or "folder:").startswith(("folder:", "csv:")):
+        raise UserError(
+            f"--write_clean_csv lists files, and {config.data.dataset} has none of its own. Leave it out, or give "
+            "--dataset=folder: or csv:."
+        )
+    if config.mode == "audit" and config.read.classifier and config.backbone != BackboneConfig():
+        raise UserError(
+            "--classifier brings its own backbone, weights, image size and resizing: leave out these flags with it."
         )
 
 

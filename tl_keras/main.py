@@ -24,6 +24,7 @@ from tl_keras.run import INTERRUPTED
 _MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
 _GO_ON = "the embeddings computed so far are kept: run again with --overwrite, and it goes on from there"
 _KEPT = {
+    "audit": _GO_ON,
     "finetune": _GO_ON,
     "extract": _GO_ON,
     "predict": "no file of predictions was written",

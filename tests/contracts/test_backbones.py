@@ -11,6 +11,7 @@ from sklearn.datasets import load_sample_images
 from tl_keras.backbones.cut import cut, list_cuts
 from tl_keras.backbones.engines import Choice, build_engine, has_bfloat16, mean_cosine
 from tl_keras.backbones.zoo import BACKBONES, build_backbone
+from tl_keras.evaluation.report.gradcam import choose_map
 
 # One of each family; the others are the same code with other numbers.
 FAST = {
@@ -29,8 +30,14 @@ FAST = {
     "ConvNeXtTiny",
     "SmallConvNet",
 }
+SAME_BLOCKS = {"ResNet50V2", "Xception", "MobileNet", "NASNetMobile", "EfficientNetB0"}
 PRESETS = [
     pytest.param(preset, id=name, marks=() if name in FAST else pytest.mark.slow) for name, preset in BACKBONES.items()
+]
+# building an engine takes longest: of each kind of block one network
+WITH_ENGINE = [
+    pytest.param(*param.values, id=param.id, marks=() if param.id in FAST - SAME_BLOCKS else pytest.mark.slow)
+    for param in PRESETS
 ]
 KERAS_PRESETS = [param for param in PRESETS if param.values[0].imagenet]
 
@@ -110,8 +117,18 @@ def test_tail_of_trunk_is_the_backbone_at_each_documented_cut(built):
         assert_same(tail(trunk(built.images)).numpy(), built.embeddings)
 
 
-@pytest.mark.parametrize("engine", ["tensorflow", "openvino"])
 @pytest.mark.parametrize("built", PRESETS, indirect=True)
+def test_a_heat_map_has_somewhere_to_look(built):
+    at = choose_map(built.backbone)
+    trunk, _ = cut(built.backbone, at=at)
+    assert min(trunk.output_shape[1:3]) >= 2
+    names = [operation.name for operation in built.backbone.operations]
+    if not built.preset.name.startswith("NASNet"):  # whose cells take two inputs: it can be cut at its end alone
+        assert names.index(at) >= 0.5 * len(names)  # deep; at the smallest size the last maps have one pixel
+
+
+@pytest.mark.parametrize("engine", ["tensorflow", "openvino"])
+@pytest.mark.parametrize("built", WITH_ENGINE, indirect=True)
 def test_an_engine_gives_the_backbones_embeddings(built, engine):
     images = built.images.astype(np.uint8)
     exact = build_engine(Choice(engine, "float32", ""), built.backbone, batch_size=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from tests.conftest import make_image
+from tests.conftest import SMALL_NETWORK, make_image, run_main
 from tl_keras.data import tfds_source
 from tl_keras.data.examples import split_source
 from tl_keras.data.sources import load_source
@@ -109,6 +110,14 @@ def test_every_dog_has_its_breed_and_its_split(dogs, prepared):
         name = by_content[content]  # the very bytes that were put into the archive
         assert prepared.class_names[prepared.labels[position]] == name.split("/")[0].lower()
         assert prepared.splits[position] == (2 if name in test else 0)
+
+
+def test_an_audit_goes_through_them(dogs, prepared, tmp_path):
+    places = (f"--data_dir={dogs[0]}", f"--store_dir={tmp_path / 'store'}", f"--run_dir={tmp_path / 'run'}")
+    assert run_main("--mode=audit", "--dataset=stanford_dogs", *places, *SMALL_NETWORK) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["n"] == 180
+    assert "unreadable" not in metrics["findings"]
 
 
 def test_only_what_is_asked_for_is_read_in_the_order_in_which_it_is_stored(prepared):

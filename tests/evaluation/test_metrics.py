@@ -187,8 +187,8 @@ def test_confusion_and_the_pairs_that_are_confused_most():
     predicted = np.array([0, 1, 1, 2, 1, 0, 2])
     matrix = confuse(predicted, labels, num_classes=4)
     np.testing.assert_array_equal(matrix, confusion_matrix(labels, predicted, labels=range(4)))
-    assert most_confused(matrix, at_most=9) == [(0, 1, 2), (1, 2, 1), (2, 0, 1)]
-    assert most_confused(matrix, at_most=1) == [(0, 1, 2)]
+    assert most_confused(predicted, labels, at_most=9) == [(0, 1, 2), (1, 2, 1), (2, 0, 1)]
+    assert most_confused(predicted, labels, at_most=1) == [(0, 1, 2)]
 
 
 def test_the_headline_is_designs():

@@ -7,10 +7,13 @@ import pytest
 from scipy import stats
 
 from tl_keras.errors import UserError
-from tl_keras.evaluation.slices import describe_worst, measure_slices, read_attributes
+from tl_keras.evaluation.metrics import measure
+from tl_keras.evaluation.slices import SLICES, describe_worst, measure_slices, read_attributes, slice_cells
 
 IDS = [f"{number}.jpg" for number in range(40)]
+LABELS = np.arange(40) % 2
 CORRECT = np.array([True] * 20 + [True] * 8 + [False] * 12)
+PROBABILITIES = np.where((LABELS == CORRECT)[:, np.newaxis], [[0.2, 0.8]], [[0.8, 0.2]]).astype(np.float32)
 
 
 def write(folder, text: str) -> str:
@@ -24,8 +27,12 @@ def write_cameras(folder) -> str:
 
 
 def test_the_worst_is_named(tmp_path):
-    found = measure_slices(read_attributes(write_cameras(tmp_path), IDS), IDS, CORRECT)
+    found = measure_slices(read_attributes(write_cameras(tmp_path), IDS), IDS, PROBABILITIES, LABELS)
     assert found["columns"]["camera"]["A"]["accuracy"] == 1
+    own = measure(PROBABILITIES[20:], LABELS[20:])
+    assert found["columns"]["camera"]["B"] == own | {"p_value": found["worst"]["p_value"]}
+    cells = dict(zip(SLICES, slice_cells(found)[1], strict=True))
+    assert (cells["value"], cells["macro_f1"], cells["ece"]) == ("B", own["macro"]["f1"], own["ece"])
     worst = found["worst"]
     assert (worst["column"], worst["value"], worst["n"], worst["accuracy"]) == ("camera", "B", 20, 0.4)
     expected = 2 * stats.fisher_exact([[8, 12], [20, 0]]).pvalue
@@ -37,13 +44,13 @@ def test_the_worst_is_named(tmp_path):
 
 def test_a_difference_that_may_be_chance_is_said_to_be(tmp_path):
     rows = "\n".join(f"{one},{number % 2}" for number, one in enumerate(IDS))
-    found = measure_slices(read_attributes(write(tmp_path, f"id,parity\n{rows}\n"), IDS), IDS, CORRECT)
+    found = measure_slices(read_attributes(write(tmp_path, f"id,parity\n{rows}\n"), IDS), IDS, PROBABILITIES, LABELS)
     assert "which may be chance, p = 1.00" in describe_worst(found, accuracy=0.7)
 
 
 def test_few_examples_are_not_called_the_worst_and_missing_values_are_a_value(tmp_path):
     path = write(tmp_path, "path,label,split,site\n39.jpg,x,test,tiny\n0.jpg,x,test,\n")
-    found = measure_slices(read_attributes(path, IDS), IDS, CORRECT)
+    found = measure_slices(read_attributes(path, IDS), IDS, PROBABILITIES, LABELS)
     assert set(found["columns"]) == {"site"}
     assert {value: row["n"] for value, row in found["columns"]["site"].items()} == {"(none)": 39, "tiny": 1}
     assert found["worst"]["value"] == "(none)"

@@ -121,8 +121,8 @@ def test_lines_for_the_screen(folder):
     ece = found["test"]["ece"]
     assert describe_evaluation(found) == [
         f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
-        f"most often taken wrongly on test: {NAMES[2]} for {NAMES[0]} (1)",
-        "to be right in 90 %, chosen on val: probability 0.600 or more, which 67 % of test reach, accuracy 1.000 "
+        f"most often wrong on test: {NAMES[2]} taken for {NAMES[0]} (1)",
+        "with a threshold of 0.600, at which val is right in 90 %: 67 % of test are answered, accuracy 1.000 "
         "[0.342, 1.000]",
     ]
     found["reject"] |= {"threshold": None}

@@ -483,7 +483,9 @@ def test_an_answer_that_depends_on_the_batch_is_told_as_such():
 def test_the_curl_line_sends_the_photograph(tmp_path, size):
     photo = bytes(np.random.default_rng(size).integers(0, 256, size, np.uint8))
     (tmp_path / "photo.jpg").write_bytes(photo)
-    line = describe_request(Path("saved_models/my-model/12"))
+    serve, line = describe_request(Path("saved_models/my-model/12"))
+    assert serve == "try it: python -m tl_keras.main --mode=serve --classifier=saved_models/my-model/12"
+    line = line.removeprefix("and ask it: ")
     shell, url = line.split(" | curl -d @- ")
     assert url == "http://localhost:8501/v1/models/my-model:predict"
     body = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=True).stdout
@@ -496,7 +498,7 @@ def test_the_curl_line_sends_the_photograph(tmp_path, size):
 
 def test_the_request_is_one_that_the_model_answers(folder, served, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(IMAGES[0])
-    shell = describe_request(folder).split(" | ")[0]
+    shell = describe_request(folder)[1].removeprefix("and ask it: ").split(" | ")[0]
     body = json.loads(subprocess.check_output(["bash", "-c", shell], cwd=tmp_path))
     answer = served.run([base64.b64decode(one["b64"]) for one in body["instances"]])
     check_consistent(answer, LABELS, [True])

@@ -41,9 +41,10 @@ def test_a_run_and_the_classifier_in_it_are_exported_alike(trained, tmp_path, as
     assert run_main("--mode=export", *flags) == 0
     ((samples, expected),) = asked
     assert len(samples) == len(expected) > 1
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0].startswith("try it: echo ")
-    assert last[1] == f"exported · {tmp_path}/m/1"
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last[0] == f"try it: python -m tl_keras.main --mode=serve --classifier={tmp_path}/m/1"
+    assert last[1].startswith("and ask it: echo ")
+    assert last[2] == f"exported · {tmp_path}/m/1"
     assert (tmp_path / "m" / "1" / "assets" / "labels.txt").read_text() == "blue\ngreen\nred\n"
 
 

@@ -1,32 +1,18 @@
-"""The page in a real Chromium: drop, result, error, phone and desk, light and dark.
-
-Chromium is no Python package: `.ci/run` installs Debian's. Where it is missing these tests are left out, but for CI.
-"""
+"""The page in a real Chromium: drop, result, error, phone and desk, light and dark."""
 
 from __future__ import annotations
 
 import base64
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
+from tests.conftest import in_chromium
+
 SIZES = {"desk": (1280, 900), "phone": (375, 740)}
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "TL_KERAS_NEEDS_CHROMIUM" not in os.environ, reason="no Chromium on this machine"
-)
+pytestmark = in_chromium
 _DROP = """([contents]) => {
     const transfer = new DataTransfer();
     for (const [name, type, data] of contents) {
@@ -35,16 +21,6 @@ _DROP = """([contents]) => {
     }
     document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(params=["desk-light", "desk-dark", "phone-light"])

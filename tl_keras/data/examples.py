@@ -85,6 +85,7 @@ def scan(
     max_broken_fraction: float,
     show_progress: Callable[[str], None],
     report: ReportBroken,
+    look: Callable[[str, bytes], None] | None = None,
 ) -> Examples:
     """Reads every image's bytes once: their digest, and whether TensorFlow reads such a format.
 
@@ -94,6 +95,7 @@ def scan(
         max_broken_fraction: more broken files than this stop the run.
         show_progress: shows how far it is.
         report: is given the broken ones, before they may stop the run.
+        look: is given the id and the bytes of each that is an image, where someone wants to look at files.
 
     Returns:
         The examples, without those that are no readable image. Truncated ones are found when they are decoded.
@@ -112,6 +114,8 @@ def scan(
                 break  # refused below
         else:
             digests[position] = np.void(hashlib.sha256(content).digest())
+            if look:
+                look(source.ids[position], content)
         show_progress(f"reading images {done:,}/{len(used):,}")
     examples = Examples(source, splits, digests, {})
     return examples.without(broken, max_broken_fraction=max_broken_fraction, report=report)

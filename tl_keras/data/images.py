@@ -148,6 +148,7 @@ def make_images(
         Exception: what `read` raised, after the images that it gave before.
     """
     failed: list[Exception] = []
+    decoder = _compile_decoder(image_size, resize, None)  # building it takes longer than decoding a hundred images
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         found: list[tuple[int, bytes]] = []
@@ -163,7 +164,7 @@ def make_images(
             yield _as_arrays(found)
 
     def decode_one(position: tf.Tensor, one: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return position, decode(one, image_size=image_size, resize=resize)
+        return position, decoder(one)
 
     signature = (tf.TensorSpec((None,), tf.int64), tf.TensorSpec((None,), tf.string))
     images = tf.data.Dataset.from_generator(chunks, output_signature=signature).unbatch()

@@ -44,6 +44,7 @@ class Source:
         splits: int8 `(n,)`, as the source has them: 0 train, 1 val, 2 test.
         read: gives (position, encoded bytes) for the positions asked for; an unreadable file gives b"".
         notes: lines that a user is shown about the data.
+        paths: of the files, n of them; none where images are no files of the user's.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     splits: np.ndarray
     read: Callable[[Iterable[int]], Iterator[tuple[int, bytes]]]
     notes: tuple[str, ...] = ()
+    paths: Sequence[str] = ()
 
 
 def load_source(
@@ -171,7 +173,9 @@ def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
     manifest = Path(text)
     rows = _read_manifest(manifest, columns={"path"} if allow_unlabelled else {"path", "label"})
     labelled = not rows or "label" in rows[0][1]
-    ids, paths, class_of, splits = [], [], [], []
+    given = [(row.get("id") or "").strip() for _, row in rows]
+    has_ids = all(given) and len(set(given)) == len(given)  # a column of that name may be about something else
+    ids, paths, class_of, splits = list[str](), list[str](), list[str](), list[int]()
     for number, row in rows:
         path, label = (row.get("path") or "").strip(), (row.get("label") or "").strip()
         split = (row.get("split") or "train").strip().lower()
@@ -180,7 +184,7 @@ def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
         if split not in SPLIT_NAMES:
             raise UserError(f"{manifest} line {number}: split {split!r} is not known. Allowed: train, val, test.")
         path = path if os.path.exists(manifest.parent / path) else path.replace("\\", "/")
-        ids.append(_as_id(posixpath.normpath(path)))
+        ids.append(_as_id(given[len(ids)] if has_ids else posixpath.normpath(path)))
         paths.append(str(manifest.parent / path))
         class_of.append(_as_id(label))
         splits.append(SPLIT_NAMES[split])
@@ -264,6 +268,7 @@ def _from_files(
         class_names=class_names,
         splits=np.array(splits, np.int8),
         read=lambda positions: read_files(paths, positions),
+        paths=paths,
     )
 
 
@@ -296,6 +301,7 @@ def _only(source: Source, classes: Sequence[str]) -> Source:
         class_names=kept_names,
         splits=source.splits[kept],
         read=read,
+        paths=[source.paths[position] for position in kept.tolist()] if source.paths else (),
     )
 
 

@@ -108,12 +108,20 @@ def confuse(predicted: np.ndarray, labels: np.ndarray, *, num_classes: int) -> n
     return np.asarray(confusion_matrix(labels, predicted, labels=np.arange(num_classes)))
 
 
-def most_confused(confusion: np.ndarray, *, at_most: int) -> list[tuple[int, int, int]]:
+def count_pairs(predicted: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cells of the confusion matrix that are not empty: label, prediction and count, int64 `(m,)` each, in order.
+
+    Of thousands of classes the matrix itself would be too large.
+    """
+    pairs, counts = np.unique(np.stack([labels, predicted], 1).astype(np.int64), axis=0, return_counts=True)
+    return pairs[:, 0], pairs[:, 1], counts
+
+
+def most_confused(predicted: np.ndarray, labels: np.ndarray, *, at_most: int) -> list[tuple[int, int, int]]:
     """Label, what it was taken for, how often: the most frequent first, of equals the lower number first."""
-    errors = confusion - np.diag(np.diag(confusion))
-    order = np.argsort(-errors, axis=None, kind="stable")[:at_most]
-    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
-    return [(int(label), int(taken), int(errors[label, taken])) for label, taken in pairs if errors[label, taken]]
+    label, taken, counts = (column.tolist() for column in count_pairs(predicted, labels))
+    errors = [cell for cell in zip(label, taken, counts, strict=True) if cell[0] != cell[1]]
+    return sorted(errors, key=lambda cell: -cell[2])[:at_most]
 
 
 def summarize(accuracies: Sequence[float]) -> dict[str, Any]:

@@ -13,9 +13,13 @@ from scipy import stats
 
 from tl_keras.config import nearest
 from tl_keras.errors import UserError
-from tl_keras.evaluation.intervals import accuracy_interval, with_interval
+from tl_keras.evaluation.intervals import with_interval
+from tl_keras.evaluation.metrics import measure
 
-SLICES = ("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value")
+SLICES = (
+    *("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value"),
+    *("mean_per_class_accuracy", "macro_precision", "macro_recall", "macro_f1", "nll", "ece"),
+)
 _IDS = ("id", "path")
 _NO_ATTRIBUTES = {"label", "split"}  # of a manifest that is given for its further columns
 _MISSING = "(none)"
@@ -83,24 +87,32 @@ def read_attributes(path: str | None, ids: Sequence[str]) -> Attributes | None:
     return Attributes(columns)
 
 
-def measure_slices(attributes: Attributes, ids: Sequence[str], correct: np.ndarray) -> dict[str, Any]:
-    """Accuracy for each value of each column.
+def measure_slices(
+    attributes: Attributes, ids: Sequence[str], probabilities: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
+    """The same figures for each value of each column.
 
     Args:
         attributes: what is known of the examples.
         ids: of the examples.
-        correct: whether each was predicted rightly, bool `(n,)`.
+        probabilities: float32 `(n, classes)`.
+        labels: int `(n,)`.
 
     Returns:
-        `columns`: column → value → `n`, `accuracy`, `accuracy_ci95` (Wilson), and `p_value` of the value against all
-        others (Fisher's exact test, two-sided, times the number of values: Bonferroni); `worst`: column, value and
-        figures of the lowest accuracy among values of at least ten examples, None where there is none.
+        `columns`: column → value → what `measure` gives, and `p_value` of the value's accuracy against all others
+        (Fisher's exact test, two-sided, times the number of values: Bonferroni); `worst`: column, value and figures of
+        the lowest accuracy among values of at least ten examples, None where there is none.
     """
+    correct = probabilities.argmax(1) == labels
     columns: dict[str, dict[str, Any]] = {}
     for name in attributes.columns:
         values = np.array(attributes.values(name, ids))
         known = np.unique(values).tolist()
-        columns[name] = {value: _measure(values == value, correct, tests=len(known)) for value in known}
+        columns[name] = {}
+        for value in known:
+            own = values == value
+            p_value = _compare(own, correct, tests=len(known))
+            columns[name][value] = measure(probabilities[own], labels[own]) | {"p_value": p_value}
     candidates = [
         {"column": name, "value": value, **found}
         for name, values in columns.items()
@@ -114,7 +126,12 @@ def measure_slices(attributes: Attributes, ids: Sequence[str], correct: np.ndarr
 def slice_cells(slices: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The rows of `slices.csv`, in the columns of `SLICES`."""
     return [
-        (column, value, found["n"], found["accuracy"], *found["accuracy_ci95"], found["p_value"])
+        (
+            *(column, value, found["n"], found["accuracy"], *found["accuracy_ci95"], found["p_value"]),
+            found["mean_per_class_accuracy"],
+            *(found["macro"][figure] for figure in ("precision", "recall", "f1")),
+            *(found["nll"], found["ece"]),
+        )
         for column, values in slices["columns"].items()
         for value, found in values.items()
     ]
@@ -132,14 +149,8 @@ def describe_worst(slices: dict[str, Any], *, accuracy: float) -> str:
     return f"{told}; {verdict}"
 
 
-def _measure(own: np.ndarray, correct: np.ndarray, *, tests: int) -> dict[str, Any]:
+def _compare(own: np.ndarray, correct: np.ndarray, *, tests: int) -> float:
     right, count = int(correct[own].sum()), int(own.sum())
     others_right, others = int(correct[~own].sum()), int((~own).sum())
     table = [[right, count - right], [others_right, others - others_right]]
-    p_value = float(stats.fisher_exact(table).pvalue) if others else 1.0
-    return {
-        "n": count,
-        "accuracy": right / count,
-        "accuracy_ci95": list(accuracy_interval(right, count)),
-        "p_value": min(1.0, p_value * tests),
-    }
+    return min(1.0, float(stats.fisher_exact(table).pvalue) * tests) if others else 1.0

@@ -22,7 +22,7 @@ from tl_keras.evaluation.calibration import (
     reliability,
 )
 from tl_keras.evaluation.intervals import with_interval
-from tl_keras.evaluation.metrics import confuse, measure, measure_classes, most_confused
+from tl_keras.evaluation.metrics import count_pairs, measure, measure_classes, most_confused
 from tl_keras.evaluation.slices import SLICES, Attributes, describe_worst, measure_slices, slice_cells
 from tl_keras.run import RunFolder, write_atomically
 
@@ -71,17 +71,16 @@ def write_evaluation(
         classes = measure_classes(predicted, labels, num_classes=len(names))
         metrics[split] = measure(values, labels, classes)
         per_class += [(split, name, *_class_cells(classes, number)) for number, name in enumerate(names)]
-        matrix = confuse(predicted, labels, num_classes=len(names))
         metrics[split]["most_confused"] = [
             {"label": names[label], "predicted": names[taken], "count": count}
-            for label, taken, count in most_confused(matrix, at_most=_PAIRS)
+            for label, taken, count in most_confused(predicted, labels, at_most=_PAIRS)
         ]
-        filled = zip(*np.nonzero(matrix), strict=True)
-        confusion += [(split, names[label], names[taken], int(matrix[label, taken])) for label, taken in filled]
+        cells = zip(*(column.tolist() for column in count_pairs(predicted, labels)), strict=True)
+        confusion += [(split, names[label], names[taken], count) for label, taken, count in cells]
         curve += [(split, *row.values()) for row in reliability(values, labels)]
         coverage += [(split, *row) for row in _thin(accuracy_by_coverage(values, labels))]
         if attributes:
-            metrics[split]["slices"] = found = measure_slices(attributes, examples.ids(split), predicted == labels)
+            metrics[split]["slices"] = found = measure_slices(attributes, examples.ids(split), values, labels)
             slices += [(split, *cells) for cells in slice_cells(found)]
     if attributes:
         folder.write_csv("slices.csv", ("split", *SLICES), slices)
@@ -111,8 +110,8 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
         )
     if figures["most_confused"]:
         pairs = figures["most_confused"][:_PAIRS_SHOWN]
-        told = ", ".join(f"{one['label']} for {one['predicted']} ({one['count']})" for one in pairs)
-        lines.append(f"most often taken wrongly on {split}: {told}")
+        told = ", ".join(f"{one['label']} taken for {one['predicted']} ({one['count']})" for one in pairs)
+        lines.append(f"most often wrong on {split}: {told}")
     if "slices" in figures:
         lines.append(describe_worst(figures["slices"], accuracy=figures["accuracy"]))
     return [*lines, *_describe_reject(metrics["reject"], split, figures["accuracy"])] if "reject" in metrics else lines
@@ -178,8 +177,8 @@ def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> 
     found = reject[split]
     reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "none"
     return [
-        f"to be right in {target}, chosen on val: probability {reject['threshold']:.3f} or more, which "
-        f"{100 * found['coverage']:.0f} % of {split} reach, {reached}"
+        f"with a threshold of {reject['threshold']:.3f}, at which val is right in {target}: "
+        f"{100 * found['coverage']:.0f} % of {split} are answered, {reached}"
     ]
 
 

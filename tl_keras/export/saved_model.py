@@ -46,10 +46,13 @@ def name_model(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")
 
 
-def describe_request(path: Path) -> str:
-    """A `curl` line that asks TF Serving, once it serves this model, about one photograph."""
+def describe_request(path: Path) -> list[str]:
+    """How to serve this model here, and a `curl` line that asks whoever serves it about one photograph."""
     body = """'{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}'"""
-    return f"echo {body} | curl -d @- http://localhost:8501/v1/models/{path.parent.name}:predict"
+    return [
+        f"try it: python -m tl_keras.main --mode=serve --classifier={path}",
+        f"and ask it: echo {body} | curl -d @- http://localhost:8501/v1/models/{path.parent.name}:predict",
+    ]
 
 
 def export_saved_model(

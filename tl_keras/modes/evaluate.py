@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_keras.audit.examine import describe_origin
 from tl_keras.classifier import LoadedClassifier, load
 from tl_keras.config import Config, from_dict, nearest
 from tl_keras.data.corruptions import STRENGTHS
@@ -24,6 +25,7 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.metrics import headline
+from tl_keras.evaluation.report.card import load_card
 from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
 from tl_keras.evaluation.slices import read_attributes
 from tl_keras.evaluation.tables import (
@@ -33,7 +35,9 @@ from tl_keras.evaluation.tables import (
     format_table,
     write_evaluation,
 )
-from tl_keras.run import Result, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.modes.reporting import Judged, attempt, report
+from tl_keras.modes.steps import find_weights
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
 
 _CORRUPTED_BATCH = 32
 
@@ -42,8 +46,8 @@ def run(config: Config) -> Result:
     """Scores a classifier on the val and test of its own data, or on all labelled images of another source."""
     screen, watch = Screen(), Stopwatch()
     if config.evaluation.compare:
-        return _compare(config.evaluation.compare, screen)
-    path = Path(str(config.read.classifier))
+        return _compare(config, screen)
+    path, card = Path(str(config.read.classifier)), load_card(config.evaluation.card)
     with watch.stage("classifier"):
         classifier = load(str(path))
     with watch.stage("data"):
@@ -56,20 +60,23 @@ def run(config: Config) -> Result:
             config=config.as_dict(),
             flags=config.as_flags(),
         )
-        report = functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
+        tell_broken = functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
         limit = config.data.max_broken_fraction
-        examples = scan(source, splits, max_broken_fraction=limit, show_progress=screen.progress, report=report)
+        examples = scan(source, splits, max_broken_fraction=limit, show_progress=screen.progress, report=tell_broken)
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
-    _warn_of_leaks(examples, path, screen)
+    notes = [*_list_leaks(examples, path), *_list_origin(config, path)]
+    for note in notes:
+        screen.line(note)
 
+    status = 0
     with watch.stage("evaluation"):
         probabilities, broken = _predict(classifier, examples, screen)
         if broken:
             kept = {split: ~np.isin(examples.positions(split), list(broken)) for split in probabilities}
             probabilities = {split: values[kept[split]] for split, values in probabilities.items()}
-            examples = examples.without(broken, max_broken_fraction=limit, report=report)
+            examples = examples.without(broken, max_broken_fraction=limit, report=tell_broken)
         if examples.broken:
             screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
         probabilities = {split: values for split, values in probabilities.items() if len(values)}
@@ -85,7 +92,11 @@ def run(config: Config) -> Result:
         if config.evaluation.corruptions:
             split = "test" if "test" in probabilities else "val"
             count = config.evaluation.corruption_images
-            metrics["robustness"] = _corrupt(classifier, examples, split, count, screen)
+            try:
+                metrics["robustness"] = _corrupt(classifier, examples, split, count, screen)
+            except KeyboardInterrupt:
+                screen.line("corruptions: interrupted, and left out; all else is there")
+                status = INTERRUPTED
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
     rate = round(count / watch.seconds["evaluation"], 1)
@@ -93,9 +104,35 @@ def run(config: Config) -> Result:
     folder.write_json("metrics.json", metrics)
     for line in describe_evaluation(metrics):
         screen.line(line)
+    if config.evaluation.report:
+        with watch.stage("report"):
+            judged = _judge(classifier, path, examples, probabilities)
+            settings, flags = config.as_dict(), config.as_flags()
+            write = functools.partial(
+                report, folder, judged, metrics, config=settings, flags=flags, card=card, notes=notes
+            )
+            status = status or attempt(write, screen.line)
+        metrics["timing"]["seconds"] = dict(watch.seconds)
+        folder.write_json("metrics.json", metrics)
     split = "test" if "test" in metrics else "val"
     screen.line(f"{headline(split, metrics[split])} · {folder.path}")
-    return Result(run_dir=folder.path, metrics=metrics)
+    return Result(run_dir=folder.path, metrics=metrics, exit_status=status)
+
+
+def _judge(
+    classifier: LoadedClassifier, path: Path, examples: Examples, probabilities: dict[str, np.ndarray]
+) -> Judged:
+    """What the report is of; an exported model knows its name by its folder alone."""
+    trained = classifier.trained
+    return Judged(
+        name=trained.name if trained else "-".join(path.resolve().parts[-2:]),
+        backbone=trained.backbone if trained else "",
+        examples=examples,
+        probabilities=probabilities,
+        image_size=classifier.decoding["image_size"],
+        resize=classifier.decoding["resize"],
+        trained=trained,
+    )
 
 
 def _corrupt(
@@ -116,9 +153,12 @@ def _corrupt(
     return {"split": split, **found}
 
 
-def _compare(paths: tuple[str, ...], screen: Screen) -> Result:
-    """Runs against each other, on the examples that all of them have predicted; nothing is computed anew."""
-    runs = [read_predictions(path) for path in paths]
+def _compare(config: Config, screen: Screen) -> Result:
+    """Runs against each other, on the examples that all of them have predicted; nothing is computed anew.
+
+    What comes out goes to the screen, and with --run_dir to `metrics.json` there.
+    """
+    runs = [read_predictions(path) for path in config.evaluation.compare]
     shared = find_shared(runs)
     left_out = max(len(run.labels) for run in runs) - len(shared)
     if left_out:
@@ -140,7 +180,13 @@ def _compare(paths: tuple[str, ...], screen: Screen) -> Result:
         screen.line(f"p values are adjusted for {len(pairs)} comparisons (Holm)")
     names = [[runs[first].name, runs[second].name] for first, second in pairs]
     compared = [{"runs": both, **dataclasses.asdict(one)} for both, one in zip(names, found, strict=True)]
-    return Result(metrics={"compared": compared})
+    metrics = {"compared": compared}
+    if not config.run.run_dir:
+        return Result(metrics=metrics)
+    settings, flags = config.as_dict(), config.as_flags()
+    folder = RunFolder.create(config.run.run_dir, overwrite=config.run.overwrite, config=settings, flags=flags)
+    folder.write_json("metrics.json", metrics)
+    return Result(folder.path, metrics=metrics)
 
 
 def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
@@ -183,21 +229,29 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
     return dataclasses.replace(source, labels=numbers[source.labels], class_names=labels)
 
 
-def _warn_of_leaks(examples: Examples, path: Path, screen: Screen) -> None:
+def _list_origin(config: Config, path: Path) -> list[str]:
+    """A warning where the network has seen the images before it was trained."""
+    if not (path / "config.json").is_file():
+        return []
+    dataset = config.data.dataset or _own_config(path).data.dataset or ""
+    return [one for one in [describe_origin(dataset, find_weights(str(path)))] if one]
+
+
+def _list_leaks(examples: Examples, path: Path) -> list[str]:
     """Says how many of the ids the classifier was trained on; the images behind them may be others."""
     manifest = path / "splits.csv"
     if not os.path.isfile(manifest):
-        screen.line("note: an exported model does not say which of these images it was trained on; its run folder does")
-        return
+        return ["note: an exported model does not say which of these images it was trained on; its run folder does"]
     fitted = _fitted_splits(path)
     with manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         trained = {row["id"] for row in csv.DictReader(file) if row["split"] in fitted}
     leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
-    if leaked:
-        screen.line(
-            f"warning: the classifier was trained on {leaked:,} images of the same ids; where they are the same "
-            "images, these figures are too good"
-        )
+    if not leaked:
+        return []
+    return [
+        f"warning: the classifier was trained on {leaked:,} images of the same ids; where they are the same images, "
+        "these figures are too good"
+    ]
 
 
 def _fitted_splits(path: Path) -> set[str]:

@@ -47,7 +47,8 @@ def run(config: Config) -> Result:
             show=screen.line,
         )
         exported_path, metrics = exported.path, {"export": exported.as_dict()}
-        screen.line(f"try it: {describe_request(exported_path)}")
+        for line in describe_request(exported_path):
+            screen.line(line)
     if config.serve.deploy:
         screen.line("deploy: timing the model in each batch size")
         speed = measure_speed(exported_path, samples, batch_sizes=BATCH_SIZES)

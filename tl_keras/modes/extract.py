@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,8 @@ from tl_keras.evaluation.tables import format_table, write_examples
 from tl_keras.export.embeddings import check_output, write_embeddings
 from tl_keras.export.parity import ParityProcess
 from tl_keras.folded import size_in_bytes
-from tl_keras.modes.steps import PREDICT_BATCH, Job, load_backbone, load_job
+from tl_keras.modes.inspection import read_embeddings
+from tl_keras.modes.steps import PREDICT_BATCH, Job, Views, load_backbone, load_job
 from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_probe
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_memory
@@ -52,7 +54,7 @@ def run(config: Config) -> Result:
         layers = config.probe.feature_layer or (backbone.operations[-1].name,)
         trunks = [read_layer(backbone, layer, pooling=config.probe.pooling) for layer in layers]
         _check_pooling(trunks, layers, config.probe.pooling)
-    job = load_job(config, preset, screen, watch)
+    job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
     if not job.embeddings_only:
         _check(config.probe, _draw(job.examples, config), trunks)
         probes = ", ".join(config.probe.probe)
@@ -95,7 +97,11 @@ def run(config: Config) -> Result:
             resize=config.backbone.resize,
         )
         chosen = "layers and probes" if len(candidates) > 1 else "the probe's parameters" if winner.search else ""
-        return job.finish(classifier, logits, embedded=winner.embedded, parity=parity, chosen=chosen, more=more)
+        read = functools.partial(read_embeddings, winner.embedded)
+        views = Views(read, read, int(winner.trunk.output_shape[1]))
+        return job.finish(
+            classifier, logits, embedded=winner.embedded, parity=parity, chosen=chosen, views=views, more=more
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,15 +276,15 @@ def _warn_of_convergence(job: Job, fitted: Fitted, search: Search | None) -> Non
     config, name = job.config.probe, fitted.name
     if not fitted.converged:
         scale = ", or --scale=standard" if config.scale == "none" else ""
-        job.screen.line(
+        job.warn(
             f"warning: {name} has not converged in --max_iter={config.max_iter} iterations; give more, or a smaller C "
             f"(--probe_parameter){scale}"
         )
     elif search and search.unconverged:
         values = ", ".join(f"{value:.3g}" for value in search.unconverged)
-        job.screen.line(f"note: with C {values} {name} did not converge in {config.max_iter} iterations")
+        job.warn(f"note: with C {values} {name} did not converge in {config.max_iter} iterations")
     if search and name != "knn" and search.value in {min(search.scores), max(search.scores)}:
-        job.screen.line(f"note: the best {PROBES[name].parameter} of {name} is the end of its grid, {search.value:.3g}")
+        job.warn(f"note: the best {PROBES[name].parameter} of {name} is the end of its grid, {search.value:.3g}")
 
 
 def _refit(job: Job, examples: Examples, winner: _Candidate, value: float) -> Fitted:

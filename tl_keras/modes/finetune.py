@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ from tl_keras.data.splits import SPLITS
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import write_examples
 from tl_keras.export.parity import ParityProcess
-from tl_keras.modes.steps import PREDICT_BATCH, Job, load_backbone, load_job, wanted_views
+from tl_keras.modes.inspection import read_embeddings
+from tl_keras.modes.steps import PREDICT_BATCH, Job, Views, load_backbone, load_job, wanted_views
 from tl_keras.run import History, Result, Screen, Stopwatch
 from tl_keras.training.batches import predict_logits
 from tl_keras.training.callbacks import HISTORY_HEADER
@@ -38,7 +40,7 @@ def run(config: Config) -> Result:
         preset, backbone = load_backbone(config.backbone)
         pretrained = config.backbone.weights != "none"
         part = choose_trainable(backbone, config.training.trainable, pretrained=pretrained)
-    job = load_job(config, preset, screen, watch)
+    job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
     _introduce(screen, preset, part, config)
 
     # pixels that change each epoch, or a stem that is trained, leave no trunk: the store then keeps decoded images
@@ -90,12 +92,22 @@ def run(config: Config) -> Result:
             resize=config.backbone.resize,
         )
         interrupted = bool(stage and stage.interrupted)
+
+        def read_trained(positions: np.ndarray) -> np.ndarray:
+            if has_tail:
+                return predict_logits(tail, embedded.read, positions, batch_size=PREDICT_BATCH)
+            return read_embeddings(embedded, positions)
+
+        stored = functools.partial(read_embeddings, vectors)
+        untrained = stored if pretrained or not has_tail else read_trained
+
         return job.finish(
             classifier,
             logits,
             embedded=embedded,
             parity=parity,
             chosen="epochs",
+            views=Views(read_trained, untrained, backbone.output_shape[1]),
             interrupted=interrupted,
             more=more,
         )

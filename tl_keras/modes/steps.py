@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
+from tl_keras.audit.duplicates import Images
+from tl_keras.audit.examine import Audit, describe_data, describe_origin
+from tl_keras.audit.files import inspect_file
+from tl_keras.audit.findings import FINDINGS_HEADER, Finding
 from tl_keras.backbones.embed import BATCH_SIZE, Embedded, embed
 from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
 from tl_keras.classifier import Classifier, load_trained
-from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, parse_kwargs
+from tl_keras.config import BackboneConfig, Config, default_store_dir, from_dict, is_run, parse_kwargs
 from tl_keras.data.examples import Examples, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
@@ -21,15 +26,20 @@ from tl_keras.data.splits import SPLITS, carve, check_classes
 from tl_keras.errors import UserError
 from tl_keras.evaluation.calibration import describe_calibration, fit_temperature, scale
 from tl_keras.evaluation.metrics import headline
+from tl_keras.evaluation.report.card import Card, load_card
 from tl_keras.evaluation.slices import Attributes, read_attributes
 from tl_keras.evaluation.tables import describe_device, describe_environment, describe_evaluation, write_evaluation
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
+from tl_keras.modes.inspection import examine_examples, fits, list_images, measure_leaks
+from tl_keras.modes.reporting import Judged, attempt, report
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
 
+ReadEmbeddings = Callable[[np.ndarray], np.ndarray]
 _PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
 PREDICT_BATCH = 128
 _KEPT_SAMPLES = 16
+_ANCESTORS = 20  # runs upon runs; a circle must end
 _SAMPLE_BYTES = 64 << 20
 
 
@@ -62,6 +72,21 @@ def load_backbone(config: BackboneConfig, *, with_top: bool = False) -> tuple[Pr
     return preset, earlier.embedder
 
 
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """How images look to a network, for the report: positions, int `(m,)` → embeddings, float32 `(m, dim)`.
+
+    Attributes:
+        trained: of the backbone as it was trained.
+        untrained: of the backbone before that, which has learnt no wrong label, where there was one.
+        dim: numbers in an embedding.
+    """
+
+    trained: ReadEmbeddings
+    untrained: ReadEmbeddings
+    dim: int
+
+
 @dataclasses.dataclass
 class Job:
     """One run while it goes on: where it writes, what it reads, how long it took.
@@ -73,8 +98,10 @@ class Job:
         folder: the run folder.
         examples: labelled images; those that turn out broken are left out as they are found.
         warnings: lines about the data that were shown.
+        oddities: what is odd about how files are stored, where someone wants to know.
         attributes: of the examples, where the user gave some.
-        embeddings_only: whether labels are neither learnt nor measured.
+        embeddings_only: whether labels are not learnt.
+        card: what the user says of the classifier.
     """
 
     config: Config
@@ -83,8 +110,10 @@ class Job:
     folder: RunFolder
     examples: Examples
     warnings: list[str]
+    oddities: list[Finding]
     attributes: Attributes | None = None
     embeddings_only: bool = False
+    card: Card = dataclasses.field(default_factory=lambda: Card({}))
 
     def embed(
         self, trunks: Sequence[keras.Model], preset: Preset, *, image_size: int, mirrored: bool = False
@@ -128,11 +157,16 @@ class Job:
             self.examples = self.examples.without(reasons, max_broken_fraction=limit, report=_reporter(self.folder))
         if self.examples.broken:
             count = len(self.examples.broken)
-            self.screen.line(f"broken: {count} images are left out, listed in {self.folder.path}/broken.csv")
+            self.warn(f"broken: {count} images are left out, listed in {self.folder.path}/broken.csv")
         for warning in [] if self.embeddings_only else _check_classes(self.examples):
             if warning not in self.warnings:
-                self.screen.line(warning)
+                self.warn(warning)
         return found
+
+    def warn(self, text: str) -> None:
+        """Shows a line that whoever reads the report should see as well."""
+        self.screen.line(text)
+        self.warnings.append(text)
 
     def finish(
         self,
@@ -142,6 +176,7 @@ class Job:
         embedded: Embedded,
         parity: ParityProcess | None,
         chosen: str,
+        views: Views,
         interrupted: bool = False,
         more: dict[str, Any] | None = None,
     ) -> Result:
@@ -153,6 +188,7 @@ class Job:
             embedded: what it was trained on.
             parity: the process that compares the exported model, where one is wanted.
             chosen: what was chosen on val, in the plural; empty where nothing was.
+            views: embeddings for the report.
             interrupted: whether training was cut short; then nothing is exported.
             more: further entries of `metrics.json`.
         """
@@ -187,7 +223,7 @@ class Job:
         for line in describe_evaluation(metrics):
             screen.line(line)
 
-        exported = None
+        exported, status = None, INTERRUPTED if interrupted else 0
         if parity and not interrupted:
             screen.line(_last_line(metrics, folder, None, chosen))  # whatever becomes of the export
             with watch.stage("export"):
@@ -204,10 +240,77 @@ class Job:
                 )
             metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
             folder.write_json("metrics.json", metrics)
-            screen.line(f"try it: {describe_request(exported.path)}")
+            for line in describe_request(exported.path):
+                screen.line(line)
+        if config.evaluation.report:
+            before = {split: scale(values, 1) for split, values in logits.items()} if temperature != 1 else None
+            with watch.stage("report"):
+                write = functools.partial(self._write_report, classifier, metrics, probabilities, before, views)
+                status = status or attempt(write, screen.line)
+            metrics["timing"] = _describe_timing(watch, embedded)
+            folder.write_json("metrics.json", metrics)
         screen.line(_last_line(metrics, folder, exported, chosen))
-        status = INTERRUPTED if interrupted else 0
         return Result(folder.path, exported.path if exported else None, metrics, status)
+
+    def _write_report(
+        self,
+        classifier: Classifier,
+        metrics: dict[str, Any],
+        probabilities: dict[str, np.ndarray],
+        before: dict[str, np.ndarray] | None,
+        views: Views,
+    ) -> Path:
+        """Looks at the data as an audit does, and writes what it found into `metrics`, `audit.csv` and the report."""
+        config, folder, audit, lines = self.config, self.folder, None, list[str]()
+        rows, images = list_images(self.examples)
+        if fits(len(rows), views.dim):
+            audit, lines = self._audit(metrics, rows, images, probabilities, views.untrained)
+        else:
+            lines.append(f"audit: {len(rows):,} images are too many for the report; --mode=audit looks at them")
+            self.screen.line(lines[0])
+        judged = Judged(
+            name=classifier.name,
+            backbone=classifier.backbone,
+            examples=self.examples,
+            probabilities=probabilities,
+            before=before,
+            image_size=classifier.image_size,
+            resize=classifier.resize,
+            trained=classifier,
+            read_embeddings=views.trained if audit else None,
+        )
+        return report(
+            folder,
+            judged,
+            metrics,
+            config=config.as_dict(),
+            flags=config.as_flags(),
+            card=self.card,
+            notes=self.warnings,
+            audit=audit,
+            audit_lines=lines,
+        )
+
+    def _audit(
+        self,
+        metrics: dict[str, Any],
+        rows: np.ndarray,
+        images: Images,
+        probabilities: dict[str, np.ndarray],
+        read: ReadEmbeddings,
+    ) -> tuple[Audit, list[str]]:
+        """Looks at the data, writes `audit.csv`, says what was found; gives it with lines for the report."""
+        audit = examine_examples(
+            self.examples, self.oddities, read(rows), every=False, show_progress=self.screen.progress
+        )
+        leaks, lines = measure_leaks(audit, images, probabilities[images.evaluated].argmax(1), "this classifier")
+        self.folder.write_csv("audit.csv", FINDINGS_HEADER, [one.as_row() for one in audit.findings])
+        metrics["audit"] = {"findings": audit.counts(), "leaks": leaks, "shift": audit.shift}
+        found = ", ".join(f"{kind} {count:,}" for kind, count in audit.counts().items())
+        self.screen.line(f"audit: {found or 'nothing found'} · {self.folder.path}/audit.csv")
+        for line in lines:
+            self.screen.line(line)
+        return audit, [*lines, *describe_data(audit, images)]
 
     def finish_without_probe(self, embedded: Embedded) -> Result:
         """Ends a run that was to give embeddings alone."""
@@ -222,7 +325,7 @@ class Job:
         return Result(self.folder.path, None, metrics)
 
 
-def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -> Job:
+def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *, image_size: int) -> Job:
     """Finds the labelled images, splits them, makes the run folder, and reads every image's bytes once.
 
     Args:
@@ -230,19 +333,20 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -
         preset: of the backbone.
         screen: what the user sees.
         watch: seconds by stage.
+        image_size: side of the network's input in pixels.
 
     Raises:
         UserError: the data can't be found or used, or the run folder can't be made.
     """
-    data = config.data
+    data, card = config.data, load_card(config.evaluation.card)
     with watch.stage("data"):
         source = load_source(
             data.dataset or "",
             data_dir=data.data_dir,
             classes=data.classes,
-            allow_unlabelled=config.probe.embeddings_output is not None,
+            allow_unlabelled=config.probe.embeddings_output is not None or config.mode == "audit",
         )
-        embeddings_only = not source.class_names or "none" in config.probe.probe
+        embeddings_only = not source.class_names or "none" in config.probe.probe or config.mode == "audit"
         splits, warnings = source.splits, list[str]()
         if embeddings_only and (source.splits == 0).any():
             splits = carve(source.ids, source.splits, val_fraction=data.val_fraction, test_fraction=data.test_fraction)
@@ -262,22 +366,39 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch) -
             config=config.as_dict(),
             flags=config.as_flags(),
         )
+        oddities = list[Finding]()
+
+        def look(example_id: str, content: bytes) -> None:
+            oddities.extend(inspect_file(example_id, content, image_size=image_size))
+
         examples = scan(
             source,
             splits,
             max_broken_fraction=data.max_broken_fraction,
             show_progress=screen.progress,
             report=_reporter(folder),
+            look=look if config.mode == "audit" or config.evaluation.report else None,
         )
     missing = [] if embeddings_only else _check_classes(examples)
-    warnings = list(dict.fromkeys([*source.notes, *warnings, *missing]))
+    origin = describe_origin(data.dataset or "", find_weights(config.backbone.weights))
+    warnings = list(dict.fromkeys([*source.notes, *warnings, *missing, *([origin] if origin else [])]))
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS)
     screen.line(f"device: {describe_device()}")
     labels = f"{counts}; {len(examples.class_names):,} classes" if source.class_names else f"{len(source.ids):,} images"
     screen.line(f"data: {source.name}: {labels}")
     for warning in warnings:
         screen.line(warning)
-    return Job(config, screen, watch, folder, examples, warnings, attributes, embeddings_only)
+    return Job(config, screen, watch, folder, examples, warnings, oddities, attributes, embeddings_only, card)
+
+
+def find_weights(weights: str) -> str:
+    """What a network began with: `--weights`, of a run folder that of the run, and so on."""
+    for _ in range(_ANCESTORS):
+        file = Path(weights) / "config.json"
+        if not is_run(weights) or not file.is_file():
+            break
+        weights = from_dict(read_json(file)).backbone.weights
+    return weights
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:

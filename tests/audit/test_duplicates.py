@@ -1,0 +1,117 @@
+"""Pairs of one picture, and what they mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tl_keras.audit.duplicates import Images, Look, Pair, describe_pairs, find_candidates, find_pairs
+from tl_keras.audit.hashes import hash_image
+from tl_keras.audit.neighbours import find_neighbours
+
+NEAR, FAR = np.array([1.0, 0.01, 0.0]), np.array([0.0, 0.0, 1.0])
+EMBEDDINGS = np.array([[1.0, 0.0, 0.0], NEAR, [0.0, 1.0, 0.0], FAR, FAR]).astype(np.float32)
+
+
+def look(seed: int, digest: int) -> Look:
+    thumb = np.asarray(
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6)).astype(np.uint8)).resize((64, 64))
+    )
+    return Look(bytes([digest]), hash_image(thumb), thumb, blank=False)
+
+
+def looks(seeds: tuple[int, ...], digests: tuple[int, ...] = (0, 1, 2, 3, 4)) -> dict[int, Look]:
+    """Of five images; the same seed gives the same picture."""
+    return {row: look(seed, digest) for row, (seed, digest) in enumerate(zip(seeds, digests, strict=True))}
+
+
+DIGESTS = [b"a", b"b", b"c", b"d", b"e"]
+
+
+def pairs_of(digests=DIGESTS, looks=None) -> list[tuple[int, int, str]]:
+    found = find_pairs(digests, looks or {}, find_neighbours(EMBEDDINGS))
+    return [(one.first, one.second, one.how) for one in found]
+
+
+def test_equal_bytes_are_found_without_looking_at_pixels():
+    assert pairs_of([b"a", b"b", b"a", b"d", b"a"]) == [(0, 2, "the same bytes"), (0, 4, "the same bytes")]
+
+
+def test_equal_pixels_count_once_where_bytes_are_equal():
+    found = pairs_of([b"a", b"a", b"c", b"d", b"e"], looks((1, 2, 3, 4, 5), (0, 0, 2, 3, 3)))
+    assert found == [(0, 1, "the same bytes"), (3, 4, "the same pixels")]
+
+
+def test_near_needs_both_embedding_and_picture():
+    near = "nearly the same picture"
+    assert pairs_of(looks=looks((1, 1, 1, 1, 1))) == [(0, 1, near), (3, 4, near)]  # 2 lies elsewhere
+    assert pairs_of(looks=looks((1, 2, 1, 4, 4))) == [(3, 4, near)]
+
+
+def test_what_could_not_be_decoded_has_no_near_pair():
+    some = looks((1, 1, 1, 1, 1))
+    del some[3]
+    assert pairs_of(looks=some) == [(0, 1, "nearly the same picture")]
+
+
+def test_candidates_are_those_with_a_near_neighbour():
+    assert find_candidates(find_neighbours(EMBEDDINGS)).tolist() == [0, 1, 3, 4]
+    assert find_candidates(find_neighbours(EMBEDDINGS), at_most=2).tolist() == [3, 4]  # the nearest
+    assert find_candidates(find_neighbours(EMBEDDINGS[1:3])).tolist() == []
+
+
+def test_digits_look_alike_and_are_not_copies():
+    digits = load_digits()
+    made = {}
+    for row, image in enumerate(digits.images[:300]):
+        thumb = np.asarray(Image.fromarray((image * 15.9).astype(np.uint8)).resize((64, 64)))
+        made[row] = Look(bytes([row % 256, row // 256]), hash_image(thumb), thumb, blank=False)
+    embeddings = digits.data[:300].astype(np.float32)
+    found = find_pairs([b"%d" % row for row in range(300)], made, find_neighbours(embeddings))
+    assert len(found) <= 3
+
+
+def describe(splits: list[str], labels: list[int], digests: list[bytes]) -> list[tuple[str, str, str]]:
+    images = Images(["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"], np.array(labels), ("ant", "bee"), splits)
+    findings = describe_pairs(find_pairs(digests, {}, find_neighbours(EMBEDDINGS)), images)
+    return [(one.kind, one.id, one.other_id) for one in findings]
+
+
+SAME = [b"a", b"b", b"c", b"a", b"e"]
+
+
+def test_groups_have_one_finding_for_each_that_is_not_kept():
+    # one kept of test before val before train; each other one is told against it
+    assert describe(["val", "train", "test", "test", "train"], [0] * 5, [b"a"] * 5) == [
+        ("duplicate", "d.jpg", "c.jpg"),
+        ("leak", "a.jpg", "c.jpg"),
+        ("leak", "b.jpg", "c.jpg"),
+        ("leak", "e.jpg", "c.jpg"),
+    ]
+
+
+def test_of_a_chain_what_is_like_nothing_that_is_kept_stays():
+    images = Images(["a", "b", "c"], np.zeros(3, int), ("x",), ["train"] * 3)
+    pairs = [Pair(0, 1, "nearly the same picture", "", 0.99), Pair(1, 2, "nearly the same picture", "", 0.99)]
+    assert [(one.id, one.other_id) for one in describe_pairs(pairs, images)] == [("b", "a")]
+
+
+@pytest.mark.parametrize(
+    ("splits", "labels", "expected"),
+    [
+        ("train train train train train", [0, 0, 0, 0, 1], [("duplicate", "d.jpg", "a.jpg")]),
+        ("train train train test train", [0, 0, 0, 0, 1], [("leak", "a.jpg", "d.jpg")]),
+        ("test train train train train", [0, 0, 0, 0, 1], [("leak", "d.jpg", "a.jpg")]),
+        ("val train train test train", [0, 0, 0, 0, 1], [("leak", "a.jpg", "d.jpg")]),
+        ("train train train train train", [0, 0, 0, 1, 1], [("two_labels", "d.jpg", "a.jpg")]),
+        (
+            "train train train test train",
+            [0, 0, 0, 1, 1],
+            [("leak", "a.jpg", "d.jpg"), ("two_labels", "a.jpg", "d.jpg")],
+        ),
+    ],
+)
+def test_what_a_pair_means(splits, labels, expected):
+    assert describe(splits.split(), labels, SAME) == expected

@@ -1,0 +1,1 @@
+"""Audit: what is wrong with the data, before anything is trained on it."""

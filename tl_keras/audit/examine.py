@@ -1,0 +1,228 @@
+"""The whole audit of images whose embeddings are known: copies, labels, outliers, shift, classes."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tl_keras.audit.distribution import find_outliers, measure_shift
+from tl_keras.audit.duplicates import Images, Look, describe_pairs, find_candidates, find_pairs
+from tl_keras.audit.files import look_at
+from tl_keras.audit.findings import Finding, sort
+from tl_keras.audit.labels import cross_validate, find_label_issues, make_stand_in, too_many
+from tl_keras.audit.neighbours import find_neighbours
+
+_SMALLEST_CLASS = 10  # evaluated examples: fewer say next to nothing about a class
+_SHIFTED = 0.7  # of the AUROC that tells test from train
+_SURE_MARGIN = 0.5  # between two probabilities: a label that is wrong beyond doubt
+_SEEN = {"stanford_dogs"}  # Khosla et al. 2011: train and test from ImageNet's train
+_DRAWN = {"imagenette", "imagewang", "stl10"}  # fast.ai's; Coates, Ng & Lee 2011: most of it from ImageNet's train
+_IMAGENET = ("imagenet2012", "imagenet_resized", "downsampled_imagenet", "imagenet_lt", "imagenet_pi")
+_NAMED = 5
+
+_LOOKED_AT_AT_MOST = 20_000  # images in a run's report, which is not to take longer than the run
+_AHEAD = 32
+
+ContentStream = Callable[[np.ndarray], Iterator[tuple[int, bytes]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        findings: the most severe first.
+        points: float32 `(n, d)`, see `Neighbours`.
+        shift: see `measure_shift`, with the area's 95 % interval, `auroc_ci95`.
+    """
+
+    findings: list[Finding]
+    points: np.ndarray
+    shift: dict[str, Any] | None
+
+    def counts(self) -> dict[str, int]:
+        """Kind of finding → how many."""
+        return dict(collections.Counter(one.kind for one in self.findings))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps off the screen what Pillow says of large images, and scikit-learn of few examples of many classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+@_silence()
+def examine(
+    images: Images,
+    *,
+    digests: Sequence[bytes],
+    embeddings: np.ndarray,
+    read: ContentStream,
+    every: bool,
+    interval: Callable[[float, int, int], tuple[float, float]],
+    known: Sequence[Finding] = (),
+) -> Audit:
+    """Looks for copies, wrong labels, outliers and a shift between train and what is evaluated.
+
+    Args:
+        images: n of them.
+        digests: of each file's bytes.
+        embeddings: float `(n, dim)`.
+        read: rows → (row, encoded bytes) of each.
+        every: look at the pixels of every image, which finds blank ones too; else of those alone that may be copies.
+        interval: area under the curve, positives and negatives → its 95 % interval.
+        known: what is known already, of files.
+
+    Returns:
+        All findings, sorted.
+    """
+    findings = list(known)
+    neighbours = find_neighbours(embeddings)
+    wanted = np.arange(len(images.ids)) if every else find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST)
+    looks = dict[int, Look]()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row, look in _look_ahead(pool, read(wanted)):
+            if look is None:
+                continue
+            looks[row] = look
+            if look.blank:
+                findings.append(Finding(images.ids[row], "blank", "high", "all but one colour"))
+    findings += describe_pairs(find_pairs(digests, looks, neighbours), images)
+    findings += _judge_labels(neighbours.points, images)
+    for row, score in zip(*find_outliers(neighbours), strict=True):
+        evidence = f"its nearest neighbours are {score:.1f} spreads farther away than usual"
+        findings.append(Finding(images.ids[row], "outlier", "medium", evidence, rank=float(score)))
+    splits = np.array(images.splits)
+    compared = (splits == "train") | (splits == images.evaluated)
+    shift = measure_shift(neighbours.points[compared], splits[compared] == images.evaluated)
+    if shift:
+        shift["auroc_ci95"] = list(interval(shift["auroc"], shift["test"], shift["train"]))
+    return Audit(sort(findings), neighbours.points, shift)
+
+
+@_silence()
+def predict_stand_in(points: np.ndarray, images: Images) -> np.ndarray:
+    """What a logistic regression, fitted on train, says of the evaluated split; before there is a classifier.
+
+    Args:
+        points: float `(n, d)`.
+        images: n of them.
+
+    Returns:
+        Labels in the split's order, int64 `(m,)`; none where train has fewer than two classes.
+    """
+    splits = np.array(images.splits)
+    train = splits == "train"
+    if len(np.unique(images.labels[train])) < 2 or not (splits == images.evaluated).any():
+        return np.zeros(0, np.int64)
+    model = make_stand_in(int(train.sum()), len(images.names)).fit(points[train], images.labels[train])
+    return np.asarray(model.predict(points[splits == images.evaluated]))
+
+
+def find_leaked(findings: Sequence[Finding], images: Images) -> np.ndarray:
+    """Which of the evaluated split's images are in another split as well, bool `(m,)` in the split's order."""
+    leaked = {one for finding in findings if finding.kind == "leak" for one in (finding.id, finding.other_id)}
+    split = images.evaluated
+    return np.array([name in leaked for name, own in zip(images.ids, images.splits, strict=True) if own == split], bool)
+
+
+def describe_data(audit: Audit, images: Images) -> list[str]:
+    """Lines on the balance of classes, and on the shift between train and what is evaluated."""
+    lines, split = _describe_classes(images), images.evaluated
+    if too_many(len(images.ids), len(images.names)):
+        lines.append(f"labels: not judged: {len(images.ids):,} images of {len(images.names):,} classes are too many")
+    if audit.shift:
+        low, high = audit.shift["auroc_ci95"]
+        alike = ": they are not alike, and figures may not hold elsewhere" if low > _SHIFTED else ""
+        told = f"AUROC {audit.shift['auroc']:.2f} [{low:.2f}, {high:.2f}], 0.5: not at all"
+        lines.append(f"shift: {split} can be told from train with {told}{alike}")
+    return lines
+
+
+def describe_origin(dataset: str, weights: str) -> str:
+    """A warning where the network has seen the test images; else nothing.
+
+    Args:
+        dataset: `--dataset`.
+        weights: `--weights`.
+    """
+    name = dataset.partition("/")[0].partition(":")[0]
+    if weights == "imagenet" and name in _SEEN:
+        return (
+            f"warning: the images of {name} come from ImageNet's training set: a network with ImageNet weights has "
+            "seen its test images, with their labels, and figures on them are too good"
+        )
+    if weights == "imagenet" and name in _DRAWN:
+        return (
+            f"warning: the images of {name} are drawn from ImageNet: a network with ImageNet weights has seen most of "
+            "them, with their labels, and figures on them are too good"
+        )
+    if weights == "imagenet" and name.startswith(_IMAGENET):
+        return (
+            f"warning: the training images of {name} are ImageNet's: a network with ImageNet weights has seen them, "
+            "with their labels, and figures on a val or test carved from them are too good"
+        )
+    return ""
+
+
+def _look_ahead(pool: ThreadPoolExecutor, contents: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Look | None]]:
+    """Row, and what its image shows; a few images are decoded ahead."""
+    waiting = collections.deque[tuple[int, Any]]()
+    for row, content in contents:
+        waiting.append((row, pool.submit(look_at, content)))
+        if len(waiting) > _AHEAD:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
+
+
+def _judge_labels(points: np.ndarray, images: Images) -> Iterator[Finding]:
+    judged, probabilities = cross_validate(points, images.labels)
+    labels = images.labels[judged]
+    if not len(judged):
+        return
+    for row, taken, margin in zip(*find_label_issues(probabilities, labels), strict=True):
+        own = labels[row]
+        evidence = (
+            f"labelled {images.names[own]} ({probabilities[row, own]:.2f}), looks like {images.names[taken]} "
+            f"({probabilities[row, taken]:.2f})"
+        )
+        severity = "high" if margin > _SURE_MARGIN else "medium"
+        yield Finding(images.ids[judged[row]], "label", severity, evidence, rank=float(margin))
+
+
+def _describe_classes(images: Images) -> list[str]:
+    if not images.names:
+        return []
+    counts = np.bincount(images.labels, minlength=len(images.names))
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    lines = [
+        f"classes: {images.names[smallest]} is the smallest with {counts[smallest]:,} images, {images.names[largest]} "
+        f"the largest with {counts[largest]:,}"
+    ]
+    if counts[smallest] == counts[largest]:
+        lines = [f"classes: {len(counts):,}, each of {counts[smallest]:,} images"]
+    if len(counts) < 2:
+        lines = [f"classes: only {images.names[0]}: a classifier needs two or more"]
+    split = images.evaluated
+    tested = np.bincount(images.labels[np.array(images.splits) == split], minlength=len(images.names))
+    few = [images.names[number] for number in np.flatnonzero(tested < _SMALLEST_CLASS).tolist()]
+    if few:
+        named = ", ".join(few[:_NAMED]) + (", ..." if len(few) > _NAMED else "")
+        lines.append(
+            f"classes: {len(few):,} with fewer than {_SMALLEST_CLASS} {split} images, too few to be judged: {named}"
+        )
+    return lines

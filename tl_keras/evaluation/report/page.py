@@ -1,0 +1,219 @@
+"""The page and the model card: templates filled with what a run knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from tl_keras.evaluation.calibration import accuracy_by_coverage, reliability
+from tl_keras.evaluation.intervals import with_interval
+from tl_keras.evaluation.metrics import confuse, describe_spread, measure_classes
+from tl_keras.evaluation.report import plots
+from tl_keras.evaluation.report.card import FIELDS, Card, describe_metadata
+from tl_keras.evaluation.report.contents import (
+    FULL_MATRIX,
+    Shown,
+    ShownFinding,
+    ShownPair,
+    describe_run,
+    make_classes,
+    make_command,
+    make_matrix,
+    read_table,
+)
+from tl_keras.evaluation.tables import describe_evaluation
+from tl_keras.run import RunFolder
+
+REPORT, MODEL_CARD = "report.html", "MODEL_CARD.md"
+_DRAWN_AT_MOST = 3000  # classes: ordering them takes their square in memory, and longer
+_SPLITS = {"test": "test", "val": "validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditShown:
+    """What the report says of an audit: kind, meaning and count; lines; and some findings with pictures."""
+
+    counts: Sequence[tuple[str, str, int]]
+    lines: Sequence[str]
+    findings: Sequence[ShownFinding]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a report shows.
+
+    Attributes:
+        name: of the classifier.
+        dataset: of the source.
+        backbone: the network.
+        config: what `config.json` holds.
+        flags: a flag file that runs it again.
+        metrics: what `metrics.json` holds.
+        counts: split → images.
+        class_names: the classes.
+        probabilities: of the reported split, float `(n, classes)`.
+        labels: int `(n,)`.
+        before: the same without a temperature, where there is one.
+        card: what the user says.
+        notes: warnings that were shown.
+        worst: mistakes.
+        least_sure: the least sure images.
+        pairs: the most confused pairs.
+        no_heat: why there are no heat maps, where there are none.
+        audit: what is wrong with the data, where it was looked at.
+    """
+
+    name: str
+    dataset: str
+    backbone: str
+    config: Mapping[str, Any]
+    flags: str
+    metrics: Mapping[str, Any]
+    counts: Mapping[str, int]
+    class_names: Sequence[str]
+    probabilities: np.ndarray
+    labels: np.ndarray
+    before: np.ndarray | None
+    card: Card
+    notes: Sequence[str] = ()
+    worst: Sequence[Shown] = ()
+    least_sure: Sequence[Shown] = ()
+    pairs: Sequence[ShownPair] = ()
+    no_heat: str = ""
+    audit: AuditShown | None = None
+
+    @property
+    def split(self) -> str:
+        """The split that it reports."""
+        return "test" if "test" in self.metrics else "val"
+
+
+def write_report(folder: RunFolder, report: Report) -> None:
+    """Writes `report.html`, `MODEL_CARD.md`, and the plots as SVG into `plots/`.
+
+    Args:
+        folder: the run folder, which has its tables already.
+        report: what to show.
+    """
+    split, figures = report.split, report.metrics[report.split]
+    predicted, classes = report.probabilities.argmax(1), len(report.class_names)
+    matrix, order = None, np.arange(classes)
+    if FULL_MATRIX < classes <= _DRAWN_AT_MOST:
+        matrix = confuse(predicted, report.labels, num_classes=classes)
+        order = plots.order_classes(matrix)
+    drawn = _draw(folder, report, matrix, order)
+    for name, svg in drawn.items():
+        folder.write_text(f"plots/{name}.svg", svg)
+    values = {
+        "report": report,
+        "split": split,
+        "figures": figures,
+        "accuracy": with_interval(figures["accuracy"], figures["accuracy_ci95"]),
+        "sentences": describe_run(
+            report.config, report.metrics, split=split, counts=report.counts, backbone=report.backbone
+        ),
+        "plots": {name: Markup(plots.for_page(svg, name)) for name, svg in drawn.items()},
+        "matrix": make_matrix(predicted, report.labels, report.class_names, order),
+        "classes": make_classes(measure_classes(predicted, report.labels, num_classes=classes), report.class_names),
+        "said": describe_evaluation(report.metrics),
+        "seeds": describe_spread(report.metrics["seeds"]) if "seeds" in report.metrics else "",
+        "few_shot": describe_spread(report.metrics["few_shot"]) if "few_shot" in report.metrics else "",
+        "candidates": read_table(folder.path / "candidates.csv"),
+        "command": make_command(report.flags),
+        "fence": "`" * (3 + max(map(len, re.findall("`+", report.flags)), default=0)),
+        "fields": FIELDS,
+        "metadata": describe_metadata(
+            report.card,
+            name=report.name,
+            backbone=report.backbone,
+            dataset=report.dataset,
+            split=_SPLITS[split],
+            figures=figures,
+        ),
+    }
+    _write(folder, REPORT, "report.html.j2", values)
+    _write(folder, MODEL_CARD, "card.md.j2", values)
+
+
+def write_audit_page(
+    folder: RunFolder,
+    audit: AuditShown,
+    *,
+    dataset: str,
+    counts: Mapping[str, int],
+    flags: str,
+    notes: Sequence[str],
+    environment: Mapping[str, Any],
+) -> None:
+    """Writes `report.html` of an audit alone.
+
+    Args:
+        folder: the run folder.
+        audit: what was found.
+        dataset: the source's name.
+        counts: split → images.
+        flags: a flag file that runs it again.
+        notes: warnings that were shown.
+        environment: versions, device, engine.
+    """
+    values = {
+        "audit": audit,
+        "total": sum(count for _, _, count in audit.counts),
+        "dataset": dataset,
+        "counts": counts,
+        "command": make_command(flags),
+        "notes": notes,
+        "environment": environment,
+    }
+    _write(folder, REPORT, "audit.html.j2", values)
+
+
+def _write(folder: RunFolder, file: str, template: str, values: Mapping[str, Any]) -> None:
+    text = _environment().get_template(template).render(values)
+    folder.write_text(file, text.encode("utf-8", "replace").decode())  # a file's name may be no UTF-8
+
+
+def escape_markdown(text: str) -> str:
+    """Text that stands in Markdown as it is: a class may be called `__pos__` or `<img>`."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&-])", r"\\\1", " ".join(text.split()))
+
+
+def _draw(folder: RunFolder, report: Report, matrix: np.ndarray | None, order: np.ndarray) -> dict[str, str]:
+    """Name → SVG of all plots that there is something to show in."""
+    figures, metrics = dict[str, Figure](), report.metrics
+    history = read_table(folder.path / "history.csv")
+    if history:
+        figures |= {f"learning_{name}": plots.draw_history(history, name) for name in ("accuracy", "loss")}
+    if matrix is not None:
+        figures["confusion"] = plots.draw_confusion(matrix, order)
+    before = reliability(report.before, report.labels) if report.before is not None else []
+    figures["reliability"] = plots.draw_reliability(reliability(report.probabilities, report.labels), before)
+    _, coverage, accuracy = accuracy_by_coverage(report.probabilities, report.labels)
+    reject = metrics.get("reject", {})
+    reached = reject.get(report.split, {}).get("coverage")
+    target = report.config["evaluation"]["target_accuracy"]
+    figures["coverage"] = plots.draw_coverage(coverage, accuracy, target=target, reached=reached)
+    if "robustness" in metrics:
+        figures["robustness"] = plots.draw_robustness(metrics["robustness"])
+    return {name: plots.as_svg(figure, name) for name, figure in figures.items()}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tl_keras.evaluation.report", ""),
+        autoescape=lambda name: bool(name) and str(name).endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["markdown"] = escape_markdown
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
+    return environment

@@ -1,0 +1,193 @@
+"""`--mode=audit`: what is wrong with the images and their labels, before anything is trained on them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from tl_keras.audit.duplicates import Images
+from tl_keras.audit.examine import Audit, describe_data, predict_stand_in
+from tl_keras.audit.findings import FINDINGS_HEADER, Finding, count
+from tl_keras.classifier import load_trained
+from tl_keras.config import Config, from_dict
+from tl_keras.data.splits import SPLITS
+from tl_keras.errors import UserError
+from tl_keras.evaluation.tables import describe_environment, write_examples
+from tl_keras.modes.inspection import examine_examples, list_images, measure_leaks, read_embeddings
+from tl_keras.modes.reporting import attempt, report_audit
+from tl_keras.modes.steps import Job, load_backbone, load_job
+from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_json, write_atomically
+
+_STAND_IN = "a logistic regression on these embeddings"
+
+
+def run(config: Config) -> Result:
+    """Looks at files, at copies within and across splits, at labels, outliers and the balance of classes.
+
+    Nothing of the user's files is changed. Findings go to `audit.csv`; with --write_clean_csv the rest to a manifest.
+    With --classifier it looks at that run's data, with that run's network and predictions.
+    """
+    screen, watch = Screen(), Stopwatch()
+    keras.utils.set_random_seed(config.run.seed)
+    asked, config = config, _follow_classifier(config, screen)
+    if config.audit.write_clean_csv:
+        clean = Path(config.audit.write_clean_csv)
+        if clean.is_dir():
+            raise UserError(f"--write_clean_csv={clean} is a folder. Give the name of a file in it.")
+        check_writable(clean.absolute().parent, str(clean))
+    with watch.stage("backbone"):
+        preset, backbone = load_backbone(config.backbone)
+    size = int(backbone.input_shape[1])
+    job = load_job(config, preset, screen, watch, image_size=size)
+    _check_clean(config, job)
+    job.folder.write_json("config.json", asked.as_dict())
+    job.folder.write_text("run.flags", asked.as_flags())
+    with watch.stage("trunk"):
+        embedded = job.embed([backbone], preset, image_size=size)[0]
+    rows, images = list_images(job.examples)
+    if not len(rows):
+        raise UserError(f"none of the images can be read: {job.folder.path}/broken.csv says why. Mend them.")
+    with watch.stage("audit"):
+        embeddings, progress = read_embeddings(embedded, rows), screen.progress
+        audit = examine_examples(job.examples, job.oddities, embeddings, every=True, show_progress=progress)
+        predicted, judge = _predict(asked, audit, images)
+        leaks, leak_lines = measure_leaks(audit, images, predicted, judge)
+    job.folder.write_csv("audit.csv", FINDINGS_HEADER, [one.as_row() for one in audit.findings])
+    lines = [*leak_lines, *describe_data(audit, images)]
+    for line in [*count(audit.findings), *lines]:
+        screen.line(line)
+    if config.audit.write_clean_csv:
+        for line in _write_clean(config, job, rows, audit.findings):
+            screen.line(line)
+    write_examples(job.folder, job.examples)
+    environment = describe_environment(engine=embedded.choice.engine, precision=embedded.choice.precision)
+    with watch.stage("report"):
+        write = functools.partial(
+            report_audit,
+            job.folder,
+            job.examples,
+            audit,
+            lines=lines,
+            image_size=size,
+            resize=config.backbone.resize,
+            flags=asked.as_flags(),
+            notes=job.warnings,
+            environment=environment,
+        )
+        status = attempt(write, screen.line)
+    metrics = {
+        "n": len(rows),
+        "findings": audit.counts(),
+        "leaks": leaks,
+        "shift": audit.shift,
+        "classes": _count_classes(job),
+        "environment": environment,
+        "timing": {"seconds": dict(watch.seconds)},
+    }
+    job.folder.write_json("metrics.json", metrics)
+    screen.line(f"{len(audit.findings):,} findings on {len(rows):,} images · {job.folder.path}/audit.csv")
+    return Result(job.folder.path, None, metrics, status)
+
+
+def _follow_classifier(config: Config, screen: Screen) -> Config:
+    """With a classifier: its own data, unless another is given, through its own network."""
+    path = config.read.classifier
+    if not path:
+        return config
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"--classifier={path} is no run folder, and does not say what it was trained on. Give runs/NAME."
+        )
+    trained, own = load_trained(path), from_dict(read_json(Path(path) / "config.json"))
+    if own.mode == "finetune" and own.training.trainable != "head":
+        screen.line(
+            "note: this network was trained on these labels: wrong ones may look right to it, and test unlike train"
+        )
+    data = config.data
+    if data.dataset is None:
+        data = dataclasses.replace(
+            own.data,
+            data_dir=data.data_dir or own.data.data_dir,
+            classes=data.classes or own.data.classes,
+            shots=None,
+            max_broken_fraction=data.max_broken_fraction,
+        )
+    backbone = dataclasses.replace(config.backbone, weights=path, resize=trained.resize)
+    read = dataclasses.replace(config.read, classifier=None)
+    return dataclasses.replace(config, data=data, backbone=backbone, read=read)
+
+
+def _check_clean(config: Config, job: Job) -> None:
+    """The manifest must be of files, and may replace nothing of the user's.
+
+    Raises:
+        UserError: it can't be written, or would.
+    """
+    if not config.audit.write_clean_csv:
+        return
+    path, source = Path(config.audit.write_clean_csv), job.examples.source
+    if not source.paths:
+        raise UserError(
+            f"--write_clean_csv lists files, and {source.name} has none of its own. Leave it out, or give "
+            "--dataset=folder: or csv:."
+        )
+    manifest = (config.data.dataset or "").partition(":")[2]
+    own = {os.path.realpath(one) for one in [manifest, *source.paths]}
+    if os.path.realpath(path) in own or (path.exists() and not config.run.overwrite):
+        raise UserError(
+            f"--write_clean_csv={path} exists already{', and is what is looked at' * (os.path.realpath(path) in own)}. "
+            "Give another name" + ("." if os.path.realpath(path) in own else ", or --overwrite.")
+        )
+
+
+def _count_classes(job: Job) -> dict[str, dict[str, int]]:
+    """Class → split → images."""
+    examples = job.examples
+    counts = {split: np.bincount(examples.labels(split), minlength=len(examples.class_names)) for split in SPLITS}
+    return {
+        name: {split: int(counts[split][number]) for split in SPLITS}
+        for number, name in enumerate(examples.class_names)
+    }
+
+
+def _predict(config: Config, audit: Audit, images: Images) -> tuple[np.ndarray, str]:
+    """Labels of the evaluated split, and whose they are: the classifier's own, or else a stand-in's."""
+    path = Path(config.read.classifier or "") / "predictions.csv"
+    if config.read.classifier and path.is_file():
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            known = {row["id"]: row["predicted"] for row in csv.DictReader(file) if row["split"] == images.evaluated}
+        wanted = [one for one, split in zip(images.ids, images.splits, strict=True) if split == images.evaluated]
+        numbers = {name: number for number, name in enumerate(images.names)}
+        if all(known.get(one) in numbers for one in wanted):
+            return np.array([numbers[known[one]] for one in wanted], np.int64), config.read.classifier
+    return predict_stand_in(audit.points, images), _STAND_IN
+
+
+def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[Finding]) -> list[str]:
+    """Writes the manifest; ids stay what they were, so that runs before and after can be compared."""
+    source, examples = job.examples.source, job.examples
+    left_out = {one.id for one in findings if one.kind in config.audit.clean}
+    lines, unwritable = [], 0
+    for row in rows.tolist():
+        label = [source.class_names[source.labels[row]]] if source.class_names else []
+        line = (str(Path(source.paths[row]).absolute()), *label, SPLITS[examples.splits[row]], source.ids[row])
+        if source.ids[row] in left_out:
+            continue
+        if all(cell.isprintable() for cell in line):
+            lines.append(line)
+        else:
+            unwritable += 1
+    path = Path(str(config.audit.write_clean_csv))
+    header = ("path", "label", "split", "id") if source.class_names else ("path", "split", "id")
+    write_atomically(path, csv_bytes(header, lines))
+    told = [f"clean: {len(lines):,} of {len(rows):,} images, without {', '.join(config.audit.clean)} · {path}"]
+    if unwritable:
+        told.append(f"clean: {unwritable:,} files have names that a CSV can't hold, and are left out: rename them")
+    return told

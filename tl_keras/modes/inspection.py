@@ -1,0 +1,106 @@
+"""How modes look at their data: `audit` before anything is trained, `finetune` and `extract` for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tl_keras.audit.duplicates import Images
+from tl_keras.audit.examine import Audit, examine, find_leaked
+from tl_keras.audit.findings import Finding
+from tl_keras.backbones.embed import Embedded
+from tl_keras.data.examples import Examples
+from tl_keras.data.splits import SPLITS
+from tl_keras.evaluation.intervals import accuracy_interval, auroc_interval, with_interval
+
+_READ_BATCH = 4096
+_IMAGES_AT_MOST, _NUMBERS_AT_MOST = 100_000, 400_000_000  # a minute for neighbours; 1.6 GB, held up to three times
+
+
+def list_images(examples: Examples) -> tuple[np.ndarray, Images]:
+    """Positions of the images in use, int64 `(n,)`, and what is known of them, in the same order."""
+    rows = np.flatnonzero(examples.splits >= 0)
+    ids = [examples.source.ids[row] for row in rows.tolist()]
+    splits = [SPLITS[split] for split in examples.splits[rows].tolist()]
+    return rows, Images(ids, examples.source.labels[rows], examples.class_names, splits)
+
+
+def fits(count: int, dim: int) -> bool:
+    """Whether so many embeddings of `dim` numbers can be looked at beside a run."""
+    return count <= _IMAGES_AT_MOST and count * dim <= _NUMBERS_AT_MOST
+
+
+def read_embeddings(embedded: Embedded, rows: np.ndarray) -> np.ndarray:
+    """The embeddings of some positions, float32 `(n, dim)`."""
+    parts = [rows[start : start + _READ_BATCH] for start in range(0, len(rows), _READ_BATCH)]
+    return np.concatenate([embedded.read(part).astype(np.float32) for part in parts])
+
+
+def examine_examples(
+    examples: Examples,
+    oddities: Sequence[Finding],
+    embeddings: np.ndarray,
+    *,
+    every: bool,
+    show_progress: Callable[[str], None],
+) -> Audit:
+    """The audit of a run's images.
+
+    Args:
+        examples: those images.
+        oddities: what is odd about their files.
+        embeddings: of those in use, in the source's order, float `(n, dim)`.
+        every: see `examine`.
+        show_progress: shows how far it is.
+    """
+    rows, images = list_images(examples)
+    broken = [
+        Finding(examples.source.ids[row], "unreadable", "high", reason) for row, reason in examples.broken.items()
+    ]
+    numbers = {int(row): number for number, row in enumerate(rows)}
+    in_use = set(images.ids)
+
+    def read(wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
+        for done, (row, content) in enumerate(examples.source.read(rows[wanted]), start=1):
+            yield numbers[row], content
+            show_progress(f"looking for copies {done:,}/{len(wanted):,}")
+
+    return examine(
+        images,
+        digests=[examples.digests[row].tobytes() for row in rows],
+        embeddings=embeddings,
+        read=read,
+        every=every,
+        interval=auroc_interval,
+        known=[*broken, *(one for one in oddities if one.id in in_use)],
+    )
+
+
+def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: str) -> tuple[dict[str, Any], list[str]]:
+    """What images that are in two splits do to the accuracy.
+
+    Args:
+        audit: what was found.
+        images: what it was found in.
+        predicted: labels of the evaluated split, int `(m,)`, in its order.
+        judge: whose predictions they are, for people.
+
+    Returns:
+        For `metrics.json`, empty where there is nothing to say, and lines for the screen.
+    """
+    leaked = find_leaked(audit.findings, images)
+    if not leaked.any() or len(predicted) != len(leaked):
+        return {}, []
+    labels = images.labels[np.array(images.splits) == images.evaluated]
+    result: dict[str, Any] = {"split": images.evaluated, "leaked": int(leaked.sum()), "judge": judge}
+    told = []
+    for name, own in (("with", np.ones(len(leaked), bool)), ("without", ~leaked)):
+        right, count = int((predicted == labels)[own].sum()), int(own.sum())
+        if count:
+            interval = accuracy_interval(right, count)
+            result |= {f"accuracy_{name}": right / count, f"accuracy_{name}_ci95": list(interval)}
+            told.append(f"{with_interval(right / count, interval)} {name} them")
+    line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are in another split too; "
+    return result, [f"{line}{images.evaluated} accuracy by {judge}: {', '.join(told)}"]
