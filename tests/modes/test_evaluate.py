@@ -365,6 +365,31 @@ def test_runs_are_compared_in_a_sentence(tmp_path, capsys):
     assert "p = 0.035" in lines[-4]  # that of A and C, 0.0118, times three: the larger one may not be less
 
 
+def test_with_a_run_folder_a_comparison_is_kept(tmp_path, capsys):
+    runs = [write_predictions(tmp_path / name, wrong) for name, wrong in (("A", {1, 2}), ("B", {1}))]
+    compare = f"--compare={runs[0]},{runs[1]}"
+    assert run_main("--mode=evaluate", compare, f"--run_dir={tmp_path / 'kept'}") == 0
+    (found,) = json.loads((tmp_path / "kept" / "metrics.json").read_text())["compared"]
+    assert found["runs"] == ["A", "B"]
+    assert compare in (tmp_path / "kept" / "run.flags").read_text()
+
+
+def test_interrupted_corruptions_leave_the_figures_there(trained, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "measure_corruptions", interrupt)
+    flags = (f"--classifier={trained[0]}", f"--run_dir={tmp_path / 'run'}", "--corruptions", "--corruption_images=4")
+    assert run_main("--mode=evaluate", *flags) == 130
+    output = capsys.readouterr()
+    assert "corruptions: interrupted, and left out; all else is there" in output.out
+    assert output.out.splitlines()[-1].startswith("test accuracy ")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["n"] > 0
+    assert "robustness" not in metrics
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 @pytest.mark.parametrize("other", [[], ["--classifier=x"], ["--dataset=digits"]])
 def test_what_can_not_be_compared_is_said(other, capsys):
     paths = "A,B" if other else "A"

@@ -148,7 +148,7 @@ def test_what_evaluate_warns_of_stands_in_the_report_too(trained, colour_folder,
             1,
             "warning: there is no report: the disk is full: free some. All else",
         ),
-        (ValueError("odd"), 1, "warning: there is no report: ValueError: odd. All else is there; please tell us."),
+        (ValueError("odd\n"), 1, "warning: there is no report: ValueError: odd. All else is there; please tell us."),
     ],
 )
 @pytest.mark.parametrize("mode", ["finetune", "evaluate"])

@@ -111,7 +111,7 @@ def run(config: Config) -> Result:
             write = functools.partial(
                 report, folder, judged, metrics, config=settings, flags=flags, card=card, notes=notes
             )
-            status = status or attempt(write, screen.line)
+            status = attempt(write, screen.line) or status
         metrics["timing"]["seconds"] = dict(watch.seconds)
         folder.write_json("metrics.json", metrics)
     split = "test" if "test" in metrics else "val"

@@ -74,12 +74,17 @@ def attempt(write: Callable[[], Path], show: Callable[[str], None]) -> int:
         show("report: interrupted; all else is there")
         return INTERRUPTED
     except UserError as error:
-        show(f"warning: there is no report: {error} All else is there.")
+        show(f"warning: there is no report: {_in_a_line(error)} All else is there.")
         return 1
     except Exception as error:  # a fault of ours in the last step is no reason to lose the others
-        show(f"warning: there is no report: {type(error).__name__}: {error}. All else is there; please tell us.")
+        told = f"{type(error).__name__}: {_in_a_line(error)}"
+        show(f"warning: there is no report: {told}. All else is there; please tell us.")
         return 1
     return 0
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def report(

@@ -246,7 +246,7 @@ class Job:
             before = {split: scale(values, 1) for split, values in logits.items()} if temperature != 1 else None
             with watch.stage("report"):
                 write = functools.partial(self._write_report, classifier, metrics, probabilities, before, views)
-                status = status or attempt(write, screen.line)
+                status = attempt(write, screen.line) or status
             metrics["timing"] = _describe_timing(watch, embedded)
             folder.write_json("metrics.json", metrics)
         screen.line(_last_line(metrics, folder, exported, chosen))
