@@ -36,7 +36,15 @@ def main() -> None:
 def finetune(arguments: Any, dataset: str, seed: int, *flags: str) -> dict[str, Any]:
     run_dir = arguments.work / "accuracy_run"
     run_process([
-        *("-m", "tl_keras.main", "--mode=finetune", f"--dataset={dataset}", f"--seed={seed}", "--noexport"),
+        *(
+            "-m",
+            "tl_keras.main",
+            "--mode=finetune",
+            f"--dataset={dataset}",
+            f"--seed={seed}",
+            "--noexport",
+            "--noreport",
+        ),
         *("--backbone=MobileNetV2", "--backbone_kwargs=alpha=0.35"),
         f"--weights={arguments.data / MOBILENET_WEIGHTS}",
         *(f"--run_dir={run_dir}", "--overwrite", f"--store_dir={arguments.work / 'accuracy_store'}", *flags),

@@ -46,7 +46,12 @@ def measure_layers(arguments: Any) -> dict[str, Any]:
         run_dir = arguments.work / "layers_run"
         command = [
             *("-m", "tl_keras.main", "--mode=extract", f"--dataset={dataset}", "--backbone=MobileNetV2", "--overwrite"),
-            *("--backbone_kwargs=alpha=0.35", f"--weights={arguments.data / MOBILENET_WEIGHTS}", "--noexport"),
+            *(
+                "--backbone_kwargs=alpha=0.35",
+                f"--weights={arguments.data / MOBILENET_WEIGHTS}",
+                "--noexport",
+                "--noreport",
+            ),
             *(f"--run_dir={run_dir}", f"--store_dir={arguments.work / 'layers_store'}"),
         ]
         rows = {}

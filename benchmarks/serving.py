@@ -311,7 +311,14 @@ def train(arguments: Any) -> Path:
     if (work / "run" / "metrics.json").exists():
         return work
     shutil.rmtree(work, ignore_errors=True)
-    command = ["-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{data}", "--test_fraction=0.3"]
+    command = [
+        "-m",
+        "tl_keras.main",
+        "--mode=finetune",
+        f"--dataset=folder:{data}",
+        "--test_fraction=0.3",
+        "--noreport",
+    ]
     network = ["--backbone=MobileNetV2", "--backbone_kwargs=alpha=0.35"]
     places = [f"--run_dir={work / 'run'}", f"--export_dir={work / 'models'}", f"--store_dir={work / 'store'}"]
     run_process([*command, *network, f"--weights={arguments.data / MOBILENET_WEIGHTS}", *places])

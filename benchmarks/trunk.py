@@ -42,7 +42,7 @@ def measure_tail(arguments: Any) -> dict[str, Any]:
     for _ in range(arguments.runs):
         run_process([
             *("-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{folder}", "--backbone=ResNet50"),
-            *("--weights=none", "--trainable=from:conv5_block1_1_conv", "--epochs=3", "--noexport"),
+            *("--weights=none", "--trainable=from:conv5_block1_1_conv", "--epochs=3", "--noexport", "--noreport"),
             *(f"--run_dir={run_dir}", "--overwrite", f"--store_dir={arguments.work / 'tail_store'}"),
         ])
         with (run_dir / "history.csv").open() as file:
@@ -146,7 +146,7 @@ def measure_memory(arguments: Any) -> dict[str, Any]:
             *(sys.executable, "-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{folder}"),
             *("--backbone=MobileNetV2", "--backbone_kwargs=alpha=0.35", "--precision=float32"),
             *(f"--weights={arguments.data / MOBILENET_WEIGHTS}", f"--run_dir={arguments.work / 'memory_run'}"),
-            *("--overwrite", f"--store_dir={arguments.work / f'store_{count}'}", "--noexport"),
+            *("--overwrite", f"--store_dir={arguments.work / f'store_{count}'}", "--noexport", "--noreport"),
         ]
         shutil.rmtree(arguments.work / f"store_{count}", ignore_errors=True)
         peaks[count] = measure_peak(command)

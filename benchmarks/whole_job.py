@@ -39,7 +39,12 @@ def compare(arguments: Any, backbone: str, weights: str, flags: list[str], *, pe
         for name in ("cold", "warm"):
             command = ["-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{flowers}", *flags]
             places = [f"--run_dir={arguments.work / 'run'}", "--overwrite", f"--store_dir={store}"]
-            export = [f"--export_dir={arguments.work / 'models'}", "--val_fraction=0.1", f"--epochs={EPOCHS}"]
+            export = [
+                f"--export_dir={arguments.work / 'models'}",
+                "--val_fraction=0.1",
+                f"--epochs={EPOCHS}",
+                "--noreport",
+            ]
             seconds[name].append(run_process([*command, *places, *export])[0])
         whole, output = run_process(["-m", "benchmarks.plain_keras", flowers, backbone, weights, str(peer_epochs)])
         last = json.loads(output.splitlines()[-1])["epoch_seconds"][-1]
