@@ -23,6 +23,7 @@ from tl_keras.run import (
     Stopwatch,
     csv_bytes,
     disk_errors,
+    map_ahead,
     name_run,
     read_json,
     write_atomically,
@@ -362,3 +363,25 @@ def test_a_folder_with_another_programs_config_is_never_replaced(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         RunFolder.create(str(tmp_path / "model"), overwrite=True, config={}, flags="")
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("threads", [1, 4, None])
+def test_work_is_done_ahead_and_comes_in_order(threads):
+    taken = []
+
+    def items():
+        for number in range(40):
+            taken.append(number)
+            yield f"key {number}", number
+
+    found = map_ahead(lambda value: value * value, items(), threads=threads, ahead=5)
+    assert next(found) == ("key 0", 0)
+    assert len(taken) == 5  # and no more: what is ahead is bounded
+    assert list(found) == [(f"key {number}", number * number) for number in range(1, 40)]
+
+
+def test_what_fails_ahead_is_told_where_it_stands():
+    found = map_ahead(lambda value: 1 // value, [("a", 1), ("b", 0)], threads=2, ahead=4)
+    assert next(found) == ("a", 1)
+    with pytest.raises(ZeroDivisionError):
+        next(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -13,12 +14,16 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from tl_keras.errors import UserError
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+Found = TypeVar("Found")
 INTERRUPTED = 130  # exit status, as shells say it: 128 + SIGINT
 
 
@@ -243,6 +248,38 @@ def name_run(mode: str, data: str, backbone: str) -> str:
     while os.path.exists(path):
         path, number = f"{stem}-{number}", number + 1
     return path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a CSV file that a run wrote; names in it may be no UTF-8.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def map_ahead(
+    work: Callable[[Value], Found], items: Iterable[tuple[Key, Value]], *, threads: int | None, ahead: int
+) -> Iterator[tuple[Key, Found]]:
+    """Works on items in threads, a little ahead of whoever consumes what was found, in the items' order.
+
+    Args:
+        work: what is done with an item's value.
+        items: keys, by which what was found is known, and values.
+        threads: at most so many; None: the executor's own number.
+        ahead: items that are worked on before they are asked for.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque[tuple[Key, Future[Found]]]()
+        for key, value in items:
+            waiting.append((key, pool.submit(work, value)))
+            if len(waiting) >= ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
 
 
 def read_json(path: Path) -> Any:

@@ -8,7 +8,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from tl_keras.audit.files import look_at
 from tl_keras.audit.findings import Finding, sort
 from tl_keras.audit.labels import cross_validate, find_label_issues, make_stand_in, too_many
 from tl_keras.audit.neighbours import find_neighbours
+from tl_keras.run import map_ahead
 
 _SMALLEST_CLASS = 10  # evaluated examples: fewer say next to nothing about a class
 _SHIFTED = 0.7  # of the AUROC that tells test from train
@@ -92,13 +92,12 @@ def examine(
     neighbours = find_neighbours(embeddings)
     wanted = np.arange(len(images.ids)) if every else find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST)
     looks = dict[int, Look]()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for row, look in _look_ahead(pool, read(wanted)):
-            if look is None:
-                continue
-            looks[row] = look
-            if look.blank:
-                findings.append(Finding(images.ids[row], "blank", "high", "all but one colour"))
+    for row, look in map_ahead(look_at, read(wanted), threads=os.cpu_count(), ahead=_AHEAD):
+        if look is None:
+            continue
+        looks[row] = look
+        if look.blank:
+            findings.append(Finding(images.ids[row], "blank", "high", "all but one colour"))
     findings += describe_pairs(find_pairs(digests, looks, neighbours), images)
     findings += _judge_labels(neighbours.points, images)
     for row, score in zip(*find_outliers(neighbours), strict=True):
@@ -175,18 +174,6 @@ def describe_origin(dataset: str, weights: str) -> str:
             "with their labels, and figures on a val or test carved from them are too good"
         )
     return ""
-
-
-def _look_ahead(pool: ThreadPoolExecutor, contents: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Look | None]]:
-    """Row, and what its image shows; a few images are decoded ahead."""
-    waiting = collections.deque[tuple[int, Any]]()
-    for row, content in contents:
-        waiting.append((row, pool.submit(look_at, content)))
-        if len(waiting) > _AHEAD:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
 
 
 def _judge_labels(points: np.ndarray, images: Images) -> Iterator[Finding]:

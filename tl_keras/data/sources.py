@@ -9,7 +9,6 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from tl_keras.config import nearest
 from tl_keras.data.splits import SPLIT_NAMES
 from tl_keras.errors import UserError
+from tl_keras.run import map_ahead
 
 _SUFFIXES = frozenset(
     f".{suffix}"
@@ -104,15 +104,8 @@ def list_images(folder: Path) -> list[Path]:
 
 def read_files(paths: Sequence[str], positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
     """Reads files a little ahead of whoever consumes them; one that can't be read gives b""."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting: list[tuple[int, object]] = []
-        for position in positions:
-            waiting.append((int(position), pool.submit(_read_file, paths[position])))
-            if len(waiting) >= _READ_AHEAD:
-                first, future = waiting.pop(0)
-                yield first, future.result()  # type: ignore[attr-defined]
-        for first, future in waiting:
-            yield first, future.result()  # type: ignore[attr-defined]
+    items = ((int(position), paths[position]) for position in positions)
+    return map_ahead(_read_file, items, threads=_READERS, ahead=_READ_AHEAD)
 
 
 def _read_file(path: str) -> bytes:

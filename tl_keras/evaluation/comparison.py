@@ -12,6 +12,7 @@ from scipy import stats
 
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.run import read_csv
 
 _SIGNIFICANT = 0.05
 
@@ -45,8 +46,7 @@ def read_predictions(path: str) -> Predictions:
     """
     file = Path(path) / "predictions.csv"
     try:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            rows = [(row["split"], row["id"], row["label"], row["predicted"]) for row in csv.DictReader(stream)]
+        rows = [(row["split"], row["id"], row["label"], row["predicted"]) for row in read_csv(file)]
     except (OSError, KeyError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or f"it has no column {error}"
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import os
@@ -23,7 +22,7 @@ from tl_keras.evaluation.tables import describe_environment, write_examples
 from tl_keras.modes.inspection import examine_examples, list_images, measure_leaks, read_embeddings
 from tl_keras.modes.reporting import attempt, report_audit
 from tl_keras.modes.steps import Job, load_backbone, load_job
-from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_json, write_atomically
+from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, read_json, write_atomically
 
 _STAND_IN = "a logistic regression on these embeddings"
 
@@ -161,8 +160,7 @@ def _predict(config: Config, audit: Audit, images: Images) -> tuple[np.ndarray, 
     """Labels of the evaluated split, and whose they are: the classifier's own, or else a stand-in's."""
     path = Path(config.read.classifier or "") / "predictions.csv"
     if config.read.classifier and path.is_file():
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            known = {row["id"]: row["predicted"] for row in csv.DictReader(file) if row["split"] == images.evaluated}
+        known = {row["id"]: row["predicted"] for row in read_csv(path) if row["split"] == images.evaluated}
         wanted = [one for one, split in zip(images.ids, images.splits, strict=True) if split == images.evaluated]
         numbers = {name: number for number, name in enumerate(images.names)}
         if all(known.get(one) in numbers for one in wanted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -37,7 +36,7 @@ from tl_keras.evaluation.tables import (
 )
 from tl_keras.modes.reporting import Judged, attempt, report
 from tl_keras.modes.steps import find_weights
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_csv, read_json
 
 _CORRUPTED_BATCH = 32
 
@@ -243,8 +242,7 @@ def _list_leaks(examples: Examples, path: Path) -> list[str]:
     if not os.path.isfile(manifest):
         return ["note: an exported model does not say which of these images it was trained on; its run folder does"]
     fitted = _fitted_splits(path)
-    with manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        trained = {row["id"] for row in csv.DictReader(file) if row["split"] in fitted}
+    trained = {row["id"] for row in read_csv(manifest) if row["split"] in fitted}
     leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
     if not leaked:
         return []

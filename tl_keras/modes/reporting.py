@@ -120,20 +120,13 @@ def report(
     positions, chosen = examples.positions(split), choose_shown(probabilities, labels)
     near = _find_near(judged, positions[chosen.rows])
     findings = _choose_findings(audit, at_most=_FINDINGS, a_kind=_FINDINGS_A_KIND)
-    place = {examples.source.ids[position]: position for position in np.flatnonzero(examples.splits >= 0).tolist()}
-    shown = positions[chosen.rows].tolist()
-    others = {position for found in near.values() for position, _ in found}
-    others |= {place[one] for found in findings for one in (found.id, found.other_id) if one in place}
+    named, shown = _find_named(examples, findings), positions[chosen.rows].tolist()
+    others = {position for found in near.values() for position, _ in found} | set(named.values())
     views, thumbs = _read_views(examples, shown, others, image_size=judged.image_size, resize=judged.resize)
     rows = [row for row in chosen.rows if int(positions[row]) in views]
     heats, no_heat = _explain(judged, [views[int(positions[row])] for row in rows], probabilities[rows].argmax(1))
     show = _Shower(judged, split, views, thumbs, near, dict(zip(rows, heats, strict=True)) if heats is not None else {})
-    named = {
-        one: thumbs[place[one]]
-        for found in findings
-        for one in (found.id, found.other_id)
-        if one in place and place[one] in thumbs
-    }
+    pictures = {one: thumbs[position] for one, position in named.items() if position in thumbs}
     write_report(
         folder,
         Report(
@@ -154,7 +147,7 @@ def report(
             least_sure=show.images(chosen.least_sure),
             pairs=show.pairs(chosen),
             no_heat=no_heat,
-            audit=_show_audit(audit, audit_lines, findings, named) if audit else None,
+            audit=_show_audit(audit, audit_lines, findings, pictures) if audit else None,
         ),
     )
     return folder.path / REPORT
@@ -186,8 +179,7 @@ def report_audit(
         environment: versions, device, engine.
     """
     findings = _choose_findings(audit, at_most=_AUDITED, a_kind=_AUDITED_A_KIND)
-    place = {examples.source.ids[position]: position for position in np.flatnonzero(examples.splits >= 0).tolist()}
-    named = {one: place[one] for found in findings for one in (found.id, found.other_id) if one in place}
+    named = _find_named(examples, findings)
     _, thumbs = _read_views(examples, [], set(named.values()), image_size=image_size, resize=resize)
     pictures = {one: thumbs[position] for one, position in named.items() if position in thumbs}
     counts = {split: len(examples.positions(split)) for split in SPLITS}
@@ -303,6 +295,12 @@ def _choose_findings(audit: Audit | None, *, at_most: int, a_kind: int) -> list[
         if counts[one.kind] <= a_kind:
             shown.append(ShownFinding(one.id, one.kind, one.severity, one.evidence, "", one.other_id))
     return shown[:at_most]
+
+
+def _find_named(examples: Examples, findings: Sequence[ShownFinding]) -> dict[str, int]:
+    """Id → position of the images in use that findings are about."""
+    place = {examples.source.ids[position]: position for position in np.flatnonzero(examples.splits >= 0).tolist()}
+    return {one: place[one] for found in findings for one in (found.id, found.other_id) if one in place}
 
 
 def _show_audit(

@@ -208,9 +208,9 @@ class Job:
                 attributes=self.attributes,
             )
             metrics = evaluation | (more or {})
+            before = {split: scale(values, 1) for split, values in logits.items()}
             metrics["calibration"] = describe_calibration(
-                temperature,
-                {split: (scale(values, 1), self.examples.labels(split)) for split, values in logits.items()},
+                temperature, {split: (values, self.examples.labels(split)) for split, values in before.items()}
             )
             samples, expected = _sample(self.examples, probabilities, _PARITY_IMAGES[precision])
             classifier.save(
@@ -243,9 +243,9 @@ class Job:
             for line in describe_request(exported.path):
                 screen.line(line)
         if config.evaluation.report:
-            before = {split: scale(values, 1) for split, values in logits.items()} if temperature != 1 else None
+            uncalibrated = before if temperature != 1 else None
             with watch.stage("report"):
-                write = functools.partial(self._write_report, classifier, metrics, probabilities, before, views)
+                write = functools.partial(self._write_report, classifier, metrics, probabilities, uncalibrated, views)
                 status = attempt(write, screen.line) or status
             metrics["timing"] = _describe_timing(watch, embedded)
             folder.write_json("metrics.json", metrics)

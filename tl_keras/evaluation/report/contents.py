@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
@@ -210,11 +209,3 @@ def describe_run(
 def make_command(flags: str) -> str:
     """The command that runs it again, of a flag file's lines."""
     return " ".join(["python -m tl_keras.main", *(shlex.quote(line) for line in flags.rstrip("\n").split("\n"))])
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file of the run folder; none where there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))

@@ -26,10 +26,9 @@ from tl_keras.evaluation.report.contents import (
     make_classes,
     make_command,
     make_matrix,
-    read_table,
 )
 from tl_keras.evaluation.tables import describe_evaluation
-from tl_keras.run import RunFolder
+from tl_keras.run import RunFolder, read_csv
 
 REPORT, MODEL_CARD = "report.html", "MODEL_CARD.md"
 _DRAWN_AT_MOST = 3000  # classes: ordering them takes their square in memory, and longer
@@ -125,7 +124,7 @@ def write_report(folder: RunFolder, report: Report) -> None:
         "said": describe_evaluation(report.metrics),
         "seeds": describe_spread(report.metrics["seeds"]) if "seeds" in report.metrics else "",
         "few_shot": describe_spread(report.metrics["few_shot"]) if "few_shot" in report.metrics else "",
-        "candidates": read_table(folder.path / "candidates.csv"),
+        "candidates": _read_table(folder, "candidates.csv"),
         "command": make_command(report.flags),
         "fence": "`" * (3 + max(map(len, re.findall("`+", report.flags)), default=0)),
         "fields": FIELDS,
@@ -188,7 +187,7 @@ def escape_markdown(text: str) -> str:
 def _draw(folder: RunFolder, report: Report, matrix: np.ndarray | None, order: np.ndarray) -> dict[str, str]:
     """Name → SVG of all plots that there is something to show in."""
     figures, metrics = dict[str, Figure](), report.metrics
-    history = read_table(folder.path / "history.csv")
+    history = _read_table(folder, "history.csv")
     if history:
         figures |= {f"learning_{name}": plots.draw_history(history, name) for name in ("accuracy", "loss")}
     if matrix is not None:
@@ -203,6 +202,11 @@ def _draw(folder: RunFolder, report: Report, matrix: np.ndarray | None, order: n
     if "robustness" in metrics:
         figures["robustness"] = plots.draw_robustness(metrics["robustness"])
     return {name: plots.as_svg(figure, name) for name, figure in figures.items()}
+
+
+def _read_table(folder: RunFolder, name: str) -> list[dict[str, str]]:
+    """The rows of a table of the run folder; none where there is no such table."""
+    return read_csv(folder.path / name) if (folder.path / name).is_file() else []
 
 
 def _environment() -> jinja2.Environment:
