@@ -287,14 +287,27 @@ def test_a_full_disk_is_no_matter_where_nothing_is_computed(tmp_path, monkeypatc
 
 def test_stores_are_listed_with_their_logs_the_largest_first(tmp_path):
     assert list_stores(str(tmp_path / "none")) == []
+    stores = {}
     for cut, count in (("a", 1), ("b", 500)):
-        store = EmbeddingStore(str(tmp_path), {"cut": cut})
-        store.write(keys(*range(count)), np.zeros((count, 5000), np.float32))
+        stores[cut] = EmbeddingStore(str(tmp_path), {"cut": cut})  # kept: closing one takes its log away
+        stores[cut].write(keys(*range(count)), np.zeros((count, 5000), np.float32))
     listed = list_stores(str(tmp_path))
-    assert listed[0][0] == store.path
+    assert listed[0][0] == stores["b"].path
     for path, size in listed:
-        assert size == sum(part.stat().st_size for part in tmp_path.glob(f"{path.name}*"))
+        parts = list(tmp_path.glob(f"{path.name}*"))
+        assert len(parts) > 1
+        assert size == sum(part.stat().st_size for part in parts)
     assert listed[0][1] > 500 * 5000 * 4
+    for store in stores.values():
+        store.close()
+
+
+def test_a_log_that_goes_while_stores_are_listed_counts_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.sqlite").write_bytes(b"x" * 10)
+    found = Path.glob
+    gone = tmp_path / "a.sqlite-wal"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*found(self, pattern), *[gone] * (pattern != "*.sqlite")])
+    assert list_stores(str(tmp_path)) == [(tmp_path / "a.sqlite", 10)]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

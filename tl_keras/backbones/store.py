@@ -182,11 +182,15 @@ def check_space(folder: str, *, count: int, bytes_each: int) -> None:
 def list_stores(folder: str) -> list[tuple[Path, int]]:
     """All stores in a folder with their sizes in bytes, their logs included; the largest first."""
     files = sorted(Path(folder).glob("*.sqlite")) if os.path.isdir(folder) else []
-    sizes = [
-        (path, sum(part.stat().st_size for part in path.parent.glob(path.name + "*") if part.is_file()))
-        for path in files
-    ]
+    sizes = [(path, sum(map(_size, path.parent.glob(path.name + "*")))) for path in files]
     return sorted(sizes, key=lambda item: -item[1])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a log is gone as soon as the last process that used it ends
+        return 0
 
 
 def _numpy_dtype(name: str) -> Any:
