@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from tl_keras.data.splits import SPLITS, UNUSED, carve, check_classes, choose_shots, hash_fraction
+from tl_keras.data.splits import SPLITS, UNUSED, carve, check_classes, choose_shots, evaluated_split, hash_fraction
 from tl_keras.errors import UserError
 
 IDS = [f"class/{number}.jpg" for number in range(10_000)]
@@ -35,6 +35,11 @@ def one_line(function, *args, **kwargs) -> str:
 )
 def test_the_hash_is_the_start_of_sha256(text, digest):
     assert hash_fraction(text) == int(digest, 16) / 2**64
+
+
+def test_the_figure_quoted_is_tests_where_there_is_a_test():
+    assert evaluated_split(["val", "test"]) == evaluated_split({"test": 1}) == "test"
+    assert evaluated_split(iter(["train", "val"])) == "val"
 
 
 def test_a_name_that_is_no_utf8_has_a_hash():

@@ -37,7 +37,7 @@ PROBABILITIES = {
 
 def examples() -> Examples:
     source = Source("mine", IDS, LABELS, NAMES, np.zeros(7, np.int8), lambda positions: iter(()))
-    return Examples(source, SPLITS, np.zeros(7, "V32"), {5: "broken"})
+    return Examples(source, SPLITS, np.repeat(np.arange(7, dtype=np.uint8), 32).view("V32"), {5: "broken"})
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -57,6 +57,7 @@ def test_splits_say_what_was_used_for_what_in_the_sources_order(folder, tmp_path
     assert [row["id"] for row in found] == [one for one in IDS if one != "5.jpg"]
     assert [row["split"] for row in found] == ["train", "test", "val", "test", "val", "test"]
     assert [row["label"] for row in found] == [NAMES[label] for label in (0, 1, 2, 0, 1, 2)]
+    assert np.load(tmp_path / "digests.npy").tolist() == [[number] * 32 for number in range(7) if number != 5]
 
 
 def test_predictions_are_val_before_test_each_with_its_own_label(folder, tmp_path):
@@ -87,7 +88,7 @@ def test_each_split_is_measured_alone_and_labels_are_one_a_line(folder, tmp_path
         assert {name: found[split][name] for name in expected} == expected
     assert (tmp_path / "labels.txt").read_text(encoding="utf-8") == "".join(f"{name}\n" for name in NAMES)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("splits.csv", "predictions.csv", "probabilities.npy", "labels.txt"),
+        *("splits.csv", "digests.npy", "predictions.csv", "probabilities.npy", "labels.txt"),
         *("per_class.csv", "confusion.csv", "reliability.csv", "coverage.csv"),
     }
 

@@ -183,9 +183,45 @@ def test_an_unknown_label_can_be_left_out(score, fresh):
 
 
 def test_images_that_were_trained_on_are_counted(score, colour_folder, trained, capsys):
-    score(colour_folder)
+    found = score(colour_folder)
     count = sum(row["split"] == "train" for row in Evaluated(trained[0]).table("splits.csv"))
-    assert f"warning: the classifier was trained on {count} images of the same ids; where" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    leaks = found.metrics["leaks"]["test"]
+    assert leaks["leaked"] == count
+    assert leaks["accuracy_with"] == found.metrics["test"]["accuracy"]
+    held_out = {row["id"] for row in Evaluated(trained[0]).table("splits.csv") if row["split"] != "train"}
+    right = [row["label"] == row["predicted"] for row in found.rows if row["id"] in held_out]
+    assert leaks["accuracy_without"] == np.mean(right)
+    line = next(one for one in out.splitlines() if "was trained on" in one)
+    start = f"warning: the classifier was trained on {count} of the {len(found.rows)} test images; test accuracy: "
+    assert line.startswith(start)
+    assert line.endswith(" without them")
+    assert "of the same ids" not in out
+    assert "was trained on" in (found.path / "report.html").read_text()
+
+
+def test_images_that_were_trained_on_are_found_under_other_names_and_labels(
+    score, trained, fresh, colour_folder, capsys
+):
+    trained_on = sorted((colour_folder / "red").iterdir())
+    for number, path in enumerate(trained_on):
+        shutil.copy(path, fresh / "blue" / f"copy-{number}.jpg")
+    found = score(fresh)
+    train = {row["id"] for row in Evaluated(trained[0]).table("splits.csv") if row["split"] == "train"}
+    leaked = sum(f"red/{path.name}" in train for path in trained_on)
+    assert 0 < leaked < len(trained_on)
+    assert found.metrics["leaks"]["test"]["leaked"] == leaked
+    assert f"was trained on {leaked} of the" in capsys.readouterr().out
+
+
+def test_other_images_under_the_ids_of_trained_ones_are_told_apart(score, colour_folder, tmp_path, capsys):
+    write_colour_folder(tmp_path / "namesakes", each=3, first=100)
+    for folder in (tmp_path / "namesakes").iterdir():
+        for path, name in zip(sorted(folder.iterdir()), sorted((colour_folder / folder.name).iterdir()), strict=False):
+            path.rename(folder / name.name)
+    found = score(tmp_path / "namesakes")
+    assert found.metrics["leaks"] == {}
+    assert "other images of the same ids; where they show the same" in capsys.readouterr().out
 
 
 # broken images

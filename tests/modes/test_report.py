@@ -97,7 +97,8 @@ def test_evaluate_reports_a_run_and_an_exported_model(trained, tmp_path, capsys)
         text = text_of(run)
         assert (">Robustness</" in text) == (number == 0)
         assert ("an exported model gives no gradients: evaluate its run folder" in text) == (number == 1)
-        assert "Whether it has seen some of these images before, this report can&#39;t know." in text
+        assert ("Whether it has seen some of these images before, this report can&#39;t know." in text) == (number == 1)
+        assert ("None of them is one that it was trained on, byte for byte" in text) == (number == 0)
         assert ("an exported model does not say which of these images it was trained on" in text) == (number == 1)
         assert "nearest training images" not in text
         pictures.append(pictures_of(run))
@@ -134,7 +135,7 @@ def test_what_evaluate_warns_of_stands_in_the_report_too(trained, colour_folder,
     data = (f"--dataset=folder:{colour_folder}", f"--run_dir={tmp_path / 'run'}")
     assert run_main("--mode=evaluate", f"--classifier={trained[0]}", *data) == 0
     trained_on = (trained[0] / "splits.csv").read_text().count(",train,")
-    warning = f"the classifier was trained on {trained_on} images of the same ids"
+    warning = f"the classifier was trained on {trained_on} of the "
     assert warning in text_of(tmp_path / "run")
     assert warning in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 

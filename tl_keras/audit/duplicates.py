@@ -11,6 +11,7 @@ import numpy as np
 from tl_keras.audit.findings import Finding
 from tl_keras.audit.hashes import BITS, correlate, distance
 from tl_keras.audit.neighbours import Neighbours
+from tl_keras.data.splits import evaluated_split
 
 # Planted copies in flowers (resized, recompressed, cropped by 5 %, mirrored) correlate by 0.996 at least; most other
 # pairs with such hashes by less than 0.95; scikit-learn's digits, which look much alike, by 0.987 at most.
@@ -68,7 +69,7 @@ class Images:
     @property
     def evaluated(self) -> str:
         """The split that figures are of: test, or val where there is no test."""
-        return "test" if "test" in self.splits else "val"
+        return evaluated_split(self.splits)
 
 
 def find_candidates(neighbours: Neighbours, *, at_most: int | None = None) -> np.ndarray:

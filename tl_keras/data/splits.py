@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,11 @@ SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # 
 UNUSED = -1
 DEFAULT_TEST_FRACTION = 0.2
 _NAMED = 5
+
+
+def evaluated_split(splits: Iterable[str]) -> str:
+    """The split whose figures are quoted, of those that there are: test, or val where there is no test."""
+    return "test" if "test" in splits else "val"
 
 
 def hash_fraction(text: str) -> float:

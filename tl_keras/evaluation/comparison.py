@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from tl_keras.data.splits import evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval
 from tl_keras.run import read_csv
@@ -52,7 +53,7 @@ def read_predictions(path: str) -> Predictions:
         raise UserError(
             f"--compare: {file} can't be read: {reason}. Give run folders whose runs have ended."
         ) from error
-    split = "test" if any(row[0] == "test" for row in rows) else "val"
+    split = evaluated_split(row[0] for row in rows)
     own = [row for row in rows if row[0] == split]
     return Predictions(
         Path(path).resolve().name, split, {row[1]: row[2] for row in own}, {row[1]: row[3] for row in own}

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tl_keras import __version__
 from tl_keras.data.examples import Examples
+from tl_keras.data.splits import evaluated_split
 from tl_keras.evaluation.calibration import (
     RELIABILITY,
     accuracy_by_coverage,
@@ -26,6 +27,7 @@ from tl_keras.evaluation.metrics import count_pairs, measure, measure_classes, m
 from tl_keras.evaluation.slices import SLICES, Attributes, describe_worst, measure_slices, slice_cells
 from tl_keras.run import RunFolder, write_atomically
 
+DIGESTS = "digests.npy"
 _PREDICTIONS_HEADER = ("id", "split", "label", "predicted", "probability", "label_probability")
 _DIGITS = 6
 _PAIRS, _PAIRS_SHOWN = 50, 3
@@ -47,8 +49,8 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Measures val and test, and writes the tables.
 
-    These are `splits.csv`, `predictions.csv`, `probabilities.npy`, `labels.txt`, `per_class.csv`, `confusion.csv`,
-    `reliability.csv` and `coverage.csv`; with attributes `slices.csv`.
+    These are `splits.csv`, `digests.npy`, `predictions.csv`, `probabilities.npy`, `labels.txt`, `per_class.csv`,
+    `confusion.csv`, `reliability.csv` and `coverage.csv`; with attributes `slices.csv`.
 
     Args:
         folder: the run folder.
@@ -99,7 +101,7 @@ def write_evaluation(
 
 def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
     """The lines that say more than the headline: calibration, what is confused, what a threshold buys."""
-    split = "test" if "test" in metrics else "val"
+    split = evaluated_split(metrics)
     figures, lines = metrics[split], list[str]()
     calibration = metrics.get("calibration")
     if calibration and calibration["temperature"] != 1:
@@ -118,8 +120,12 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def write_examples(folder: RunFolder, examples: Examples) -> None:
-    """Writes `splits.csv`: what was used for what, in the source's order."""
+    """Writes `splits.csv`: what was used for what, in the source's order; and row by row `digests.npy`: the content.
+
+    The latter is uint8 `(n, 32)`, SHA-256 of each image's bytes.
+    """
     folder.write_csv("splits.csv", ("id", "split", "label"), examples.rows())
+    _write_array(folder, DIGESTS, examples.digests[examples.splits >= 0].view(np.uint8).reshape(-1, 32))
 
 
 def write_predictions(folder: RunFolder, examples: Examples, probabilities: Mapping[str, np.ndarray]) -> None:
@@ -131,9 +137,13 @@ def write_predictions(folder: RunFolder, examples: Examples, probabilities: Mapp
         probabilities: split → float32 `(n, classes)`, in the order of the split's positions.
     """
     folder.write_csv("predictions.csv", _PREDICTIONS_HEADER, _prediction_rows(examples, probabilities))
+    _write_array(folder, "probabilities.npy", np.concatenate(list(probabilities.values())))
+
+
+def _write_array(folder: RunFolder, name: str, values: np.ndarray) -> None:
     content = io.BytesIO()
-    np.save(content, np.concatenate(list(probabilities.values())), allow_pickle=False)
-    write_atomically(folder.path / "probabilities.npy", content.getvalue())
+    np.save(content, values, allow_pickle=False)
+    write_atomically(folder.path / name, content.getvalue())
 
 
 def describe_environment(*, engine: str, precision: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from tl_keras.data.corruptions import STRENGTHS
 from tl_keras.data.examples import Examples, scan
 from tl_keras.data.images import make_images
 from tl_keras.data.sources import Source, load_source
-from tl_keras.data.splits import SPLITS, UNUSED, carve
+from tl_keras.data.splits import SPLITS, UNUSED, carve, evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
+from tl_keras.evaluation.leaks import TrainedOn, compare_without, read_trained_on
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.report.card import load_card
 from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
@@ -36,7 +36,7 @@ from tl_keras.evaluation.tables import (
 )
 from tl_keras.modes.reporting import Judged, attempt, report
 from tl_keras.modes.steps import find_weights
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_csv, read_json
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
 
 _CORRUPTED_BATCH = 32
 
@@ -65,7 +65,7 @@ def run(config: Config) -> Result:
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
-    notes = [*_list_leaks(examples, path), *_list_origin(config, path)]
+    notes = _list_origin(config, path)
     for note in notes:
         screen.line(note)
 
@@ -88,8 +88,9 @@ def run(config: Config) -> Result:
         metrics: dict[str, Any] = write_evaluation(
             folder, examples, probabilities, target_accuracy=target, attributes=attributes
         )
+        metrics["leaks"], warnings = _measure_leaks(_read_trained_on(path), examples, probabilities)
         if config.evaluation.corruptions:
-            split = "test" if "test" in probabilities else "val"
+            split = evaluated_split(probabilities)
             count = config.evaluation.corruption_images
             try:
                 metrics["robustness"] = _corrupt(classifier, examples, split, count, screen)
@@ -101,19 +102,19 @@ def run(config: Config) -> Result:
     rate = round(count / watch.seconds["evaluation"], 1)
     metrics["timing"] = {"seconds": dict(watch.seconds), "trunk_images": count, "trunk_images_per_second": rate}
     folder.write_json("metrics.json", metrics)
-    for line in describe_evaluation(metrics):
+    for line in [*warnings, *describe_evaluation(metrics)]:
         screen.line(line)
     if config.evaluation.report:
         with watch.stage("report"):
             judged = _judge(classifier, path, examples, probabilities)
             settings, flags = config.as_dict(), config.as_flags()
             write = functools.partial(
-                report, folder, judged, metrics, config=settings, flags=flags, card=card, notes=notes
+                report, folder, judged, metrics, config=settings, flags=flags, card=card, notes=[*notes, *warnings]
             )
             status = attempt(write, screen.line) or status
         metrics["timing"]["seconds"] = dict(watch.seconds)
         folder.write_json("metrics.json", metrics)
-    split = "test" if "test" in metrics else "val"
+    split = evaluated_split(metrics)
     screen.line(f"{headline(split, metrics[split])} · {folder.path}")
     return Result(run_dir=folder.path, metrics=metrics, exit_status=status)
 
@@ -236,20 +237,42 @@ def _list_origin(config: Config, path: Path) -> list[str]:
     return [one for one in [describe_origin(dataset, find_weights(str(path)))] if one]
 
 
-def _list_leaks(examples: Examples, path: Path) -> list[str]:
-    """Says how many of the ids the classifier was trained on; the images behind them may be others."""
-    manifest = path / "splits.csv"
-    if not os.path.isfile(manifest):
-        return ["note: an exported model does not say which of these images it was trained on; its run folder does"]
-    fitted = _fitted_splits(path)
-    trained = {row["id"] for row in read_csv(manifest) if row["split"] in fitted}
-    leaked = sum(example in trained for split in SPLITS[1:] for example in examples.ids(split))
-    if not leaked:
-        return []
-    return [
-        f"warning: the classifier was trained on {leaked:,} images of the same ids; where they are the same images, "
-        "these figures are too good"
-    ]
+def _measure_leaks(
+    trained: TrainedOn | None, examples: Examples, probabilities: dict[str, np.ndarray]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What images that the classifier was trained on do to its figures.
+
+    Returns:
+        For `metrics.json` split → figures where there are such images, none where it can't be known; and warnings.
+    """
+    if trained is None:
+        return None, [
+            "note: an exported model does not say which of these images it was trained on; its run folder does"
+        ]
+    leaks, told, namesakes = {}, [], 0
+    for split, values in probabilities.items():
+        leaked = trained.same_content(examples, split)
+        namesakes += int((trained.same_id(examples, split) & ~leaked).sum())
+        if leaked.any():
+            leaks[split], accuracy = compare_without(leaked, values.argmax(1) == examples.labels(split))
+            told.append(
+                f"warning: the classifier was trained on {int(leaked.sum()):,} of the {len(leaked):,} {split} images; "
+                f"{split} accuracy: {accuracy}"
+            )
+    if namesakes:
+        told.append(
+            f"warning: the classifier was trained on {namesakes:,} other images of the same ids; where they show the "
+            "same, these figures are too good"
+        )
+    return leaks, told
+
+
+def _read_trained_on(path: Path) -> TrainedOn | None:
+    """What a run was fitted on; none for an exported model."""
+    try:
+        return read_trained_on(path, _fitted_splits(path))
+    except OSError:
+        return None
 
 
 def _fitted_splits(path: Path) -> set[str]:

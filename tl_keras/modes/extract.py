@@ -18,6 +18,7 @@ from tl_keras.backbones.zoo import find_preset
 from tl_keras.classifier import Classifier
 from tl_keras.config import Config, ProbeConfig, is_run
 from tl_keras.data.examples import Examples, draw_shots
+from tl_keras.data.splits import SPLITS, evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.metrics import describe_spread, summarize
@@ -296,7 +297,7 @@ def _refit(job: Job, examples: Examples, winner: _Candidate, value: float) -> Fi
 def _repeat(job: Job, examples: Examples, winner: _Candidate, first: Fitted) -> dict[str, Any]:
     """The winner's layer and probe on other draws of as many examples a class; the first is the run's own."""
     config, accuracies = job.config, []
-    split = "test" if len(examples.positions("test")) else "val"
+    split = evaluated_split(name for name in SPLITS if len(examples.positions(name)))
     val = _read(examples, winner.embedded, "val")
     for repeat in range(config.probe.repeats):
         drawn = _draw(examples, config, repeat)

@@ -15,7 +15,7 @@ from tl_keras.backbones.embed import embed_tail
 from tl_keras.backbones.zoo import Preset
 from tl_keras.classifier import Classifier
 from tl_keras.config import Config
-from tl_keras.data.splits import SPLITS
+from tl_keras.data.splits import SPLITS, evaluated_split
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import write_examples
 from tl_keras.export.parity import ParityProcess
@@ -133,7 +133,7 @@ def _repeat(
     first: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Trains again with other seeds, for the spread alone; the run's own classifier stays that of the first seed."""
-    split = "test" if "test" in first else "val"
+    split = evaluated_split(first)
     labels, count = job.examples.labels(split), job.config.evaluation.seeds
     accuracies = [float((first[split].argmax(1) == labels).mean())]
     for number in range(1, count):

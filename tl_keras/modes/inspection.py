@@ -13,7 +13,8 @@ from tl_keras.audit.findings import Finding
 from tl_keras.backbones.embed import Embedded
 from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS
-from tl_keras.evaluation.intervals import accuracy_interval, auroc_interval, with_interval
+from tl_keras.evaluation.intervals import auroc_interval
+from tl_keras.evaluation.leaks import compare_without
 
 _READ_BATCH = 4096
 _IMAGES_AT_MOST, _NUMBERS_AT_MOST = 100_000, 400_000_000  # a minute for neighbours; 1.6 GB, held up to three times
@@ -94,13 +95,7 @@ def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: st
     if not leaked.any() or len(predicted) != len(leaked):
         return {}, []
     labels = images.labels[np.array(images.splits) == images.evaluated]
-    result: dict[str, Any] = {"split": images.evaluated, "leaked": int(leaked.sum()), "judge": judge}
-    told = []
-    for name, own in (("with", np.ones(len(leaked), bool)), ("without", ~leaked)):
-        right, count = int((predicted == labels)[own].sum()), int(own.sum())
-        if count:
-            interval = accuracy_interval(right, count)
-            result |= {f"accuracy_{name}": right / count, f"accuracy_{name}_ci95": list(interval)}
-            told.append(f"{with_interval(right / count, interval)} {name} them")
+    result, told = compare_without(leaked, predicted == labels)
     line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are in another split too; "
-    return result, [f"{line}{images.evaluated} accuracy by {judge}: {', '.join(told)}"]
+    result = {"split": images.evaluated, "judge": judge, **result}
+    return result, [f"{line}{images.evaluated} accuracy by {judge}: {told}"]

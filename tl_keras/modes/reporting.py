@@ -15,7 +15,7 @@ from tl_keras.audit.findings import KINDS
 from tl_keras.classifier import Classifier
 from tl_keras.data.examples import Examples
 from tl_keras.data.images import make_images
-from tl_keras.data.splits import SPLITS
+from tl_keras.data.splits import SPLITS, evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.report.card import Card
 from tl_keras.evaluation.report.contents import Near, Shown, ShownFinding, ShownPair
@@ -115,7 +115,7 @@ def report(
     Returns:
         The page's path.
     """
-    examples, split = judged.examples, "test" if "test" in judged.probabilities else "val"
+    examples, split = judged.examples, evaluated_split(judged.probabilities)
     probabilities, labels = judged.probabilities[split], examples.labels(split)
     positions, chosen = examples.positions(split), choose_shown(probabilities, labels)
     near = _find_near(judged, positions[chosen.rows])

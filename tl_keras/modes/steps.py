@@ -22,7 +22,7 @@ from tl_keras.config import BackboneConfig, Config, default_store_dir, from_dict
 from tl_keras.data.examples import Examples, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
-from tl_keras.data.splits import SPLITS, carve, check_classes
+from tl_keras.data.splits import SPLITS, carve, check_classes, evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.calibration import describe_calibration, fit_temperature, scale
 from tl_keras.evaluation.metrics import headline
@@ -446,7 +446,7 @@ def _describe_timing(watch: Stopwatch, embedded: Embedded) -> dict[str, Any]:
 
 
 def _last_line(metrics: dict[str, Any], folder: RunFolder, exported: Exported | None, chosen: str) -> str:
-    split = "test" if "test" in metrics else "val"
+    split = evaluated_split(metrics)
     choices = f"{chosen} were chosen on it; " if chosen else ""
     note = "" if split == "test" else f" ({choices}there is no test split)"
     parts = [headline(split, metrics[split]) + note, str(folder.path)]

@@ -133,9 +133,21 @@ RIGHT = "Of 50 test images 90.0 % (95 % interval 80.0 to 95.0 %) are answered ri
         ({"mode": "evaluate"}, {"test": FIGURES}, "test", ("of its own run, on which that run chose nothing.", RIGHT)),
         (
             {"mode": "evaluate", "data": {"dataset": "folder:x"}},
-            {"test": FIGURES},
+            {"test": FIGURES, "leaks": None},
             "test",
             ("Whether it has seen some of these images before, this report can't know.", RIGHT),
+        ),
+        (
+            {"mode": "evaluate", "data": {"dataset": "folder:x"}},
+            {"test": FIGURES, "leaks": {"val": {"leaked": 3}}},
+            "test",
+            ("None of them is one that it was trained on, byte for byte;", RIGHT),
+        ),
+        (
+            {"mode": "evaluate", "data": {"dataset": "folder:x"}},
+            {"test": FIGURES, "leaks": {"test": {"leaked": 1200}}},
+            "test",
+            ("On 1,200 of them it was trained, which makes its figures too good.", RIGHT),
         ),
     ],
 )

@@ -152,6 +152,14 @@ def make_classes(classes: Mapping[str, np.ndarray], names: Sequence[str]) -> lis
     return rows
 
 
+def _describe_seen(leaks: Mapping[str, Any] | None, split: str) -> str:
+    if leaks is None:
+        return "Whether it has seen some of these images before, this report can't know."
+    if split not in leaks:
+        return "None of them is one that it was trained on, byte for byte; copies saved anew were not looked for."
+    return f"On {leaks[split]['leaked']:,} of them it was trained, which makes its figures too good."
+
+
 def describe_run(
     config: Mapping[str, Any], metrics: Mapping[str, Any], *, split: str, counts: Mapping[str, int], backbone: str
 ) -> list[str]:
@@ -173,7 +181,7 @@ def describe_run(
             f"The classifier {config['read']['classifier']}{f' ({backbone})' * bool(backbone)} was evaluated as it is."
         )
         if config["data"]["dataset"]:
-            chosen = "Whether it has seen some of these images before, this report can't know."
+            chosen = _describe_seen(metrics["leaks"], split)
         elif split == "val":
             chosen = "These are the val images of its own run, on which that run made its choices."
         else:

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from tl_keras.data.splits import evaluated_split
 from tl_keras.evaluation.calibration import accuracy_by_coverage, reliability
 from tl_keras.evaluation.intervals import with_interval
 from tl_keras.evaluation.metrics import confuse, describe_spread, measure_classes
@@ -91,7 +92,7 @@ class Report:
     @property
     def split(self) -> str:
         """The split that it reports."""
-        return "test" if "test" in self.metrics else "val"
+        return evaluated_split(self.metrics)
 
 
 def write_report(folder: RunFolder, report: Report) -> None:
