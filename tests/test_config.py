@@ -122,6 +122,7 @@ def test_a_flag_that_another_mode_uses_is_refused_by_name(mode):
             mode in {"evaluate", "predict", "export"} and field.name not in {"classifier", "compare"}
         )
         arguments += ["--images=x"] * (mode == "predict" and field.name != "images")
+        arguments += ["--corruptions"] * (mode == "evaluate" and field.name == "corruption_images")
         if mode in field.metadata["modes"]:
             parse(*arguments)
         else:
@@ -496,6 +497,40 @@ def test_a_folder_called_imagenet_is_no_run(monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     assert parse("--mode=finetune").backbone.backbone == "ResNet50"
     assert parse("--mode=finetune", "--weights=runs").backbone.backbone is None
+
+
+@pytest.mark.parametrize("flag", ["compare", "slices", "card", "classifier"])
+def test_overwrite_never_deletes_a_file_that_is_read(monkeypatch, tmp_path, flag):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    rest = ["--compare=x,run/a"] if flag == "compare" else [f"--{flag}=run/a"]
+    rest += ["--classifier=x"] if flag in ("slices", "card") else []
+    text = error_of(parse, "--mode=evaluate", "--run_dir=run", "--overwrite", *rest)
+    assert text == f"--overwrite would delete --{flag}=run/a: it lies in --run_dir=run. Give another --run_dir."
+
+
+def test_a_file_that_the_run_makes_itself_may_lie_in_its_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "e.npz").write_text("")
+    parse("--mode=extract", "--run_dir=run", "--overwrite", "--embeddings_output=run/e.npz")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--compare=a"], "--compare takes two run folders or more: --compare=runs/A,runs/B."),
+        (["--compare=a,./a"], "--compare=a,./a names one run twice. Name each once."),
+        *(
+            (["--compare=a,b", flag], f"nothing anew: leave out {flag.partition('=')[0]}.")
+            for flag in ("--classifier=c", "--dataset=digits", "--slices=s.csv", "--card=c", "--target_accuracy=0.9")
+        ),
+        (["--compare=a,b", "--corruptions"], "nothing anew: leave out --corruptions."),
+        (["--classifier=c", "--corruption_images=7"], "--corruption_images is how many --corruptions draws: give both"),
+    ],
+)
+def test_flags_of_evaluate_that_would_do_nothing_are_errors(flags, text):
+    assert text in error_of(parse, "--mode=evaluate", *flags)
 
 
 @pytest.mark.parametrize(

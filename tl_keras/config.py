@@ -54,6 +54,7 @@ _PATHS = (
     "models_config",
     "deploy",
 )
+_WRITTEN = ("run_dir", "output", "embeddings_output", "write_clean_csv", "deploy")  # what a run makes itself
 
 
 def _setting(
@@ -598,13 +599,13 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"--warmup_epochs={training.warmup_epochs:g} is more than --epochs={training.epochs}. Give fewer."
         )
-    compare = config.evaluation.compare
-    if compare and (len(compare) < 2 or config.read.classifier or data.dataset):
-        raise UserError(
-            "--compare takes two run folders or more, and neither --classifier nor --dataset with it: "
-            "--compare=runs/A,runs/B."
-        )
-    if config.mode in _READ and not config.read.classifier and not compare:
+    _check_compare(config)
+    if (
+        config.evaluation.corruption_images != EvaluationConfig().corruption_images
+        and not config.evaluation.corruptions
+    ):
+        raise UserError("--corruption_images is how many --corruptions draws: give both, or leave it out.")
+    if config.mode in _READ and not config.read.classifier and not config.evaluation.compare:
         raise UserError(
             f"--classifier is missing. --mode={config.mode} reads a run folder or an exported version folder: "
             "--classifier=runs/NAME or --classifier=saved_models/NAME/1."
@@ -618,6 +619,23 @@ def _check_together(config: Config) -> None:
             "letters a to z, digits, '_', '-' and '.', but not '.' at the start."
         )
     _check_overwrite(config)
+
+
+def _check_compare(config: Config) -> None:
+    compare = config.evaluation.compare
+    if not compare:
+        return
+    if len(compare) < 2:
+        raise UserError("--compare takes two run folders or more: --compare=runs/A,runs/B.")
+    if len({os.path.realpath(path) for path in compare}) < len(compare):
+        raise UserError(f"--compare={','.join(compare)} names one run twice. Name each once.")
+    rest = dataclasses.replace(config.evaluation, compare=(), report=True)
+    for given, default in ((config.data, DataConfig()), (config.read, ReadConfig()), (rest, EvaluationConfig())):
+        for field in dataclasses.fields(given):
+            if getattr(given, field.name) != getattr(default, field.name):
+                raise UserError(
+                    f"--compare reads what runs have predicted, and computes nothing anew: leave out --{field.name}."
+                )
 
 
 def _check_serve(config: Config) -> None:
@@ -693,15 +711,15 @@ def _check_overwrite(config: Config) -> None:
     if not config.run.overwrite or not config.run.run_dir:
         return
     folder = os.path.realpath(config.run.run_dir)
-    paths = {
-        "classifier": config.read.classifier,
-        "weights": config.backbone.weights,
-        "dataset": (config.data.dataset or "").partition(":")[2],
-        "data_dir": config.data.data_dir,
-        "store_dir": config.engine.store_dir or default_store_dir(),
-        "export_dir": config.run.export_dir,
+    kept: dict[str, str | tuple[str, ...] | None] = {
+        field.name: getattr(getattr(config, group), field.name)
+        for group, field in _fields()
+        if field.name in _PATHS and field.name not in _WRITTEN
     }
-    for name, path in paths.items():
+    kept |= {"dataset": (config.data.dataset or "").partition(":")[2]}
+    kept |= {"store_dir": config.engine.store_dir or default_store_dir()}
+    paths = [(name, path) for name, one in kept.items() for path in (one if isinstance(one, tuple) else (one,))]
+    for name, path in paths:
         if path and os.path.exists(path) and os.path.commonpath([folder, os.path.realpath(path)]) == folder:
             raise UserError(
                 f"--overwrite would delete --{name}={path}: it lies in --run_dir={config.run.run_dir}. Give another "

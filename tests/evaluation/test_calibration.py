@@ -10,6 +10,7 @@ from sklearn.calibration import calibration_curve
 from tl_keras.evaluation.calibration import (
     accuracy_by_coverage,
     choose_threshold,
+    error_interval,
     expected_calibration_error,
     fit_temperature,
     losses,
@@ -97,3 +98,34 @@ def test_what_a_threshold_does():
     assert found["accuracy"] == pytest.approx(2 / 3)
     nobody = measure_threshold(HAND, LABELS, 0.95)
     assert (nobody["n"], nobody["accuracy"], nobody["accuracy_ci95"]) == (0, None, [0.0, 1.0])
+
+
+def draw_sure(random: np.random.Generator, count: int, *, too_sure: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities of two classes, labels, and how often each prediction is right in truth."""
+    confidence = 0.5 + 0.5 * random.beta(4, 1.3, count)
+    true = np.clip(confidence - too_sure, 0, 1)
+    return np.stack([confidence, 1 - confidence], 1), (random.random(count) > true).astype(int), true
+
+
+@pytest.mark.parametrize("count", [30, 200, 1000])
+@pytest.mark.parametrize("too_sure", [0.0, 0.02, 0.05, 0.1])
+def test_intervals_of_a_calibration_error_hold_the_true_one(too_sure, count):
+    """Where there is none, the low end is 0 but in 2.5 of 100 trials, and nothing is missed above."""
+    random, held = np.random.default_rng(0), 0
+    many, _, true = draw_sure(random, 1_000_000, too_sure=too_sure)
+    bins = np.clip(np.ceil(many.max(1) * 15).astype(int) - 1, 0, 14)
+    truth = float(np.abs(np.bincount(bins, many.max(1) - true)).sum() / len(many))
+    trials = 300
+    for _ in range(trials):
+        probabilities, labels, _ = draw_sure(random, count, too_sure=too_sure)
+        low, high = error_interval(probabilities, labels)
+        assert 0 <= low <= expected_calibration_error(probabilities, labels) <= high <= 1
+        held += low <= truth + 1e-12 and truth <= high
+    assert 0.92 <= held / trials <= 0.995
+
+
+def test_a_calibration_error_of_0_on_few_images_is_no_certainty():
+    sure = np.tile([1.0, 0.0], (60, 1))
+    assert error_interval(sure, np.zeros(60, int)) == pytest.approx((0, 1 - 0.025 ** (1 / 60)), abs=0.01)
+    two = np.tile([0.9, 0.1], (2, 1))
+    assert error_interval(two, np.zeros(2, int)) == pytest.approx((0, 0.9 - 0.025**0.5), abs=0.02)

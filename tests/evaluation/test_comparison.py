@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tl_keras.errors import UserError
-from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
+from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_runs
 
 
 def make(both: int, only_first: int, only_second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ def write_run(folder, rows) -> str:
 def test_runs_are_compared_on_the_test_examples_that_all_have(tmp_path):
     first = write_run(tmp_path / "A", ["a,test,x,x", "b,test,y,x", "v,val,x,x"])
     second = write_run(tmp_path / "B", ["b,test,y,y", "c,test,x,x", "v,val,x,x"])
-    runs = [read_predictions(first), read_predictions(second)]
+    runs = read_runs([first, second])
     assert [run.name for run in runs] == ["A", "B"]
     assert find_shared(runs) == ["b"]
     assert [run.correct(["b"]).tolist() for run in runs] == [[False], [True]]
@@ -89,9 +89,9 @@ def test_runs_are_compared_on_the_test_examples_that_all_have(tmp_path):
 def test_runs_that_can_not_be_compared(tmp_path, rows, message):
     first, second = write_run(tmp_path / "A", ["a,test,x,x"]), write_run(tmp_path / "B", rows)
     with pytest.raises(UserError, match=message):
-        find_shared([read_predictions(first), read_predictions(second)])
+        find_shared(read_runs([first, second]))
 
 
 def test_a_folder_without_predictions(tmp_path):
     with pytest.raises(UserError, match=r"predictions.csv can't be read: No such file"):
-        read_predictions(str(tmp_path))
+        read_runs([str(tmp_path)])

@@ -6,15 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from scipy import optimize
+from scipy import optimize, stats
 
 from tl_keras.evaluation.intervals import (
     accuracy_interval,
     auroc_interval,
-    bootstrap_interval,
     f1_intervals,
     mean_interval,
     proportion_intervals,
+    wilson,
 )
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3 (score without continuity correction)
@@ -107,31 +107,7 @@ def test_intervals_of_f1_hold_the_truth():
     assert 0.93 <= cover(draw, lambda counts: f1_intervals(*counts)[0], truth) <= 0.97
 
 
-def test_intervals_of_a_mean_over_classes_hold_the_truth():
-    truths, counts = np.array([0.95, 0.8, 0.6, 1.0]), np.array([40, 25, 60, 30])
-    weights = np.full(4, 0.25)
-
-    def interval(right):
-        return mean_interval(right / counts, proportion_intervals(right, counts), weights)
-
-    found = cover(lambda random: random.binomial(counts, truths), interval, float(truths.mean()))
-    assert 0.93 <= found <= 0.98  # a class that is always right makes it a little wide
-
-
-def test_a_mean_of_one_figure_has_its_interval():
-    interval = np.array([[0.4, 0.7]])
-    assert mean_interval(np.array([0.5]), interval, np.array([1.0])) == pytest.approx((0.4, 0.7))
-
-
-def test_all_right_in_every_class_is_no_certainty():
-    counts = np.array([10, 20])
-    low, high = mean_interval(np.ones(2), proportion_intervals(counts, counts), np.array([0.5, 0.5]))
-    assert 0.8 < low < 0.95
-    assert high == 1
-
-
 def test_intervals_of_an_area_under_the_curve_hold_the_truth():
-    from scipy import stats
     from sklearn.metrics import roc_auc_score
 
     labels = np.repeat([0, 1], [60, 40])
@@ -147,8 +123,27 @@ def test_intervals_of_an_area_under_the_curve_hold_the_truth():
     assert auroc_interval(0.0, 5, 5)[0] == 0
 
 
-def test_the_bootstraps_intervals_hold_the_truth():
-    found = cover(lambda random: random.exponential(size=200), lambda x: bootstrap_interval(np.mean, x), 1.0, 200)
-    assert 0.9 <= found <= 0.98
-    assert bootstrap_interval(np.mean, np.array([1.0])) is None
-    assert bootstrap_interval(np.mean, np.arange(50.0)) == bootstrap_interval(np.mean, np.arange(50.0))
+def test_an_area_as_near_to_1_or_0_as_numbers_go_has_an_interval():
+    for area in (1 - 5e-10, 1 - 2**-53, 5e-10):
+        low, high = auroc_interval(area, 50_000, 50_000)
+        assert 0 <= low <= area <= high <= 1
+
+
+def test_intervals_of_a_mean_hold_the_truth():
+    found = cover(lambda random: random.exponential(size=200), mean_interval, 1.0, 1000)
+    assert 0.92 <= found <= 0.97
+    assert mean_interval(np.array([1.0])) is None
+    assert mean_interval(np.arange(50.0)) == mean_interval(np.arange(50.0))
+
+
+def test_a_share_of_an_effective_sample_has_the_interval_of_a_real_one_of_that_size():
+    assert wilson(np.array(0.9), np.array(50)) == pytest.approx(accuracy_interval(45, 50))
+    assert wilson(np.array(0.9), np.array(50.5))[0] > accuracy_interval(45, 50)[0]
+
+
+def test_many_proportions_have_scipys_intervals():
+    correct, counts = np.array([0, 1, 45, 50, 0]), np.array([7, 1, 50, 50, 0])
+    found = proportion_intervals(correct, counts)
+    for ends, right, count in zip(found, correct.tolist(), counts.tolist(), strict=True):
+        expected = stats.binomtest(right, count).proportion_ci(method="wilson") if count else (0, 1)
+        assert ends == pytest.approx(tuple(expected), abs=1e-12)

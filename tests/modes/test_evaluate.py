@@ -426,11 +426,21 @@ def test_interrupted_corruptions_leave_the_figures_there(trained, tmp_path, monk
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("other", [[], ["--classifier=x"], ["--dataset=digits"]])
-def test_what_can_not_be_compared_is_said(other, capsys):
-    paths = "A,B" if other else "A"
-    assert run_main("--mode=evaluate", f"--compare={paths}", *other) == 1
-    assert capsys.readouterr().err.startswith("tl_keras: error: --compare takes two run folders or more, and neither")
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first = write_predictions(tmp_path / "a" / "run", set(range(14)))
+    second = write_predictions(tmp_path / "b" / "run", set())
+    assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
+    assert "b/run is better: 14 images only b/run gets right, 0 only a/run, p" in capsys.readouterr().out
+
+
+def test_val_is_not_compared_with_test(tmp_path, capsys):
+    first, second = write_predictions(tmp_path / "A", {1}), write_predictions(tmp_path / "B", set())
+    rows = (second / "predictions.csv").read_text()
+    (second / "predictions.csv").write_text(rows.replace(",test,", ",val,"))
+    assert run_main("--mode=evaluate", f"--compare={first},{second}") == 1
+    assert "are too good beside those on test: A has test, B has val. Compare runs" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_ended_can_not_be_compared(tmp_path, capsys):

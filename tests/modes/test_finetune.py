@@ -11,22 +11,21 @@ import pytest
 from tests.conftest import SMALL, run_main
 from tl_keras.classifier import load, load_trained
 from tl_keras.evaluation.metrics import measure
+from tl_keras.modes import finetune as finetune_mode
+from tl_keras.modes import steps
+from tl_keras.training import stages
 
 
 @pytest.fixture
-def finetune(colour_folder, store_dir, tmp_path):
+def finetune_flags(colour_folder, store_dir) -> list[str]:
+    data = [f"--dataset=folder:{colour_folder}", f"--store_dir={store_dir}"]
+    return ["--mode=finetune", *data, *SMALL, "--learning_rate=0.05"]
+
+
+@pytest.fixture
+def finetune(finetune_flags, tmp_path):
     def run(name: str, *flags: str) -> Path:
-        status = run_main(
-            "--mode=finetune",
-            f"--dataset=folder:{colour_folder}",
-            *SMALL,
-            "--learning_rate=0.05",
-            "--noexport",
-            f"--run_dir={tmp_path / name}",
-            f"--store_dir={store_dir}",
-            *flags,
-        )
-        assert status == 0
+        assert run_main(*finetune_flags, "--noexport", f"--run_dir={tmp_path / name}", *flags) == 0
         return tmp_path / name
 
     return run
@@ -70,6 +69,47 @@ def test_other_seeds_tell_the_spread_and_leave_the_run_as_it_is(finetune, capsys
     assert found["min"] <= found["mean"] <= found["max"]
     assert "3 seeds: test accuracy " in capsys.readouterr().out
     assert (often / "history.csv").read_text().count("\n") == (once / "history.csv").read_text().count("\n")
+
+
+@pytest.mark.parametrize("trained", [1, 2])
+def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
+    finetune_flags, tmp_path, capsys, monkeypatch, trained
+):
+    made = []
+
+    def new_head(*args, **kwargs):
+        if len(made) == trained:
+            raise KeyboardInterrupt
+        made.append(None)
+        return stages.new_head(*args, **kwargs)
+
+    monkeypatch.setattr(finetune_mode, "new_head", new_head)
+    arguments = [*finetune_flags, "--epochs=1", "--seeds=3", "--export", f"--export_dir={tmp_path / 'models'}"]
+    assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
+    out = capsys.readouterr().out
+    assert f"seeds: interrupted after {trained} of 3; all else is there" in out
+    assert "1 seeds" not in out
+    found = read(tmp_path / "run")
+    assert ("seeds" in found) == (trained == 2)
+    assert found["test"]["n"] > 0
+    assert (tmp_path / "run" / "classifier").is_dir()
+    assert list((tmp_path / "models").rglob("saved_model.pb"))
+
+
+def test_an_interrupted_export_is_made_up_for(finetune_flags, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "export_saved_model", interrupt)
+    arguments = [*finetune_flags, "--epochs=1", "--export", f"--export_dir={tmp_path / 'models'}"]
+    assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
+    captured = capsys.readouterr()
+    run = tmp_path / "run"
+    assert f"export: interrupted; all else is there: --mode=export --classifier={run} makes it" in captured.out
+    assert captured.out.splitlines()[-1].startswith("test accuracy ")
+    assert "run again with --overwrite" not in captured.err
+    monkeypatch.undo()
+    assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 0
 
 
 def test_figures_are_measured_on_what_is_calibrated(finetune):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 
 from tl_keras.audit.findings import Finding
 from tl_keras.audit.hashes import BITS, correlate, distance
@@ -114,48 +115,104 @@ def find_pairs(digests: Sequence[bytes], looks: Mapping[int, Look], neighbours: 
     return list(seen.values())
 
 
-def describe_pairs(pairs: Sequence[Pair], images: Images) -> list[Finding]:
+def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding], np.ndarray]:
     """What the pairs mean: across splits a leak, under two labels a mistake, else a copy.
 
-    Of pictures that are alike one is kept, of test before val before train; each of the others gets its finding, about
-    one that is kept and like it.
+    Of pictures that are alike one is kept, of test before val before train. Each of the others gets a finding: what is
+    like a picture of another split or label that stands before it, of whatever findings; what is like one that is kept.
+
+    Args:
+        pairs: of `find_pairs`.
+        images: n of them.
+
+    Returns:
+        Findings, at most one of a kind for each image; and which images have a copy in another split, bool `(n,)`.
     """
-    exact = {pair.second: pair for pair in pairs if pair.how != _NEAR}  # each with the first of its group
-    alike: dict[int, dict[int, Pair]] = collections.defaultdict(dict)
-    for pair in pairs:
-        alike[pair.first][pair.second] = alike[pair.second][pair.first] = pair
-    findings, kept, kept_of = list[Finding](), set[int](), dict[int, int]()
-    for row in sorted(alike, key=lambda row: (_ORDER[images.splits[row]], row)):
-        group = exact[row].first if row in exact else row
-        near = [other for other in alike[row] if other in kept]
-        if group in kept_of:
-            other = kept_of[group]
-            both = [exact[one].how for one in (row, other) if one in exact]
-            findings += _describe(row, other, Pair(row, other, _PIXELS if _PIXELS in both else _EXACT), images)
-        elif near:
-            best = max(near, key=lambda other: (alike[row][other].likeness, -other))
-            findings += _describe(row, best, alike[row][best], images)
-        else:
-            kept.add(row)
-            kept_of[group] = row
-    return findings
+    alike = _Alike(pairs)
+    findings, found = list[Finding](), set[int]()
+    firsts: dict[int, dict[tuple[str, int], int]] = collections.defaultdict(dict)
+    for row in sorted(alike.rows, key=lambda row: (_ORDER[images.splits[row]], row)):
+        before = [other for group in alike.groups(row) for other in firsts[group].values()]
+        own = list(_describe(row, before, alike, images, found))
+        findings += own
+        if own:
+            found.add(row)
+        one_kind = firsts[alike.group(row)]
+        key = images.splits[row], int(images.labels[row])
+        if one_kind.setdefault(key, row) in found and not own:
+            one_kind[key] = row
+    return findings, _find_leaked(alike, images)
 
 
-def _describe(row: int, other: int, pair: Pair, images: Images) -> Iterator[Finding]:
-    name, exact = images.ids[other], pair.how != _NEAR
-    evidence = f"{pair.how} as {name}" + (f" ({pair.detail})" if pair.detail else "")
-    severity = "high" if exact else "medium"
-    across = images.splits[row] != images.splits[other]
-    same_label = images.labels[row] == images.labels[other]
-    if across:
-        told = f"{evidence}: in {images.splits[row]} and in {images.splits[other]}"
-        yield Finding(images.ids[row], "leak", severity, told, name, pair.likeness)
-    if not same_label:
-        told = f"{evidence}: labelled {images.names[images.labels[row]]} and {images.names[images.labels[other]]}"
-        yield Finding(images.ids[row], "two_labels", severity, told, name, pair.likeness)
-    if same_label and not across:
-        kind, severity = ("duplicate", "medium") if exact else ("near_duplicate", "low")
-        yield Finding(images.ids[row], kind, severity, evidence, name, pair.likeness)
+class _Alike:
+    """Which rows are alike: groups of equal ones, and groups that nearly are."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.rows = {row for pair in pairs for row in (pair.first, pair.second)}
+        equal, same_bytes = DisjointSet(self.rows), DisjointSet(self.rows)
+        for pair in pairs:
+            if pair.how != _NEAR:
+                equal.merge(pair.first, pair.second)
+            if pair.how == _EXACT:
+                same_bytes.merge(pair.first, pair.second)
+        self._equal, self._same_bytes = equal, same_bytes
+        self._near: dict[int, dict[int, Pair]] = collections.defaultdict(dict)
+        for pair in sorted((pair for pair in pairs if pair.how == _NEAR), key=lambda pair: pair.likeness):
+            first, second = self.group(pair.first), self.group(pair.second)
+            self._near[first][second] = self._near[second][first] = pair
+
+    def group(self, row: int) -> int:
+        """The group of rows that are equal to a row."""
+        return int(self._equal[row])
+
+    def groups(self, row: int) -> list[int]:
+        """A row's own group, and those that are nearly the same."""
+        own = self.group(row)
+        return [own, *self._near[own]]
+
+    def pair(self, row: int, other: int) -> Pair:
+        """How alike two rows are."""
+        first, second = self.group(row), self.group(other)
+        if first != second:
+            return self._near[first][second]
+        return Pair(row, other, _EXACT if self._same_bytes.connected(row, other) else _PIXELS)
+
+
+def _describe(row: int, before: Sequence[int], alike: _Alike, images: Images, found: Set[int]) -> Iterator[Finding]:
+    """The findings of a row that is like some before it, each against the one that it is most like."""
+
+    def about(others: Sequence[int], kind: str, more: Callable[[int], str] = lambda _: "") -> Iterator[Finding]:
+        if others:
+            other = max(others, key=lambda other: (alike.pair(row, other).likeness, other not in found, -other))
+            pair, name = alike.pair(row, other), images.ids[other]
+            evidence = f"{pair.how} as {name}" + (f" ({pair.detail})" if pair.detail else "") + more(other)
+            exact = pair.how != _NEAR
+            kind = kind if exact or kind != "duplicate" else "near_duplicate"
+            severity = {"duplicate": "medium", "near_duplicate": "low"}.get(kind, "high" if exact else "medium")
+            yield Finding(images.ids[row], kind, severity, evidence, name, pair.likeness)
+
+    split, label = images.splits[row], images.labels[row]
+    across = [other for other in before if images.splits[other] != split]
+    relabelled = [other for other in before if images.labels[other] != label]
+    yield from about(across, "leak", lambda other: f": in {split} and in {images.splits[other]}")
+    yield from about(
+        relabelled,
+        "two_labels",
+        lambda other: f": labelled {images.names[label]} and {images.names[images.labels[other]]}",
+    )
+    if not across and not relabelled:
+        yield from about([other for other in before if other not in found], "duplicate")
+
+
+def _find_leaked(alike: _Alike, images: Images) -> np.ndarray:
+    """Which rows have a copy in another split, bool `(n,)`."""
+    splits: dict[int, set[str]] = collections.defaultdict(set)
+    for row in alike.rows:
+        splits[alike.group(row)].add(images.splits[row])
+    leaked = np.zeros(len(images.ids), bool)
+    for row in alike.rows:
+        leaked[row] = any(splits[group] - {images.splits[row]} for group in alike.groups(row))
+    return leaked
 
 
 def _equal(values: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, int]]:

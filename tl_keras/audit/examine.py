@@ -43,11 +43,13 @@ class Audit:
         findings: the most severe first.
         points: float32 `(n, d)`, see `Neighbours`.
         shift: see `measure_shift`, with the area's 95 % interval, `auroc_ci95`.
+        leaked: which images have a copy in another split, bool `(n,)`.
     """
 
     findings: list[Finding]
     points: np.ndarray
     shift: dict[str, Any] | None
+    leaked: np.ndarray
 
     def counts(self) -> dict[str, int]:
         """Kind of finding → how many."""
@@ -98,7 +100,8 @@ def examine(
         looks[row] = look
         if look.blank:
             findings.append(Finding(images.ids[row], "blank", "high", "all but one colour"))
-    findings += describe_pairs(find_pairs(digests, looks, neighbours), images)
+    copies, leaked = describe_pairs(find_pairs(digests, looks, neighbours), images)
+    findings += copies
     findings += _judge_labels(neighbours.points, images)
     for row, score in zip(*find_outliers(neighbours), strict=True):
         evidence = f"its nearest neighbours are {score:.1f} spreads farther away than usual"
@@ -108,7 +111,7 @@ def examine(
     shift = measure_shift(neighbours.points[compared], splits[compared] == images.evaluated)
     if shift:
         shift["auroc_ci95"] = list(interval(shift["auroc"], shift["test"], shift["train"]))
-    return Audit(sort(findings), neighbours.points, shift)
+    return Audit(sort(findings), neighbours.points, shift, leaked)
 
 
 @_silence()
@@ -128,13 +131,6 @@ def predict_stand_in(points: np.ndarray, images: Images) -> np.ndarray:
         return np.zeros(0, np.int64)
     model = make_stand_in(int(train.sum()), len(images.names)).fit(points[train], images.labels[train])
     return np.asarray(model.predict(points[splits == images.evaluated]))
-
-
-def find_leaked(findings: Sequence[Finding], images: Images) -> np.ndarray:
-    """Which of the evaluated split's images are in another split as well, bool `(m,)` in the split's order."""
-    leaked = {one for finding in findings if finding.kind == "leak" for one in (finding.id, finding.other_id)}
-    split = images.evaluated
-    return np.array([name in leaked for name, own in zip(images.ids, images.splits, strict=True) if own == split], bool)
 
 
 def describe_data(audit: Audit, images: Images) -> list[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import os
-import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tl_keras.config import nearest
+from tl_keras.data.manifests import one_spelling, read_table
 from tl_keras.data.splits import SPLIT_NAMES
 from tl_keras.errors import UserError
 from tl_keras.run import map_ahead
@@ -136,7 +134,10 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
     else:
         labelled = [(path, 0, label.name) for label in folders for path in list_images(label)]
     if not labelled and allow_unlabelled and (images := list_images(root)):
-        ids, paths = [_as_id(path.relative_to(root).as_posix()) for path in images], [str(path) for path in images]
+        ids, paths = (
+            [one_spelling(path.relative_to(root).as_posix()) for path in images],
+            [str(path) for path in images],
+        )
         return _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
     if not labelled:
         flat = len(list_images(root))
@@ -148,13 +149,13 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
         raise UserError(
             f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
         )
-    ids = [_as_id(path.relative_to(root).as_posix()) for path, _, _ in labelled]
+    ids = [one_spelling(path.relative_to(root).as_posix()) for path, _, _ in labelled]
     empty = sorted({folder.name for folder in folders} - {label for _, _, label in labelled} - set(by_split))
     source = _from_files(
         _name_of(root),
         ids,
         paths=[str(path) for path, _, _ in labelled],
-        class_of=[_as_id(label) for _, _, label in labelled],
+        class_of=[one_spelling(label) for _, _, label in labelled],
         splits=[split for _, split, _ in labelled],
     )
     named = ", ".join(empty[:_NAMED]) + (f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else "")
@@ -164,22 +165,20 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
 
 def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
     manifest = Path(text)
-    rows = _read_manifest(manifest, columns={"path"} if allow_unlabelled else {"path", "label"})
-    labelled = not rows or "label" in rows[0][1]
-    given = [(row.get("id") or "").strip() for _, row in rows]
-    has_ids = all(given) and len(set(given)) == len(given)  # a column of that name may be about something else
-    ids, paths, class_of, splits = list[str](), list[str](), list[str](), list[int]()
-    for number, row in rows:
-        path, label = (row.get("path") or "").strip(), (row.get("label") or "").strip()
-        split = (row.get("split") or "train").strip().lower()
+    table = read_table(manifest, asked=f"--dataset=csv:{manifest}")
+    if not ({"path"} if allow_unlabelled else {"path", "label"}) <= table.names.keys():
+        raise UserError(f"{manifest} begins with {table.header[:80]!r}. Expected the columns path,label[,split].")
+    labelled = not table.rows or "label" in table.names
+    ids, paths, class_of, splits = table.ids(), list[str](), list[str](), list[int]()
+    for row, (number, _) in enumerate(table.rows):
+        path, label = table.file(row), table.cell(row, "label")
+        split = (table.cell(row, "split") or "train").lower()
         if not path or (labelled and not label):
             raise UserError(f"{manifest} line {number} has no {'label' if path else 'path'}. Fill it in or delete it.")
         if split not in SPLIT_NAMES:
             raise UserError(f"{manifest} line {number}: split {split!r} is not known. Allowed: train, val, test.")
-        path = path if os.path.exists(manifest.parent / path) else path.replace("\\", "/")
-        ids.append(_as_id(given[len(ids)] if has_ids else posixpath.normpath(path)))
         paths.append(str(manifest.parent / path))
-        class_of.append(_as_id(label))
+        class_of.append(one_spelling(label))
         splits.append(SPLIT_NAMES[split])
     if not ids:
         raise UserError(f"{manifest} has no rows. Expected a line path,label[,split], then one line an image.")
@@ -191,29 +190,6 @@ def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
         )
     classes = class_of if labelled else None
     return _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=classes, splits=splits)
-
-
-def _read_manifest(manifest: Path, *, columns: set[str]) -> list[tuple[int, dict[str, str]]]:
-    """Each row with the number of its line, its last where it has several."""
-    try:
-        raw = manifest.read_bytes()
-    except OSError as error:
-        raise UserError(f"--dataset=csv:{manifest} can't be read: {error.strerror}. Check the path.") from error
-    encoding = "utf-16" if raw[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig"  # Excel writes either mark
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{manifest} is not UTF-8: {error}. Save it as 'CSV UTF-8'.") from error
-    header = text.partition("\n")[0].strip()
-    delimiter = max(",;\t", key=header.count)  # Excel writes ';' where ',' is the decimal mark
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-    if not columns <= set(reader.fieldnames):
-        raise UserError(f"{manifest} begins with {header[:80]!r}. Expected the columns path,label[,split].")
-    try:
-        return [(reader.line_num, row) for row in reader]
-    except csv.Error as error:  # a quote that is never closed
-        raise UserError(f"{manifest} line {reader.line_num} is no CSV: {error}. Look for a stray quote.") from error
 
 
 def _load_digits() -> Source:
@@ -269,7 +245,7 @@ def _only(source: Source, classes: Sequence[str]) -> Source:
     """The source with only some classes, in order of name."""
     if not source.class_names:
         raise UserError("--classes: the data has no labels. Leave it out.")
-    wanted = [_as_id(name.strip()) for name in classes]
+    wanted = [one_spelling(name.strip()) for name in classes]
     for name in wanted:
         if name not in source.class_names:
             known = ", ".join(source.class_names[:10]) + (", ..." if len(source.class_names) > 10 else "")
@@ -324,11 +300,6 @@ def _check_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}{folder} does not exist. Check the path.")
     if not os.path.isdir(folder):
         raise UserError(f"{flag}{folder} is not a folder. Give the folder that holds one folder a class.")
-
-
-def _as_id(text: str) -> str:
-    """One spelling of a name on every system: macOS writes accents apart (Unicode NFD), others together (NFC)."""
-    return unicodedata.normalize("NFC", text)
 
 
 def _name_of(path: Path) -> str:

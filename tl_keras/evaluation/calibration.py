@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from tl_keras.evaluation.intervals import accuracy_interval
 BINS = 15  # Guo et al. 2017, section 5
 RELIABILITY = ("low", "high", "n", "confidence", "accuracy", "accuracy_low", "accuracy_high")
 _TEMPERATURES = (1 / 20, 20.0)
+_DRAWS, _TAIL = 1000, 0.025
+_FARTHEST, _HALVINGS = 64.0, 16  # standard errors; the interval is as sharp as 64 / 2^16 of one
+_ROUNDING = 1e-12
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -57,32 +60,65 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
     Returns:
         0 to 1.
     """
-    return float(error_of(*confidence_gaps(probabilities, labels)))
+    counts, confidence, accuracy = _in_bins(probabilities, labels)
+    return float(np.abs(confidence - accuracy) @ (counts / counts.sum()))
 
 
-def confidence_gaps(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's bin of confidence, int `(n,)`, and its confidence less whether it is right, float `(n,)`."""
-    confidence = probabilities.max(1)
-    correct = probabilities.argmax(1) == labels
-    return _bins(confidence), confidence - correct
+def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """95 % interval of `expected_calibration_error`: the true errors with which the one that was found is no rarity.
 
-
-def error_of(bins: np.ndarray, gaps: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Expected calibration errors of what `confidence_gaps` gives, or of many resamples of it.
+    By chance even a classifier without an error does not get 0, so that resamples of the images would have more error
+    still, and never none. Instead it is simulated how often each image would be right if the bins were nearer to
+    calibration than they look, or farther from it, until what was found stands at a tail of 2.5 % (a test, inverted; at
+    no error at all it is Bröcker & Smith's consistency resampling, 2007).
 
     Args:
-        bins: `(..., n)`; SciPy's bootstrap makes floats of them.
-        gaps: float `(..., n)`.
-        axis: the last; SciPy's bootstrap names it.
+        probabilities: float `(n, classes)`, n at least 1.
+        labels: int `(n,)`.
 
     Returns:
-        float64 `(...)`.
+        Low and high, 0 to 1.
     """
-    del axis
-    shape, rows = bins.shape[:-1], bins.reshape(-1, bins.shape[-1])
-    numbers = rows.astype(np.int64) + BINS * np.arange(len(rows))[:, np.newaxis]
-    sums = np.bincount(numbers.ravel(), gaps.ravel(), minlength=BINS * len(rows)).reshape(*shape, BINS)
-    return np.asarray(np.abs(sums).sum(-1) / bins.shape[-1])
+    counts, confidence, accuracy = _in_bins(probabilities, labels)
+    gaps, share = confidence - accuracy, counts / counts.sum()
+    smooth = (accuracy * counts + 1) / (counts + 2)  # Laplace: all right is no certainty
+    step = np.where(gaps < 0, -1, 1) * np.sqrt(smooth * (1 - smooth) / counts)
+
+    def error(true: np.ndarray) -> np.ndarray:
+        return np.asarray(np.abs(confidence - true) @ share)
+
+    def draw(true: np.ndarray) -> np.ndarray:
+        right = np.random.default_rng(0).binomial(counts, np.clip(true, 0, 1), (_DRAWS, len(counts)))
+        return error(right / counts)
+
+    found = float(error(accuracy))
+
+    def often_as_large(nearer: float) -> bool:
+        return bool((draw(confidence - (1 - nearer) * gaps) >= found - _ROUNDING).mean() >= _TAIL)
+
+    low = 0.0 if often_as_large(1.0) else (1 - _last(often_as_large, 1.0)) * found
+    high = found
+    for start in (gaps, np.zeros_like(gaps)):  # farther on the side on which each bin is, or on the other one
+        sign = 1 if start is gaps else -1
+
+        def at(farther: float, start: np.ndarray = start, sign: int = sign) -> np.ndarray:
+            return np.asarray(np.clip(confidence - start - sign * farther * step, 0, 1))
+
+        def often_as_small(farther: float, at: Callable[[float], np.ndarray] = at) -> bool:
+            return bool((draw(at(farther)) <= found + _ROUNDING).mean() >= _TAIL)
+
+        if often_as_small(0.0):
+            high = max(high, float(error(at(_last(often_as_small, _FARTHEST)))))
+    return low, high
+
+
+def _last(holds: Callable[[float], bool], end: float) -> float:
+    """The last number from 0, where it holds, to the end for which it does."""
+    start = 0.0
+    for _ in range(_HALVINGS):
+        middle = (start + end) / 2
+        start, end = (middle, end) if holds(middle) else (start, middle)
+    return start
 
 
 def describe_calibration(temperature: float, before: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -187,6 +223,16 @@ def measure_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: 
         "accuracy": correct / count if count else None,
         "accuracy_ci95": list(accuracy_interval(correct, count)),
     }
+
+
+def _in_bins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Examples, mean confidence and accuracy of each bin that has examples, `(k,)` each."""
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = _bins(confidence)
+    counts = np.bincount(bins)
+    used = counts > 0
+    sure, right = (np.bincount(bins, values)[used] / counts[used] for values in (confidence, correct))
+    return counts[used], sure, right
 
 
 def _bins(confidence: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ class Predictions:
     """What a run predicted.
 
     Attributes:
-        name: of the run's folder.
+        name: of the run's folder, with as much of its path as tells it from the others.
         split: `test`, or `val` where the run has none.
         labels: id → label.
         predicted: id → what was predicted.
@@ -39,25 +40,46 @@ class Predictions:
         return np.array([self.labels[one] == self.predicted[one] for one in ids], bool)
 
 
-def read_predictions(path: str) -> Predictions:
-    """Reads a run's `predictions.csv`.
+def read_runs(paths: Sequence[str]) -> list[Predictions]:
+    """Reads what runs have predicted on the split that they report.
+
+    Args:
+        paths: run folders.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: a `predictions.csv` is missing or damaged, or the runs report different splits.
     """
+    runs = [_read_predictions(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
+    if len({run.split for run in runs}) > 1:
+        told = ", ".join(f"{run.name} has {run.split}" for run in runs)
+        raise UserError(
+            f"--compare: figures on val, on which choices are made, are too good beside those on test: {told}. Compare "
+            "runs on the same data, split alike."
+        )
+    return runs
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    longest = max(map(len, parts))
+    by_length = (["/".join(one[-length:]) for one in parts] for length in range(1, longest + 1))
+    return next(names for names in by_length if len(set(names)) == len(names))
+
+
+def _read_predictions(path: str, name: str) -> Predictions:
     file = Path(path) / "predictions.csv"
     try:
         rows = [(row["split"], row["id"], row["label"], row["predicted"]) for row in read_csv(file)]
-    except (OSError, KeyError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or f"it has no column {error}"
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        told = f"it has no column {error}" if isinstance(error, KeyError) else str(error)
+        reason = getattr(error, "strerror", None) or told
         raise UserError(
             f"--compare: {file} can't be read: {reason}. Give run folders whose runs have ended."
         ) from error
     split = evaluated_split(row[0] for row in rows)
     own = [row for row in rows if row[0] == split]
-    return Predictions(
-        Path(path).resolve().name, split, {row[1]: row[2] for row in own}, {row[1]: row[3] for row in own}
-    )
+    return Predictions(name, split, {row[1]: row[2] for row in own}, {row[1]: row[3] for row in own})
 
 
 def find_shared(runs: list[Predictions]) -> list[str]:
@@ -168,4 +190,5 @@ def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 
 def _short(p_value: float) -> str:
-    return f"{p_value:.3f}" if p_value >= 0.001 else "less than 0.001" if p_value > 0 else "0"
+    text = f"{p_value:.3f}" if p_value >= 0.001 else "less than 0.001"
+    return "just under 0.050" if p_value < _SIGNIFICANT and text == f"{_SIGNIFICANT:.3f}" else text

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import optimize, stats
 
 _CONFIDENCE = 0.95
-_TINY = 1e-9
+_Z = float(stats.norm.ppf((1 + _CONFIDENCE) / 2))
+_NEARLY = 1 - 1e-9
 _RESAMPLES = 1000
 _BATCH = 50  # resamples at once: memory stays bounded
 
@@ -25,10 +25,8 @@ def accuracy_interval(correct: int, count: int) -> tuple[float, float]:
     Returns:
         Low and high, 0 to 1.
     """
-    if not count:
-        return 0.0, 1.0
-    interval = stats.binomtest(correct, count).proportion_ci(confidence_level=_CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    low, high = wilson(np.array(correct / max(count, 1)), np.array(count)).tolist()
+    return low, high
 
 
 def with_interval(value: float, interval: Sequence[float]) -> str:
@@ -39,8 +37,7 @@ def with_interval(value: float, interval: Sequence[float]) -> str:
 
 def proportion_intervals(correct: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """`accuracy_interval` of many proportions, float64 `(k, 2)`; of int `(k,)` each."""
-    pairs = zip(correct.tolist(), counts.tolist(), strict=True)
-    return np.array([accuracy_interval(int(right), int(count)) for right, count in pairs]).reshape(-1, 2)
+    return wilson(correct / np.maximum(counts, 1), counts)
 
 
 def f1_intervals(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
@@ -59,21 +56,28 @@ def f1_intervals(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
     return np.asarray(2 * shares / (1 + shares))
 
 
-def mean_interval(values: np.ndarray, intervals: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a weighted mean of figures that have intervals: MOVER (Zou & Donner 2008), as if independent.
+def wilson(share: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Wilson's interval of shares of samples; a sample's size may be an effective one, no whole number.
 
     Args:
-        values: float `(k,)`, k at least 1.
-        intervals: float `(k, 2)`.
-        weights: float `(k,)`, of sum 1.
+        share: 0 to 1, float `(...)`.
+        counts: float or int `(...)`; 0 gives (0, 1).
 
     Returns:
-        Low and high.
+        Low and high, float64 `(..., 2)`.
     """
-    mean = float(values @ weights)
-    below = math.sqrt(float((weights**2) @ (values - intervals[:, 0]) ** 2))
-    above = math.sqrt(float((weights**2) @ (intervals[:, 1] - values) ** 2))
-    return mean - below, mean + above
+    size = np.maximum(counts, np.finfo(float).tiny)
+    middle = (share * size + _Z**2 / 2) / (size + _Z**2)
+    half = _Z / (size + _Z**2) * np.sqrt(share * (1 - share) * size + _Z**2 / 4)
+    # where an end is 0 or 1, rounding leaves 1e-17 of it
+    low = np.where(share == 0, 0, middle - half)
+    high = np.where((share == 1) | (counts == 0), 1, middle + half)
+    return np.asarray(np.clip(np.stack([low, high], -1), 0, 1))
+
+
+def draw_to_half(correct: float, count: float) -> float:
+    """The middle of Wilson's interval: as if two more had been right and two more wrong (Agresti & Coull 1998)."""
+    return (correct + _Z**2 / 2) / (count + _Z**2)
 
 
 def auroc_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
@@ -87,35 +91,32 @@ def auroc_interval(auroc: float, positives: int, negatives: int) -> tuple[float,
     Returns:
         Low and high, 0 to 1; at an area of 1 the low end is below it.
     """
-    z = stats.norm.ppf((1 + _CONFIDENCE) / 2)
     half = (positives + negatives) / 2 - 1
 
     def error(area: float) -> float:
         spread = area * (1 - area) * (1 + half * ((1 - area) / (2 - area) + area / (1 + area)))
-        return float(z * math.sqrt(spread / (positives * negatives)))
+        return float(_Z * math.sqrt(spread / (positives * negatives)))
 
     # at 0 and at 1 the error is nothing, which is a solution that says nothing
-    low = optimize.brentq(lambda area: area + error(area) - auroc, 0, auroc - _TINY) if auroc > 0 else 0.0
-    high = optimize.brentq(lambda area: area - error(area) - auroc, auroc + _TINY, 1) if auroc < 1 else 1.0
+    low = optimize.brentq(lambda area: area + error(area) - auroc, 0, auroc * _NEARLY) if auroc > 0 else 0.0
+    high = optimize.brentq(lambda area: area - error(area) - auroc, 1 - (1 - auroc) * _NEARLY, 1) if auroc < 1 else 1.0
     return float(low), float(high)
 
 
-def bootstrap_interval(statistic: Callable[..., Any], *columns: np.ndarray) -> tuple[float, float] | None:
-    """95 % interval by the percentile bootstrap over examples (Efron & Tibshirani 1993, section 13.3), 1,000 resamples.
+def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of a mean by the percentile bootstrap (Efron & Tibshirani 1993, section 13.3), 1,000 resamples.
 
     Args:
-        statistic: columns, `(..., n)` each, and `axis` → figures, `(...)`.
-        columns: of the examples, `(n,)` each.
+        values: float `(n,)`.
 
     Returns:
-        Low and high; None of a single example.
+        Low and high; None of a single value.
     """
-    if len(columns[0]) < 2:
+    if len(values) < 2:
         return None
     found = stats.bootstrap(
-        columns,
-        statistic,
-        paired=True,
+        (values,),
+        np.mean,
         vectorized=True,
         n_resamples=_RESAMPLES,
         batch=_BATCH,

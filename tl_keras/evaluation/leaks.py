@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tl_keras.data.examples import Examples
+from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.tables import DIGESTS
 from tl_keras.run import read_csv
@@ -38,23 +40,36 @@ class TrainedOn:
         return np.fromiter((one in self.ids for one in own), bool, len(own))
 
 
-def read_trained_on(run_dir: Path, splits: Set[str]) -> TrainedOn:
-    """Reads what a run was fitted on.
-
-    Args:
-        run_dir: its folder.
-        splits: those that it was fitted on in the end.
+def read_digests(run_dir: Path) -> list[tuple[str, str, bytes]]:
+    """What a run was made of: id, split, and SHA-256 of the bytes, of each image.
 
     Raises:
-        OSError: the folder lacks its tables.
+        UserError: the folder does not say, or is damaged.
     """
-    rows = list(read_csv(run_dir / "splits.csv"))
-    digests = np.load(run_dir / DIGESTS, allow_pickle=False)
-    fitted = [row["split"] in splits for row in rows]
-    return TrainedOn(
-        ids={row["id"] for row, own in zip(rows, fitted, strict=True) if own},
-        digests={digest.tobytes() for digest in digests[np.array(fitted, bool)]},
-    )
+    try:
+        rows = [(row["id"], row["split"]) for row in read_csv(run_dir / "splits.csv")]
+        digests = np.load(run_dir / DIGESTS, allow_pickle=False)
+        if digests.shape != (len(rows), 32):
+            raise ValueError("another number of images")
+    except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
+        raise UserError(
+            f"{run_dir} does not say which images it was trained on: splits.csv or {DIGESTS} in it is missing or "
+            "damaged. Train again for that."
+        ) from error
+    return [(*row, digest.tobytes()) for row, digest in zip(rows, digests, strict=True)]
+
+
+def read_trained_on(runs: Iterable[tuple[Path, Set[str]]]) -> TrainedOn:
+    """Reads what runs were fitted on together.
+
+    Args:
+        runs: the folder of each, and the splits that it was fitted on in the end.
+
+    Raises:
+        UserError: one does not say.
+    """
+    used = [row for run_dir, splits in runs for row in read_digests(run_dir) if row[1] in splits]
+    return TrainedOn({row[0] for row in used}, {row[2] for row in used})
 
 
 def compare_without(leaked: np.ndarray, right: np.ndarray) -> tuple[dict[str, Any], str]:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
-from tl_keras.evaluation.calibration import confidence_gaps, error_of, losses
+from tl_keras.evaluation.averages import average
+from tl_keras.evaluation.calibration import error_interval, expected_calibration_error, losses
 from tl_keras.evaluation.intervals import (
     accuracy_interval,
     auroc_interval,
-    bootstrap_interval,
     f1_intervals,
     mean_interval,
     proportion_intervals,
@@ -21,7 +21,6 @@ from tl_keras.evaluation.intervals import (
 )
 
 _TOP_K = 5
-_AVERAGED = ("precision", "recall", "f1")
 
 
 def measure(
@@ -39,7 +38,7 @@ def measure(
         classes or fewer), `nll` (mean negative log-likelihood, nats), `ece` (expected calibration error, 15 bins of
         equal width), `macro` and `weighted` averages of precision, recall and F1 over the classes that occur, and for
         two classes that both occur `auroc`. Each `NAME` has its 95 % interval in `NAME_ci95`,
-        `nll` and `ece` of a single example None.
+        `nll` of a single example None.
     """
     predicted = probabilities.argmax(1)
     correct, count = int((predicted == labels).sum()), len(labels)
@@ -47,27 +46,26 @@ def measure(
     in_top = int((top == labels[:, np.newaxis]).any(1).sum())
     classes = classes or measure_classes(predicted, labels, num_classes=probabilities.shape[1])
     occurs = classes["support"] > 0
-    share = occurs / occurs.sum()
+    by_name = (("macro", occurs / occurs.sum()), ("weighted", classes["support"] / count))
+    averages = {name: average(predicted, labels, classes, weights) for name, weights in by_name}
     each_loss = losses(probabilities, labels)
-    gaps = confidence_gaps(probabilities, labels)
     figures: dict[str, tuple[float, tuple[float, float] | None]] = {
         "accuracy": (correct / count, accuracy_interval(correct, count)),
-        "mean_per_class_accuracy": _average(classes, "recall", share),
+        "mean_per_class_accuracy": averages["macro"]["recall"],
         "top5_accuracy": (in_top / count, accuracy_interval(in_top, count)),
-        "nll": (float(each_loss.mean()), bootstrap_interval(np.mean, each_loss)),
-        "ece": (float(error_of(*gaps)), bootstrap_interval(error_of, *gaps)),
+        "nll": (float(each_loss.mean()), mean_interval(each_loss)),
+        "ece": (expected_calibration_error(probabilities, labels), error_interval(probabilities, labels)),
     }
     if probabilities.shape[1] == 2 and occurs.all():
-        area = float(roc_auc_score(labels, probabilities[:, 1]))
+        area = float(roc_auc_score(labels, _log_odds(probabilities)))
         positives, negatives = (int(classes["support"][label]) for label in (1, 0))
         figures["auroc"] = area, auroc_interval(area, positives, negatives)
     result: dict[str, Any] = {"n": count}
     for name, (value, interval) in figures.items():
         result |= {name: value, f"{name}_ci95": list(interval) if interval else None}
-    for name, weights in (("macro", share), ("weighted", classes["support"] / count)):
-        averages = {figure: _average(classes, figure, weights) for figure in _AVERAGED}
+    for name, found in averages.items():
         result[name] = {}
-        for figure, (value, interval) in averages.items():
+        for figure, (value, interval) in found.items():
             result[name] |= {figure: value, f"{figure}_ci95": list(interval)}
     return result
 
@@ -147,6 +145,8 @@ def headline(name: str, metrics: dict[str, Any]) -> str:
     return f"{name} accuracy {with_interval(metrics['accuracy'], metrics['accuracy_ci95'])} n={metrics['n']}"
 
 
-def _average(classes: dict[str, np.ndarray], figure: str, weights: np.ndarray) -> tuple[float, tuple[float, float]]:
-    values = classes[figure]
-    return float(values @ weights), mean_interval(values, classes[f"{figure}_ci95"], weights)
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    """Of the second class of two: near 1 a float32 has no room for differences, where the other class's has it."""
+    least = np.finfo(np.float32).smallest_subnormal
+    logs = np.log(np.maximum(probabilities, least).astype(np.float64))
+    return np.asarray(logs[:, 1] - logs[:, 0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from tl_keras.config import nearest
+from tl_keras.data.manifests import read_table
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import with_interval
 from tl_keras.evaluation.metrics import measure
@@ -20,8 +20,7 @@ SLICES = (
     *("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value"),
     *("mean_per_class_accuracy", "macro_precision", "macro_recall", "macro_f1", "nll", "ece"),
 )
-_IDS = ("id", "path")
-_NO_ATTRIBUTES = {"label", "split"}  # of a manifest that is given for its further columns
+_NO_ATTRIBUTES = {"id", "path", "label", "split"}  # of a manifest that is given for its further columns
 _MISSING = "(none)"
 _NAMED_AT_LEAST = 10  # examples: a value with fewer is not called the worst
 _AT_MOST = 200  # values of a column: more are no groups
@@ -41,42 +40,45 @@ class Attributes:
         """A column's value for each id; `(none)` where the file does not say."""
         return [self.columns[column].get(one) or _MISSING for one in ids]
 
+    def count_unknown(self, ids: Sequence[str]) -> int:
+        """How many of these the file does not name."""
+        named = next(iter(self.columns.values()))
+        return sum(one not in named for one in ids)
+
 
 def read_attributes(path: str | None, ids: Sequence[str]) -> Attributes | None:
-    """Reads a CSV of attributes: a column `id` or `path`, and any others.
+    """Reads a CSV of attributes: a column `id` or `path`, and any others; it is read as a manifest of images is.
 
     Args:
         path: the file, if there is one.
         ids: the examples.
 
     Raises:
-        UserError: it can't be read, has no such columns, or knows none of the ids.
+        UserError: it can't be read, has no such columns, knows none of the ids, or one twice.
     """
     if path is None:
         return None
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            header = [name for name in reader.fieldnames or () if name]
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--slices={path} can't be read: {reason}. Give a CSV in UTF-8.") from error
-    key = next((name for name in _IDS if name in header), None)
-    names = [name for name in header if name not in {key, *_NO_ATTRIBUTES}]
-    if key is None or not names:
+    table = read_table(Path(path), asked=f"--slices={path}")
+    names = [name for name in table.names if name not in _NO_ATTRIBUTES]
+    if not table.names.keys() & {"id", "path"} or not names:
         raise UserError(
-            f"--slices={path} has the columns {', '.join(header) or '(none)'}. It needs id (or path), and one more for "
-            "each attribute: id,camera,season."
+            f"--slices={path} has the columns {', '.join(table.names.values()) or '(none)'}. It needs id (or path), "
+            "and one more for each attribute: id,camera,season."
         )
-    known = {row[key]: row for row in rows if row[key]}
+    known: dict[str, int] = {}
+    for row, one in enumerate(table.ids()):
+        if known.setdefault(one, row) != row and one:
+            raise UserError(
+                f"--slices={path} line {table.rows[row][0]}: {one} stands there twice. Leave one row for each image."
+            )
+    known.pop("", None)
     if not known.keys() & set(ids):
         example = next(iter(known), "")
         raise UserError(
             f"--slices={path} knows none of the {len(ids):,} examples. Its first id is {example!r}; the data's are "
             f"like {ids[0]!r}. {nearest(example, ids)}Write ids as they stand in splits.csv."
         )
-    columns = {name: {one: (row[name] or "").strip() for one, row in known.items()} for name in names}
+    columns = {table.names[name]: {one: table.cell(row, name) for one, row in known.items()} for name in names}
     for name, values in columns.items():
         count = len({values.get(one, "") for one in ids})
         if count > _AT_MOST:
@@ -100,18 +102,19 @@ def measure_slices(
 
     Returns:
         `columns`: column → value → what `measure` gives, and `p_value` of the value's accuracy against all others
-        (Fisher's exact test, two-sided, times the number of values: Bonferroni); `worst`: column, value and figures of
-        the lowest accuracy among values of at least ten examples, None where there is none.
+        (Fisher's exact test, two-sided, times the number of values of all columns: Bonferroni); `worst`: column, value
+        and figures of the lowest accuracy among values of at least ten examples, None where there is none; `unknown`:
+        how many examples the file does not name.
     """
     correct = probabilities.argmax(1) == labels
     columns: dict[str, dict[str, Any]] = {}
-    for name in attributes.columns:
-        values = np.array(attributes.values(name, ids))
-        known = np.unique(values).tolist()
+    values_of = {name: np.array(attributes.values(name, ids)) for name in attributes.columns}
+    tests = sum(len(np.unique(values)) for values in values_of.values())
+    for name, values in values_of.items():
         columns[name] = {}
-        for value in known:
+        for value in np.unique(values).tolist():
             own = values == value
-            p_value = _compare(own, correct, tests=len(known))
+            p_value = _compare(own, correct, tests=tests)
             columns[name][value] = measure(probabilities[own], labels[own]) | {"p_value": p_value}
     candidates = [
         {"column": name, "value": value, **found}
@@ -120,7 +123,7 @@ def measure_slices(
         if found["n"] >= _NAMED_AT_LEAST and len(values) > 1
     ]
     worst = min(candidates, key=lambda one: one["accuracy"], default=None)
-    return {"columns": columns, "worst": worst}
+    return {"columns": columns, "worst": worst, "unknown": attributes.count_unknown(ids)}
 
 
 def slice_cells(slices: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -139,14 +142,15 @@ def slice_cells(slices: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 def describe_worst(slices: dict[str, Any], *, accuracy: float) -> str:
     """A line that names the worst slice."""
-    worst = slices["worst"]
+    worst, unknown = slices["worst"], slices["unknown"]
+    rest = f"; {unknown:,} examples are not in the file" if unknown else ""
     if worst is None:
-        return f"slices: no value has {_NAMED_AT_LEAST} examples and others to be compared with"
+        return f"slices: no value has {_NAMED_AT_LEAST} examples and others to be compared with{rest}"
     shown = with_interval(worst["accuracy"], worst["accuracy_ci95"])
     told = f"slices: worst is {worst['column']}={worst['value']}: accuracy {shown} n={worst['n']:,}, all {accuracy:.3f}"
     p_value = worst["p_value"]
     verdict = f"p = {p_value:.3g}" if p_value < 0.05 else f"which may be chance, p = {p_value:.2f}"
-    return f"{told}; {verdict}"
+    return f"{told}; {verdict}{rest}"
 
 
 def _compare(own: np.ndarray, correct: np.ndarray, *, tests: int) -> float:

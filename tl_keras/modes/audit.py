@@ -15,14 +15,15 @@ from tl_keras.audit.duplicates import Images
 from tl_keras.audit.examine import Audit, describe_data, predict_stand_in
 from tl_keras.audit.findings import FINDINGS_HEADER, Finding, count
 from tl_keras.classifier import load_trained
-from tl_keras.config import Config, from_dict
+from tl_keras.config import Config
 from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
-from tl_keras.evaluation.tables import describe_environment, write_examples
+from tl_keras.evaluation.leaks import read_digests
+from tl_keras.evaluation.tables import DIGESTS, describe_environment, write_examples
 from tl_keras.modes.inspection import examine_examples, list_images, measure_leaks, read_embeddings
 from tl_keras.modes.reporting import attempt, report_audit
-from tl_keras.modes.steps import Job, load_backbone, load_job
-from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, read_json, write_atomically
+from tl_keras.modes.steps import Job, load_backbone, load_job, read_config
+from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
 _STAND_IN = "a logistic regression on these embeddings"
 
@@ -56,7 +57,8 @@ def run(config: Config) -> Result:
     with watch.stage("audit"):
         embeddings, progress = read_embeddings(embedded, rows), screen.progress
         audit = examine_examples(job.examples, job.oddities, embeddings, every=True, show_progress=progress)
-        predicted, judge = _predict(asked, audit, images)
+        digests = [job.examples.digests[row].tobytes() for row in rows]
+        predicted, judge = _predict(asked, audit, images, digests)
         leaks, leak_lines = measure_leaks(audit, images, predicted, judge)
     job.folder.write_csv("audit.csv", FINDINGS_HEADER, [one.as_row() for one in audit.findings])
     lines = [*leak_lines, *describe_data(audit, images)]
@@ -104,7 +106,7 @@ def _follow_classifier(config: Config, screen: Screen) -> Config:
         raise UserError(
             f"--classifier={path} is no run folder, and does not say what it was trained on. Give runs/NAME."
         )
-    trained, own = load_trained(path), from_dict(read_json(Path(path) / "config.json"))
+    trained, own = load_trained(path), read_config(path)
     if own.mode == "finetune" and own.training.trainable != "head":
         screen.line(
             "note: this network was trained on these labels: wrong ones may look right to it, and test unlike train"
@@ -156,15 +158,20 @@ def _count_classes(job: Job) -> dict[str, dict[str, int]]:
     }
 
 
-def _predict(config: Config, audit: Audit, images: Images) -> tuple[np.ndarray, str]:
-    """Labels of the evaluated split, and whose they are: the classifier's own, or else a stand-in's."""
-    path = Path(config.read.classifier or "") / "predictions.csv"
-    if config.read.classifier and path.is_file():
-        known = {row["id"]: row["predicted"] for row in read_csv(path) if row["split"] == images.evaluated}
-        wanted = [one for one, split in zip(images.ids, images.splits, strict=True) if split == images.evaluated]
-        numbers = {name: number for number, name in enumerate(images.names)}
-        if all(known.get(one) in numbers for one in wanted):
-            return np.array([numbers[known[one]] for one in wanted], np.int64), config.read.classifier
+def _predict(config: Config, audit: Audit, images: Images, digests: Sequence[bytes]) -> tuple[np.ndarray, str]:
+    """Labels of the evaluated split, and whose they are: the classifier's own of these very images, or a stand-in's."""
+    run_dir, numbers = config.read.classifier, {name: number for number, name in enumerate(images.names)}
+    if run_dir and (Path(run_dir) / "predictions.csv").is_file() and (Path(run_dir) / DIGESTS).is_file():
+        content = {name: digest for name, _, digest in read_digests(Path(run_dir))}
+        known = {
+            (row["id"], content.get(row["id"])): row["predicted"]
+            for row in read_csv(Path(run_dir) / "predictions.csv")
+            if row["split"] == images.evaluated
+        }
+        rows = zip(images.ids, digests, images.splits, strict=True)
+        told = [known.get((name, digest)) for name, digest, split in rows if split == images.evaluated]
+        if all(one in numbers for one in told):
+            return np.array([numbers[one] for one in told if one], np.int64), run_dir
     return predict_stand_in(audit.points, images), _STAND_IN
 
 

@@ -13,14 +13,14 @@ import numpy as np
 
 from tl_keras.audit.examine import describe_origin
 from tl_keras.classifier import LoadedClassifier, load
-from tl_keras.config import Config, from_dict, nearest
+from tl_keras.config import Config, nearest
 from tl_keras.data.corruptions import STRENGTHS
 from tl_keras.data.examples import Examples, scan
 from tl_keras.data.images import make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, UNUSED, carve, evaluated_split
 from tl_keras.errors import UserError
-from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_predictions
+from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_runs
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.leaks import TrainedOn, compare_without, read_trained_on
 from tl_keras.evaluation.metrics import headline
@@ -35,8 +35,8 @@ from tl_keras.evaluation.tables import (
     write_evaluation,
 )
 from tl_keras.modes.reporting import Judged, attempt, report
-from tl_keras.modes.steps import find_weights
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.modes.steps import find_weights, list_ancestors, read_config
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
 
 _CORRUPTED_BATCH = 32
 
@@ -65,7 +65,8 @@ def run(config: Config) -> Result:
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
-    notes = _list_origin(config, path)
+    trained_on, unknown = _read_trained_on(path)
+    notes = [*_list_origin(config, path), *([unknown] if unknown else [])]
     for note in notes:
         screen.line(note)
 
@@ -88,7 +89,7 @@ def run(config: Config) -> Result:
         metrics: dict[str, Any] = write_evaluation(
             folder, examples, probabilities, target_accuracy=target, attributes=attributes
         )
-        metrics["leaks"], warnings = _measure_leaks(_read_trained_on(path), examples, probabilities)
+        metrics["leaks"], warnings = _measure_leaks(trained_on, examples, probabilities)
         if config.evaluation.corruptions:
             split = evaluated_split(probabilities)
             count = config.evaluation.corruption_images
@@ -158,7 +159,7 @@ def _compare(config: Config, screen: Screen) -> Result:
 
     What comes out goes to the screen, and with --run_dir to `metrics.json` there.
     """
-    runs = [read_predictions(path) for path in config.evaluation.compare]
+    runs = read_runs(config.evaluation.compare)
     shared = find_shared(runs)
     left_out = max(len(run.labels) for run in runs) - len(shared)
     if left_out:
@@ -210,7 +211,7 @@ def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
 def _own_config(path: Path) -> Config:
     if not (path / "config.json").is_file():
         raise UserError(f"--dataset is missing: {path} does not say what data it was made from. Give --dataset.")
-    return from_dict(read_json(path / "config.json"))
+    return read_config(path)
 
 
 def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
@@ -246,9 +247,7 @@ def _measure_leaks(
         For `metrics.json` split → figures where there are such images, none where it can't be known; and warnings.
     """
     if trained is None:
-        return None, [
-            "note: an exported model does not say which of these images it was trained on; its run folder does"
-        ]
+        return None, []
     leaks, told, namesakes = {}, [], 0
     for split, values in probabilities.items():
         leaked = trained.same_content(examples, split)
@@ -267,19 +266,17 @@ def _measure_leaks(
     return leaks, told
 
 
-def _read_trained_on(path: Path) -> TrainedOn | None:
-    """What a run was fitted on; none for an exported model."""
+def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
+    """What a classifier was fitted on, its network in earlier runs included; or a note that this can't be known."""
+    if not (path / "config.json").is_file():
+        return None, "note: an exported model does not say which of these images it was trained on; its run folder does"
+    (own, config), *earlier = list_ancestors(str(path))
+    runs = [(Path(own), set(config.probe.refit.split("+")))]
+    runs += [(Path(run), {"train"}) for run, config in earlier if config.training.trainable != "head"]
     try:
-        return read_trained_on(path, _fitted_splits(path))
-    except OSError:
-        return None
-
-
-def _fitted_splits(path: Path) -> set[str]:
-    """The splits that a run's classifier was fitted on in the end."""
-    is_run = (path / "config.json").is_file()
-    refit = from_dict(read_json(path / "config.json")).probe.refit if is_run else "train"
-    return set(refit.split("+"))
+        return read_trained_on(runs), ""
+    except UserError as error:
+        return None, f"note: {error}"
 
 
 def _predict(

@@ -79,10 +79,6 @@ def run(config: Config) -> Result:
             head, stage = fit(Task(examples, config.training, config.run.seed, progress))
         with watch.stage("evaluation"):
             logits = {split: predict(head, split) for split in SPLITS[1:] if len(examples.positions(split))}
-        more = {}
-        if config.evaluation.seeds > 1 and not (stage and stage.interrupted):
-            with watch.stage("seeds"), _kept(tail, untrained) as forget:
-                more["seeds"] = _repeat(job, fit, predict, forget, first=logits)
         classifier = Classifier(
             attach(head, backbone),
             name=f"{examples.source.name}-{preset.name}",
@@ -92,6 +88,16 @@ def run(config: Config) -> Result:
             resize=config.backbone.resize,
         )
         interrupted = bool(stage and stage.interrupted)
+        seeds = config.evaluation.seeds
+        if interrupted:
+            more = f" {seeds - 1} more seeds were not trained;" if seeds > 1 else ""
+            screen.line(
+                f"training: interrupted; the best epoch so far is evaluated and kept;{more} nothing is exported"
+            )
+
+        def train_again() -> dict[str, Any] | None:
+            with watch.stage("seeds"), _kept(tail, untrained) as forget:
+                return _repeat(job, fit, predict, forget, first=logits)
 
         def read_trained(positions: np.ndarray) -> np.ndarray:
             if has_tail:
@@ -99,7 +105,7 @@ def run(config: Config) -> Result:
             return read_embeddings(embedded, positions)
 
         stored = functools.partial(read_embeddings, vectors)
-        untrained = stored if pretrained or not has_tail else read_trained
+        unspoilt = stored if pretrained or not has_tail else read_trained
 
         return job.finish(
             classifier,
@@ -107,9 +113,9 @@ def run(config: Config) -> Result:
             embedded=embedded,
             parity=parity,
             chosen="epochs",
-            views=Views(read_trained, untrained, backbone.output_shape[1]),
+            views=Views(read_trained, unspoilt, backbone.output_shape[1]),
             interrupted=interrupted,
-            more=more,
+            repeat=train_again if seeds > 1 and not interrupted else None,
         )
 
 
@@ -131,26 +137,37 @@ def _repeat(
     forget: Callable[[], None],
     *,
     first: dict[str, np.ndarray],
-) -> dict[str, Any]:
-    """Trains again with other seeds, for the spread alone; the run's own classifier stays that of the first seed."""
+) -> dict[str, Any] | None:
+    """Trains again with other seeds, for the spread alone; the run's own classifier stays that of the first seed.
+
+    Returns:
+        What `summarize` says, with the `split` and whether the user `interrupted`; None: no other seed was trained.
+    """
     split = evaluated_split(first)
     labels, count = job.examples.labels(split), job.config.evaluation.seeds
     accuracies = [float((first[split].argmax(1) == labels).mean())]
-    for number in range(1, count):
-        seed = job.config.run.seed + number
-        keras.utils.set_random_seed(seed)
-        forget()
-        folder = job.folder.path / "seeds" / str(seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        progress = Progress(folder, _ignore, job.screen.progress, _ignore)
-        head, stage = fit(Task(job.examples, job.config.training, seed, progress))
-        if stage and stage.interrupted:
-            break
-        accuracies.append(float((predict(head, split).argmax(1) == labels).mean()))
-        job.screen.progress(f"seed {seed}: {split} accuracy {accuracies[-1]:.3f}")
+    interrupted = False
+    try:
+        for number in range(1, count):
+            seed = job.config.run.seed + number
+            keras.utils.set_random_seed(seed)
+            forget()
+            folder = job.folder.path / "seeds" / str(seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            progress = Progress(folder, _ignore, job.screen.progress, _ignore)
+            head, stage = fit(Task(job.examples, job.config.training, seed, progress))
+            if stage and stage.interrupted:
+                raise KeyboardInterrupt
+            accuracies.append(float((predict(head, split).argmax(1) == labels).mean()))
+            job.screen.progress(f"seed {seed}: {split} accuracy {accuracies[-1]:.3f}")
+    except KeyboardInterrupt:
+        interrupted = True
+        job.screen.line(f"seeds: interrupted after {len(accuracies)} of {count}; all else is there")
+    if len(accuracies) == 1:
+        return None
     summary = summarize(accuracies)
     job.screen.line(f"{len(accuracies)} seeds: {split} accuracy {describe_spread(summary)}")
-    return {"split": split, **summary}
+    return {"split": split, "interrupted": interrupted, **summary}
 
 
 def _ignore(shown: Any) -> None:

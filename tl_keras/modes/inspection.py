@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tl_keras.audit.duplicates import Images
-from tl_keras.audit.examine import Audit, examine, find_leaked
+from tl_keras.audit.examine import Audit, examine
 from tl_keras.audit.findings import Finding
 from tl_keras.backbones.embed import Embedded
 from tl_keras.data.examples import Examples
@@ -91,10 +91,11 @@ def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: st
     Returns:
         For `metrics.json`, empty where there is nothing to say, and lines for the screen.
     """
-    leaked = find_leaked(audit.findings, images)
+    evaluated = np.array(images.splits) == images.evaluated
+    leaked = audit.leaked[evaluated]
     if not leaked.any() or len(predicted) != len(leaked):
         return {}, []
-    labels = images.labels[np.array(images.splits) == images.evaluated]
+    labels = images.labels[evaluated]
     result, told = compare_without(leaked, predicted == labels)
     line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are in another split too; "
     result = {"split": images.evaluated, "judge": judge, **result}

@@ -179,6 +179,7 @@ class Job:
         views: Views,
         interrupted: bool = False,
         more: dict[str, Any] | None = None,
+        repeat: Callable[[], dict[str, Any] | None] | None = None,
     ) -> Result:
         """Measures, writes and exports a classifier: the end of both recipes.
 
@@ -191,6 +192,7 @@ class Job:
             views: embeddings for the report.
             interrupted: whether training was cut short; then nothing is exported.
             more: further entries of `metrics.json`.
+            repeat: trains again for the entry `seeds`, once all that was trained before is kept; none: interrupted.
         """
         config, screen, watch, folder = self.config, self.screen, self.watch, self.folder
         precision = embedded.choice.precision
@@ -224,24 +226,26 @@ class Job:
             screen.line(line)
 
         exported, status = None, INTERRUPTED if interrupted else 0
+        if repeat:
+            seeds = repeat()
+            status = INTERRUPTED if seeds is None or seeds["interrupted"] else status
+            metrics |= {"seeds": seeds} if seeds else {}
+            folder.write_json("metrics.json", metrics)
         if parity and not interrupted:
             screen.line(_last_line(metrics, folder, None, chosen))  # whatever becomes of the export
-            with watch.stage("export"):
-                exported = export_saved_model(
-                    classifier,
-                    export_dir=config.run.export_dir,
-                    name=config.run.model_name,
-                    samples=samples,
-                    expected=expected,
-                    precision=precision,
-                    max_pixels=config.run.max_pixels,
-                    show=screen.line,
-                    parity=parity,
+            try:
+                with watch.stage("export"):
+                    exported = self._export(classifier, parity, samples, expected, precision)
+            except KeyboardInterrupt:
+                status = INTERRUPTED
+                screen.line(
+                    f"export: interrupted; all else is there: --mode=export --classifier={folder.path} makes it"
                 )
-            metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
-            folder.write_json("metrics.json", metrics)
-            for line in describe_request(exported.path):
-                screen.line(line)
+            else:
+                metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
+                folder.write_json("metrics.json", metrics)
+                for line in describe_request(exported.path):
+                    screen.line(line)
         if config.evaluation.report:
             uncalibrated = before if temperature != 1 else None
             with watch.stage("report"):
@@ -251,6 +255,27 @@ class Job:
             folder.write_json("metrics.json", metrics)
         screen.line(_last_line(metrics, folder, exported, chosen))
         return Result(folder.path, exported.path if exported else None, metrics, status)
+
+    def _export(
+        self,
+        classifier: Classifier,
+        parity: ParityProcess,
+        samples: Sequence[bytes],
+        expected: np.ndarray,
+        precision: str,
+    ) -> Exported:
+        run = self.config.run
+        return export_saved_model(
+            classifier,
+            export_dir=run.export_dir,
+            name=run.model_name,
+            samples=samples,
+            expected=expected,
+            precision=precision,
+            max_pixels=run.max_pixels,
+            show=self.screen.line,
+            parity=parity,
+        )
 
     def _write_report(
         self,
@@ -391,14 +416,32 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
     return Job(config, screen, watch, folder, examples, warnings, oddities, attributes, embeddings_only, card)
 
 
+def read_config(run_dir: str | Path) -> Config:
+    """How a run was configured.
+
+    Raises:
+        UserError: the folder is no run's, or is damaged.
+    """
+    path = Path(run_dir) / "config.json"
+    try:
+        return from_dict(read_json(path))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run's. Give a run folder whose run has ended.") from error
+
+
+def list_ancestors(weights: str) -> list[tuple[str, Config]]:
+    """The runs that a network went through: the folder of `--weights`, if it is a run's, that run's own, and so on."""
+    found: list[tuple[str, Config]] = []
+    while len(found) < _ANCESTORS and is_run(weights) and (Path(weights) / "config.json").is_file():
+        found.append((weights, read_config(weights)))
+        weights = found[-1][1].backbone.weights
+    return found
+
+
 def find_weights(weights: str) -> str:
     """What a network began with: `--weights`, of a run folder that of the run, and so on."""
-    for _ in range(_ANCESTORS):
-        file = Path(weights) / "config.json"
-        if not is_run(weights) or not file.is_file():
-            break
-        weights = from_dict(read_json(file)).backbone.weights
-    return weights
+    ancestors = list_ancestors(weights)
+    return ancestors[-1][1].backbone.weights if ancestors else weights
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:

@@ -1,0 +1,83 @@
+"""Tables that users write about their images: CSV as spreadsheets save it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import posixpath
+import unicodedata
+from pathlib import Path
+
+from tl_keras.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A CSV file.
+
+    Attributes:
+        path: of the file.
+        names: of its columns: in small letters → as they stand there.
+        rows: number of the line (the last of those that a row takes), and cells by name in small letters.
+        header: its first line.
+    """
+
+    path: Path
+    names: dict[str, str]
+    rows: list[tuple[int, dict[str, str]]]
+    header: str
+
+    def cell(self, row: int, name: str) -> str:
+        """A cell without white space around it; empty where there is none."""
+        return (self.rows[row][1].get(name) or "").strip()
+
+    def ids(self) -> list[str]:
+        """Each row's id: that of the column `id`, if it has all and each once, or else its `path`, tidied."""
+        numbers = range(len(self.rows))
+        given = [self.cell(row, "id") for row in numbers]
+        if all(given) and len(set(given)) == len(given) or "path" not in self.names:
+            return [one_spelling(one) for one in given]  # a column of that name may be about something else
+        return [one_spelling(posixpath.normpath(path)) if (path := self.file(row)) else "" for row in numbers]
+
+    def file(self, row: int) -> str:
+        """The cell `path`; with Windows' separators turned round where no file has them in its name."""
+        path = self.cell(row, "path")
+        return path if os.path.exists(self.path.parent / path) else path.replace("\\", "/")
+
+
+def one_spelling(text: str) -> str:
+    """One spelling of a name on every system: macOS writes accents apart (Unicode NFD), others together (NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def read_table(path: Path, *, asked: str) -> Table:
+    """Reads a CSV file: separated by commas, semicolons or tabs, in UTF-8 or UTF-16.
+
+    Args:
+        path: the file.
+        asked: the flag with which it was asked for.
+
+    Raises:
+        UserError: it can't be read, or is no such file.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{asked} can't be read: {error.strerror}. Check the path.") from error
+    encoding = "utf-16" if raw[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig"  # Excel writes either mark
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}. Save it as 'CSV UTF-8'.") from error
+    header = text.partition("\n")[0].strip()
+    delimiter = max(",;\t", key=header.count)  # Excel writes ';' where ',' is the decimal mark
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        names = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = [name.lower() for name in names]
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:  # a quote that is never closed
+        raise UserError(f"{path} line {reader.line_num} is no CSV: {error}. Look for a stray quote.") from error
+    return Table(path, {name.lower(): name for name in names if name}, rows, header)
