@@ -57,6 +57,8 @@ class Screen:
         """Shows one line."""
         self._clear()
         print(text, file=self._stream, flush=True)
+        if self._last_progress and not self._stream.isatty():
+            self._last_progress = time.monotonic()  # what follows is a stage of its own
 
     def progress(self, text: str) -> None:
         """Shows how far a stage is: rewritten in place on a terminal, a line every ten seconds elsewhere."""

@@ -123,9 +123,13 @@ def test_lines_for_the_screen(folder):
     assert describe_evaluation(found) == [
         f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
         f"most often wrong on test: {NAMES[2]} taken for {NAMES[0]} (1)",
-        "with a threshold of 0.600, at which val is right in 90 %: 67 % of test are answered, accuracy 1.000 "
-        "[0.342, 1.000]",
+        "with a threshold of 0.600, at which 1 images of val are right in 90 %, so few that this may be luck: 67 % of "
+        "test are answered, accuracy 1.000 [0.342, 1.000]",
     ]
+    found["reject"]["val"]["n"] = 30
+    assert ", at which val is right in 90 %: 67 % of test are answered, " in describe_evaluation(found)[-1]
+    found["calibration"]["temperature"] = 20.0
+    assert "20.00, fitted on val, as far as it goes: val says too little to fit it;" in describe_evaluation(found)[0]
     found["reject"] |= {"threshold": None}
     assert describe_evaluation(found)[-1] == "no probability on val is high enough to be right in 90 %"
 

@@ -155,13 +155,20 @@ def test_a_class_that_the_source_lacks_moves_no_other(score, fresh):
     assert found.metrics["test"]["mean_per_class_accuracy"] == 1
 
 
-def test_figures_are_those_of_the_rows(score, fresh):
+def test_figures_are_those_of_the_rows(score, trained, fresh, capsys):
     shutil.move(fresh / "red" / "100.jpg", fresh / "green" / "wrong.jpg")
     found = score(fresh)
     labels = [sorted(COLOURS).index(row["label"]) for row in found.rows]
     expected = measure(found.probabilities, np.array(labels))
     assert {name: found.metrics["test"][name] for name in expected} == expected
-    assert "reject" not in found.metrics  # there is no val to choose a threshold on
+    chosen = Evaluated(trained[0]).metrics["reject"]
+    reject = found.metrics["reject"]  # there is no val to choose another threshold on
+    assert (reject["threshold"], reject["run"]) == (chosen["threshold"], str(trained[0]))
+    reached = found.probabilities.max(1) >= chosen["threshold"]
+    assert reject["test"]["n"] == reached.sum()
+    assert f"with a threshold of {chosen['threshold']:.3f}, which the classifier's run chose for 95 %: " in (
+        capsys.readouterr().out
+    )
     assert expected["accuracy"] < 1
 
 
@@ -193,7 +200,7 @@ def test_images_that_were_trained_on_are_counted(score, colour_folder, trained, 
     right = [row["label"] == row["predicted"] for row in found.rows if row["id"] in held_out]
     assert leaks["accuracy_without"] == np.mean(right)
     line = next(one for one in out.splitlines() if "was trained on" in one)
-    start = f"warning: the classifier was trained on {count} of the {len(found.rows)} test images; test accuracy: "
+    start = f"warning: the classifier was trained on {count} of the {len(found.rows)} test images, or on "
     assert line.startswith(start)
     assert line.endswith(" without them")
     assert "of the same ids" not in out
@@ -369,9 +376,13 @@ def test_corruptions_are_measured_on_images_that_are_drawn(score, fresh, capsys,
     assert list(found["corruptions"]) == list(CORRUPTIONS)
     assert all(len(rows) == STRENGTHS for rows in found["corruptions"].values())
     assert found["clean"]["accuracy"] == 1
-    assert found["corruptions"]["rotation"][0]["accuracy"] > found["corruptions"]["contrast"][-1]["accuracy"] - 1e-9
+    every = [one["accuracy"] for rows in found["corruptions"].values() for one in rows]
+    assert found["mean_accuracy"] == pytest.approx(np.mean(every))
+    low, high = found["mean_accuracy_ci95"]
+    assert low <= found["mean_accuracy"] <= high
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("test accuracy, n=7, corrupted by") for line in lines)
+    assert any(line.startswith("corruptions: 7 test images, clean 1.000 [") for line in lines)
+    assert any(line.split() == ["corrupted", "by", *"12345"] for line in lines)
     assert any(line.startswith("pixelation ") for line in lines)
 
 

@@ -64,14 +64,15 @@ def test_each_probe_has_heat_maps_but_for_votes(probe, heat, leaky, store_dir, t
     assert run_main("--mode=extract", *flags, f"--probe={probe}", "--probe_parameter=1", f"--run_dir={run}") == 0
     text, screen = text_of(run), capsys.readouterr().out
     assert ("found in " in text) == heat
-    assert ("this head&#39;s answers have no gradient" in text) != heat
+    assert ("its answers do not move with its feature map" in text) != heat
     assert "nearest training images" in text
     assert "Learning curves" not in text
     assert "red &lt;b&gt;&amp;" in text
     assert "<b>&" not in text
-    told = "leak: 1 of 36 test images are in another split too; test accuracy by this classifier: "
-    assert told in screen
-    assert told[1:] in text
+    told = "eak: 1 of 36 test images are in another split too; test accuracy by this classifier: "
+    assert f"warning: l{told}" in screen
+    assert f'<p class="note">L{told}' in text
+    assert "eak: 1 of 36 test images are in another split too" in (run / "MODEL_CARD.md").read_text()
     assert "audit: leak 1" in screen
     assert f"report: {run}/report.html" in screen
 
@@ -98,8 +99,8 @@ def test_evaluate_reports_a_run_and_an_exported_model(trained, tmp_path, capsys)
         assert (">Robustness</" in text) == (number == 0)
         assert ("an exported model gives no gradients: evaluate its run folder" in text) == (number == 1)
         assert ("Whether it has seen some of these images before, this report can&#39;t know." in text) == (number == 1)
-        assert ("None of them is one that it was trained on, byte for byte" in text) == (number == 0)
-        assert ("an exported model does not say which of these images it was trained on" in text) == (number == 1)
+        assert ("It was trained on none of these images, byte for byte" in text) == (number == 0)
+        assert ("An exported model does not say which of these images it was trained on" in text) == (number == 1)
         assert "nearest training images" not in text
         pictures.append(pictures_of(run))
     assert pictures[0] == 2 * pictures[1]  # each with its heat map
@@ -135,7 +136,7 @@ def test_what_evaluate_warns_of_stands_in_the_report_too(trained, colour_folder,
     data = (f"--dataset=folder:{colour_folder}", f"--run_dir={tmp_path / 'run'}")
     assert run_main("--mode=evaluate", f"--classifier={trained[0]}", *data) == 0
     trained_on = (trained[0] / "splits.csv").read_text().count(",train,")
-    warning = f"the classifier was trained on {trained_on} of the "
+    warning = f"he classifier was trained on {trained_on} of the "
     assert warning in text_of(tmp_path / "run")
     assert warning in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,11 +23,13 @@ from tl_keras.audit.neighbours import find_neighbours
 from tl_keras.run import map_ahead
 
 _SMALLEST_CLASS = 10  # evaluated examples: fewer say next to nothing about a class
+_CHANCE = 0.5
 _SHIFTED = 0.7  # of the AUROC that tells test from train
 _SURE_MARGIN = 0.5  # between two probabilities: a label that is wrong beyond doubt
 _SEEN = {"stanford_dogs"}  # Khosla et al. 2011: train and test from ImageNet's train
 _DRAWN = {"imagenette", "imagewang", "stl10"}  # fast.ai's; Coates, Ng & Lee 2011: most of it from ImageNet's train
 _IMAGENET = ("imagenet2012", "imagenet_resized", "downsampled_imagenet", "imagenet_lt", "imagenet_pi")
+_SYNSET = re.compile(r"n\d{8}")  # WordNet's number of what a class shows, as in n02085620-Chihuahua
 _NAMED = 5
 
 _LOOKED_AT_AT_MOST = 20_000  # images in a run's report, which is not to take longer than the run
@@ -44,12 +47,14 @@ class Audit:
         points: float32 `(n, d)`, see `Neighbours`.
         shift: see `measure_shift`, with the area's 95 % interval, `auroc_ci95`.
         leaked: which images have a copy in another split, bool `(n,)`.
+        not_looked_at: images that may be copies, beyond what a report has time for.
     """
 
     findings: list[Finding]
     points: np.ndarray
     shift: dict[str, Any] | None
     leaked: np.ndarray
+    not_looked_at: int = 0
 
     def counts(self) -> dict[str, int]:
         """Kind of finding → how many."""
@@ -92,7 +97,8 @@ def examine(
     """
     findings = list(known)
     neighbours = find_neighbours(embeddings)
-    wanted = np.arange(len(images.ids)) if every else find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST)
+    may_be = np.arange(len(images.ids)) if every else find_candidates(neighbours)
+    wanted = may_be if every else find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST)
     looks = dict[int, Look]()
     for row, look in map_ahead(look_at, read(wanted), threads=os.cpu_count(), ahead=_AHEAD):
         if look is None:
@@ -111,7 +117,7 @@ def examine(
     shift = measure_shift(neighbours.points[compared], splits[compared] == images.evaluated)
     if shift:
         shift["auroc_ci95"] = list(interval(shift["auroc"], shift["test"], shift["train"]))
-    return Audit(sort(findings), neighbours.points, shift, leaked)
+    return Audit(sort(findings), neighbours.points, shift, leaked, len(may_be) - len(wanted))
 
 
 @_silence()
@@ -140,18 +146,29 @@ def describe_data(audit: Audit, images: Images) -> list[str]:
         lines.append(f"labels: not judged: {len(images.ids):,} images of {len(images.names):,} classes are too many")
     if audit.shift:
         low, high = audit.shift["auroc_ci95"]
-        alike = ": they are not alike, and figures may not hold elsewhere" if low > _SHIFTED else ""
-        told = f"AUROC {audit.shift['auroc']:.2f} [{low:.2f}, {high:.2f}], 0.5: not at all"
-        lines.append(f"shift: {split} can be told from train with {told}{alike}")
+        told = f"AUROC {audit.shift['auroc']:.2f} [{low:.2f}, {high:.2f}], where 0.5 is chance"
+        lines.append(f"shift: {_describe_shift(split, low)}: a classifier tells one from the other with {told}")
+    if audit.not_looked_at:
+        lines.append(
+            f"copies: {audit.not_looked_at:,} images that may be copies were not looked at, to save time: --mode=audit "
+            "looks at all"
+        )
     return lines
 
 
-def describe_origin(dataset: str, weights: str) -> str:
+def _describe_shift(split: str, low: float) -> str:
+    if low > _SHIFTED:
+        return f"{split} is unlike train, and figures may not hold elsewhere"
+    return f"{split} is a little unlike train" if low > _CHANCE else f"{split} looks like train"
+
+
+def describe_origin(dataset: str, weights: str, class_names: Sequence[str] = ()) -> str:
     """A warning where the network has seen the test images; else nothing.
 
     Args:
         dataset: `--dataset`.
         weights: `--weights`.
+        class_names: of the data.
     """
     name = dataset.partition("/")[0].partition(":")[0]
     if weights == "imagenet" and name in _SEEN:
@@ -168,6 +185,12 @@ def describe_origin(dataset: str, weights: str) -> str:
         return (
             f"warning: the training images of {name} are ImageNet's: a network with ImageNet weights has seen them, "
             "with their labels, and figures on a val or test carved from them are too good"
+        )
+    synsets = sum(bool(_SYNSET.match(one)) for one in class_names)
+    if weights == "imagenet" and class_names and synsets > len(class_names) / 2:
+        return (
+            "warning: the classes are called as ImageNet's are (n02085620): where the images are ImageNet's, a network "
+            "with ImageNet weights has seen them, with their labels, and figures on them are too good"
         )
     return ""
 

@@ -45,6 +45,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(float(found.x))
 
 
+def at_bound(temperature: float) -> bool:
+    """Whether a temperature is as far as `fit_temperature` goes, and would go farther."""
+    low, high = _TEMPERATURES
+    return not low * 1.01 < temperature < high / 1.01
+
+
 def scale(logits: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities of logits divided by a temperature, float32 `(n, classes)`."""
     return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=1), np.float32)

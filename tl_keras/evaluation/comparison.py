@@ -137,14 +137,16 @@ class Comparison:
     def describe(self, first: str, second: str) -> str:
         """A sentence for people who never heard of a p value."""
         numbers = (
-            f"{self.only_second:,} images only {second} gets right, {self.only_first:,} only {first}, p = "
+            f"{self.only_second:,} images only {second} gets right, {self.only_first:,} only {first}, p "
             f"{_short(self.p_value)}; difference {self.difference:+.3f} [{self.interval[0]:+.3f}, "
             f"{self.interval[1]:+.3f}], n={self.count:,}"
         )
         if self.only_first == self.only_second == 0:
             return f"{first} and {second} get the same {self.count:,} images right and wrong"
         if self.p_value >= _SIGNIFICANT:
-            return f"{first} and {second} can't be told apart on these images: {numbers}"
+            beside = not self.interval[0] <= 0 <= self.interval[1]
+            why = ". The interval leaves 0 out, but it is approximate and of this pair alone: p decides" * beside
+            return f"{first} and {second} can't be told apart on these images: {numbers}{why}"
         better = second if self.difference > 0 else first
         return f"{better} is better: {numbers}"
 
@@ -190,5 +192,5 @@ def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 
 def _short(p_value: float) -> str:
-    text = f"{p_value:.3f}" if p_value >= 0.001 else "less than 0.001"
-    return "just under 0.050" if p_value < _SIGNIFICANT and text == f"{_SIGNIFICANT:.3f}" else text
+    text = f"= {p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+    return f"= {p_value:.4f}" if p_value < _SIGNIFICANT and text == f"= {_SIGNIFICANT:.3f}" else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,42 @@ from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.tables import DIGESTS
-from tl_keras.run import read_csv
+from tl_keras.run import read_csv, read_json
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """What a classifier was fitted on.
+    """What a classifier was fitted on; images are known by SHA-256 of their bytes.
 
     Attributes:
         ids: of each image.
-        digests: SHA-256 of each image's bytes.
+        digests: of each image.
+        copies: of the images of which the run's audit found copies in another split.
+        val: of the images on which choices were made.
     """
 
     ids: Set[str]
     digests: Set[bytes]
+    copies: Set[bytes]
+    val: Set[bytes]
 
-    def same_content(self, examples: Examples, split: str) -> np.ndarray:
-        """Which of a split's images it was fitted on, under whatever id: bool `(m,)`, in the order of its positions."""
-        own = examples.digests[examples.positions(split)]
-        return np.fromiter((digest.tobytes() in self.digests for digest in own), bool, len(own))
+    def seen(self, examples: Examples, split: str) -> np.ndarray:
+        """Which of a split's images, or copies of them, it was fitted on: bool `(m,)`, as its positions stand."""
+        return _among(examples, split, self.digests | self.copies)
+
+    def chosen_on(self, examples: Examples, split: str) -> np.ndarray:
+        """On which of a split's images choices were made: bool `(m,)`."""
+        return _among(examples, split, self.val - self.digests)
 
     def same_id(self, examples: Examples, split: str) -> np.ndarray:
         """Which of a split's images have the id of one that it was fitted on: bool `(m,)`."""
         own = examples.ids(split)
         return np.fromiter((one in self.ids for one in own), bool, len(own))
+
+
+def _among(examples: Examples, split: str, digests: Set[bytes]) -> np.ndarray:
+    own = examples.digests[examples.positions(split)]
+    return np.fromiter((digest.tobytes() in digests for digest in own), bool, len(own))
 
 
 def read_digests(run_dir: Path) -> list[tuple[str, str, bytes]]:
@@ -59,17 +71,37 @@ def read_digests(run_dir: Path) -> list[tuple[str, str, bytes]]:
     return [(*row, digest.tobytes()) for row, digest in zip(rows, digests, strict=True)]
 
 
-def read_trained_on(runs: Iterable[tuple[Path, Set[str]]]) -> TrainedOn:
-    """Reads what runs were fitted on together.
+def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[Path]) -> TrainedOn:
+    """Reads what a run was fitted on.
 
     Args:
-        runs: the folder of each, and the splits that it was fitted on in the end.
+        run_dir: its folder.
+        splits: those that it was fitted on in the end.
+        earlier: folders of runs in which its network was trained before.
 
     Raises:
         UserError: one does not say.
     """
-    used = [row for run_dir, splits in runs for row in read_digests(run_dir) if row[1] in splits]
-    return TrainedOn({row[0] for row in used}, {row[2] for row in used})
+    own = read_digests(run_dir)
+    used = [row for row in own if row[1] in splits]
+    used += [row for run in earlier for row in read_digests(run) if row[1] == "train"]
+    copied = set(read_leaks(run_dir).get("ids", ()))
+    return TrainedOn(
+        {row[0] for row in used},
+        {row[2] for row in used},
+        {row[2] for row in own if row[0] in copied},
+        {row[2] for row in own if row[1] == "val"},
+    )
+
+
+def read_leaks(run_dir: Path) -> dict[str, Any]:
+    """What a run's audit says of leaks in `metrics.json`; empty where it found none, or there was no audit."""
+    try:
+        metrics = read_json(run_dir / "metrics.json")
+    except UserError:
+        return {}
+    audit = metrics.get("audit") if isinstance(metrics, dict) else None
+    return dict(audit.get("leaks", {})) if isinstance(audit, dict) else {}
 
 
 def compare_without(leaked: np.ndarray, right: np.ndarray) -> tuple[dict[str, Any], str]:
@@ -92,3 +124,42 @@ def compare_without(leaked: np.ndarray, right: np.ndarray) -> tuple[dict[str, An
             result |= {f"accuracy_{name}": correct / count, f"accuracy_{name}_ci95": list(interval)}
             told.append(f"{with_interval(correct / count, interval)} {name} them")
     return result, ", ".join(told)
+
+
+def measure_seen(
+    trained: TrainedOn | None, examples: Examples, probabilities: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What images that the classifier was trained on do to its figures.
+
+    Args:
+        trained: what it was fitted on; None: it does not say.
+        examples: what is evaluated.
+        probabilities: split → float `(n, classes)`.
+
+    Returns:
+        For `metrics.json` split → figures where there are such images, none where it can't be known; and warnings.
+    """
+    if trained is None:
+        return None, []
+    leaks, told, namesakes = {}, [], 0
+    for split, values in probabilities.items():
+        leaked, count = trained.seen(examples, split), len(values)
+        namesakes += int((trained.same_id(examples, split) & ~leaked).sum())
+        if leaked.any():
+            leaks[split], accuracy = compare_without(leaked, values.argmax(1) == examples.labels(split))
+            told.append(
+                f"warning: the classifier was trained on {int(leaked.sum()):,} of the {count:,} {split} images, or on "
+                f"copies of them; {split} accuracy: {accuracy}"
+            )
+        chosen = int(trained.chosen_on(examples, split).sum())
+        if chosen and split == "test":
+            told.append(
+                f"warning: {chosen:,} of the {count:,} test images are val images of the classifier's run, on which "
+                "choices were made: figures on them are a little too good"
+            )
+    if namesakes:
+        told.append(
+            f"warning: the classifier was trained on {namesakes:,} other images of the same ids; where they show the "
+            "same, these figures are too good"
+        )
+    return leaks, told

@@ -103,7 +103,7 @@ def measure_slices(
     Returns:
         `columns`: column → value → what `measure` gives, and `p_value` of the value's accuracy against all others
         (Fisher's exact test, two-sided, times the number of values of all columns: Bonferroni); `worst`: column, value
-        and figures of the lowest accuracy among values of at least ten examples, None where there is none; `unknown`:
+        and figures of the lowest accuracy among values of ten examples or more, and as many others, or None; `unknown`:
         how many examples the file does not name.
     """
     correct = probabilities.argmax(1) == labels
@@ -120,7 +120,7 @@ def measure_slices(
         {"column": name, "value": value, **found}
         for name, values in columns.items()
         for value, found in values.items()
-        if found["n"] >= _NAMED_AT_LEAST and len(values) > 1
+        if _NAMED_AT_LEAST <= found["n"] <= len(ids) - _NAMED_AT_LEAST
     ]
     worst = min(candidates, key=lambda one: one["accuracy"], default=None)
     return {"columns": columns, "worst": worst, "unknown": attributes.count_unknown(ids)}

@@ -18,6 +18,7 @@ from tl_keras.data.splits import evaluated_split
 from tl_keras.evaluation.calibration import (
     RELIABILITY,
     accuracy_by_coverage,
+    at_bound,
     choose_threshold,
     measure_threshold,
     reliability,
@@ -32,6 +33,7 @@ _PREDICTIONS_HEADER = ("id", "split", "label", "predicted", "probability", "labe
 _DIGITS = 6
 _PAIRS, _PAIRS_SHOWN = 50, 3
 _CURVE_POINTS = 200
+_FEW = 30
 _FIGURES = ("precision", "recall", "f1")
 _PER_CLASS_HEADER = (
     *("split", "label", "support", "predicted"),
@@ -106,9 +108,10 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
     calibration = metrics.get("calibration")
     if calibration and calibration["temperature"] != 1:
         before = calibration["before"][split]["ece"]
+        end = ", as far as it goes: val says too little to fit it" if at_bound(calibration["temperature"]) else ""
         lines.append(
-            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val; {split} ece {before:.3f} → "
-            f"{figures['ece']:.3f}"
+            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val{end}; {split} ece {before:.3f} "
+            f"→ {figures['ece']:.3f}"
         )
     if figures["most_confused"]:
         pairs = figures["most_confused"][:_PAIRS_SHOWN]
@@ -182,13 +185,18 @@ def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> 
     target = f"{100 * reject['target_accuracy']:g} %"
     if reject["threshold"] is None:
         return [f"no probability on val is high enough to be right in {target}"]
-    if accuracy >= reject["target_accuracy"]:
+    if accuracy >= reject["target_accuracy"] and "run" not in reject:
         return []
     found = reject[split]
     reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "none"
+    at = f"at which val is right in {target}"
+    if "val" in reject and reject["val"]["n"] < _FEW:
+        at = f"at which {reject['val']['n']} images of val are right in {target}, so few that this may be luck"
+    if "run" in reject:
+        at = f"which the classifier's run chose for {target}"
     return [
-        f"with a threshold of {reject['threshold']:.3f}, at which val is right in {target}: "
-        f"{100 * found['coverage']:.0f} % of {split} are answered, {reached}"
+        f"with a threshold of {reject['threshold']:.3f}, {at}: {100 * found['coverage']:.0f} % of {split} are "
+        f"answered, {reached}"
     ]
 
 

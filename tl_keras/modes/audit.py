@@ -25,6 +25,7 @@ from tl_keras.modes.reporting import attempt, report_audit
 from tl_keras.modes.steps import Job, load_backbone, load_job, read_config
 from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
+_JUDGED = {"label", "outlier"}  # by a model, not by what is in the file
 _STAND_IN = "a logistic regression on these embeddings"
 
 
@@ -193,6 +194,14 @@ def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[
     header = ("path", "label", "split", "id") if source.class_names else ("path", "split", "id")
     write_atomically(path, csv_bytes(header, lines))
     told = [f"clean: {len(lines):,} of {len(rows):,} images, without {', '.join(config.audit.clean)} · {path}"]
+    judged = _JUDGED & set(config.audit.clean)
+    gone = {one.id for one in findings if one.kind in judged}
+    count = sum(source.ids[row] in gone and SPLITS[examples.splits[row]] != "train" for row in rows.tolist())
+    if count:
+        told.append(
+            f"warning: {count:,} of those left out are val and test images that a model finds odd ("
+            f"{', '.join(sorted(judged))}): figures on the others are too good. Look at them before you leave them out"
+        )
     if unwritable:
         told.append(f"clean: {unwritable:,} files have names that a CSV can't hold, and are left out: rename them")
     return told

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from tl_keras.data.images import make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, UNUSED, carve, evaluated_split
 from tl_keras.errors import UserError
-from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_runs
-from tl_keras.evaluation.intervals import accuracy_interval, with_interval
-from tl_keras.evaluation.leaks import TrainedOn, compare_without, read_trained_on
+from tl_keras.evaluation.calibration import measure_threshold
+from tl_keras.evaluation.intervals import with_interval
+from tl_keras.evaluation.leaks import TrainedOn, measure_seen, read_trained_on
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.report.card import load_card
 from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
@@ -34,9 +33,10 @@ from tl_keras.evaluation.tables import (
     format_table,
     write_evaluation,
 )
+from tl_keras.modes.comparing import compare_runs
 from tl_keras.modes.reporting import Judged, attempt, report
 from tl_keras.modes.steps import find_weights, list_ancestors, read_config
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
 
 _CORRUPTED_BATCH = 32
 
@@ -45,7 +45,7 @@ def run(config: Config) -> Result:
     """Scores a classifier on the val and test of its own data, or on all labelled images of another source."""
     screen, watch = Screen(), Stopwatch()
     if config.evaluation.compare:
-        return _compare(config, screen)
+        return compare_runs(config, screen)
     path, card = Path(str(config.read.classifier)), load_card(config.evaluation.card)
     with watch.stage("classifier"):
         classifier = load(str(path))
@@ -66,30 +66,26 @@ def run(config: Config) -> Result:
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
     trained_on, unknown = _read_trained_on(path)
-    notes = [*_list_origin(config, path), *([unknown] if unknown else [])]
+    notes = [*_list_origin(config, path, source.class_names), *([unknown] if unknown else [])]
     for note in notes:
         screen.line(note)
 
     status = 0
-    with watch.stage("evaluation"):
+    with watch.stage("prediction"):
         probabilities, broken = _predict(classifier, examples, screen)
+    with watch.stage("evaluation"):
         if broken:
             kept = {split: ~np.isin(examples.positions(split), list(broken)) for split in probabilities}
             probabilities = {split: values[kept[split]] for split, values in probabilities.items()}
             examples = examples.without(broken, max_broken_fraction=limit, report=tell_broken)
-        if examples.broken:
-            screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
         probabilities = {split: values for split, values in probabilities.items() if len(values)}
-        if not probabilities:
-            raise UserError(
-                f"none of the {len(examples.broken)} images can be used: {folder.path}/broken.csv says why. Mend them, "
-                "or give others."
-            )
+        _tell_broken(examples, folder, screen)
         target = config.evaluation.target_accuracy
         metrics: dict[str, Any] = write_evaluation(
             folder, examples, probabilities, target_accuracy=target, attributes=attributes
         )
-        metrics["leaks"], warnings = _measure_leaks(trained_on, examples, probabilities)
+        metrics |= _reject_as_run(metrics, path, examples, probabilities)
+        metrics["leaks"], warnings = measure_seen(trained_on, examples, probabilities)
         if config.evaluation.corruptions:
             split = evaluated_split(probabilities)
             count = config.evaluation.corruption_images
@@ -100,7 +96,7 @@ def run(config: Config) -> Result:
                 status = INTERRUPTED
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
-    rate = round(count / watch.seconds["evaluation"], 1)
+    rate = round(count / watch.seconds["prediction"], 1)
     metrics["timing"] = {"seconds": dict(watch.seconds), "trunk_images": count, "trunk_images_per_second": rate}
     folder.write_json("metrics.json", metrics)
     for line in [*warnings, *describe_evaluation(metrics)]:
@@ -116,8 +112,25 @@ def run(config: Config) -> Result:
         metrics["timing"]["seconds"] = dict(watch.seconds)
         folder.write_json("metrics.json", metrics)
     split = evaluated_split(metrics)
-    screen.line(f"{headline(split, metrics[split])} · {folder.path}")
+    own = split == "val" and config.data.dataset is None
+    note = " (its run made choices on it; there is no test split)" if own else ""
+    screen.line(f"{headline(split, metrics[split])}{note} · {folder.path}")
     return Result(run_dir=folder.path, metrics=metrics, exit_status=status)
+
+
+def _tell_broken(examples: Examples, folder: RunFolder, screen: Screen) -> None:
+    """Says how many images are left out.
+
+    Raises:
+        UserError: all of them.
+    """
+    if not (examples.splits >= 0).any():
+        raise UserError(
+            f"none of the {len(examples.broken)} images can be used: {folder.path}/broken.csv says why. Mend them, "
+            "or give others."
+        )
+    if examples.broken:
+        screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
 
 
 def _judge(
@@ -144,50 +157,18 @@ def _corrupt(
     size, resize = classifier.decoding["image_size"], classifier.decoding["resize"]
     read = examples.source.read
     batches = list(make_images(read, positions, image_size=size, resize=resize, batch_size=_CORRUPTED_BATCH))
+    if not batches:
+        raise UserError("--corruptions: none of the images that were drawn can be read any more. Look at them.")
     order, images = (np.concatenate(part) for part in zip(*batches, strict=True))
     found = measure_corruptions(
         images, examples.source.labels[order], classifier.predict_pixels, show_progress=screen.progress
     )
-    strengths = [str(number) for number in range(1, STRENGTHS + 1)]
-    for line in format_table((f"{split} accuracy, n={len(order):,}, corrupted by", *strengths), robustness_rows(found)):
+    clean, strengths = found["clean"], [str(number) for number in range(1, STRENGTHS + 1)]
+    shown = with_interval(clean["accuracy"], clean["accuracy_ci95"])
+    screen.line(f"corruptions: {len(order):,} {split} images, clean {shown}; accuracy by strength:")
+    for line in format_table(("corrupted by", *strengths), robustness_rows(found)):
         screen.line(line)
     return {"split": split, **found}
-
-
-def _compare(config: Config, screen: Screen) -> Result:
-    """Runs against each other, on the examples that all of them have predicted; nothing is computed anew.
-
-    What comes out goes to the screen, and with --run_dir to `metrics.json` there.
-    """
-    runs = read_runs(config.evaluation.compare)
-    shared = find_shared(runs)
-    left_out = max(len(run.labels) for run in runs) - len(shared)
-    if left_out:
-        screen.line(f"note: {left_out:,} examples are not in all of these runs, and left out")
-    correct = [run.correct(shared) for run in runs]
-    rows = []
-    for run, right in zip(runs, correct, strict=True):
-        shown = with_interval(right.mean(), accuracy_interval(int(right.sum()), len(shared)))
-        rows.append((run.name, shown, f"n={len(shared):,}"))
-    for line in format_table(("run", f"{runs[0].split} accuracy", ""), rows):
-        screen.line(line)
-    pairs = list(itertools.combinations(range(len(runs)), 2))
-    found = [compare(correct[first], correct[second]) for first, second in pairs]
-    p_values = adjust([one.p_value for one in found])
-    found = [dataclasses.replace(one, p_value=p) for one, p in zip(found, p_values, strict=True)]
-    for (first, second), one in zip(pairs, found, strict=True):
-        screen.line(one.describe(runs[first].name, runs[second].name))
-    if len(pairs) > 1:
-        screen.line(f"p values are adjusted for {len(pairs)} comparisons (Holm)")
-    names = [[runs[first].name, runs[second].name] for first, second in pairs]
-    compared = [{"runs": both, **dataclasses.asdict(one)} for both, one in zip(names, found, strict=True)]
-    metrics = {"compared": compared}
-    if not config.run.run_dir:
-        return Result(metrics=metrics)
-    settings, flags = config.as_dict(), config.as_flags()
-    folder = RunFolder.create(config.run.run_dir, overwrite=config.run.overwrite, config=settings, flags=flags)
-    folder.write_json("metrics.json", metrics)
-    return Result(folder.path, metrics=metrics)
 
 
 def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
@@ -230,40 +211,27 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
     return dataclasses.replace(source, labels=numbers[source.labels], class_names=labels)
 
 
-def _list_origin(config: Config, path: Path) -> list[str]:
+def _list_origin(config: Config, path: Path, names: Sequence[str]) -> list[str]:
     """A warning where the network has seen the images before it was trained."""
-    if not (path / "config.json").is_file():
-        return []
-    dataset = config.data.dataset or _own_config(path).data.dataset or ""
-    return [one for one in [describe_origin(dataset, find_weights(str(path)))] if one]
+    if not (path / "config.json").is_file():  # an exported model does not say what it began with
+        told = describe_origin(config.data.dataset or "", "imagenet", names)
+        return [told.replace("warning:", "warning: if its network began with ImageNet weights:")] if told else []
+    told = describe_origin(config.data.dataset or _own_config(path).data.dataset or "", find_weights(str(path)), names)
+    return [told] if told else []
 
 
-def _measure_leaks(
-    trained: TrainedOn | None, examples: Examples, probabilities: dict[str, np.ndarray]
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """What images that the classifier was trained on do to its figures.
-
-    Returns:
-        For `metrics.json` split → figures where there are such images, none where it can't be known; and warnings.
-    """
-    if trained is None:
-        return None, []
-    leaks, told, namesakes = {}, [], 0
+def _reject_as_run(
+    metrics: dict[str, Any], path: Path, examples: Examples, probabilities: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """How the threshold does that the classifier's run chose, where there is no val to choose another on."""
+    file = path / "metrics.json"
+    chosen = (read_json(file).get("reject") or {}) if file.is_file() and "reject" not in metrics else {}
+    if chosen.get("threshold") is None:
+        return {}
+    reject = {name: chosen[name] for name in ("target_accuracy", "threshold")} | {"run": str(path)}
     for split, values in probabilities.items():
-        leaked = trained.same_content(examples, split)
-        namesakes += int((trained.same_id(examples, split) & ~leaked).sum())
-        if leaked.any():
-            leaks[split], accuracy = compare_without(leaked, values.argmax(1) == examples.labels(split))
-            told.append(
-                f"warning: the classifier was trained on {int(leaked.sum()):,} of the {len(leaked):,} {split} images; "
-                f"{split} accuracy: {accuracy}"
-            )
-    if namesakes:
-        told.append(
-            f"warning: the classifier was trained on {namesakes:,} other images of the same ids; where they show the "
-            "same, these figures are too good"
-        )
-    return leaks, told
+        reject[split] = measure_threshold(values, examples.labels(split), chosen["threshold"])
+    return {"reject": reject}
 
 
 def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
@@ -271,10 +239,9 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
     if not (path / "config.json").is_file():
         return None, "note: an exported model does not say which of these images it was trained on; its run folder does"
     (own, config), *earlier = list_ancestors(str(path))
-    runs = [(Path(own), set(config.probe.refit.split("+")))]
-    runs += [(Path(run), {"train"}) for run, config in earlier if config.training.trainable != "head"]
+    before = [Path(run) for run, config in earlier if config.training.trainable != "head"]
     try:
-        return read_trained_on(runs), ""
+        return read_trained_on(Path(own), set(config.probe.refit.split("+")), before), ""
     except UserError as error:
         return None, f"note: {error}"
 

@@ -98,5 +98,6 @@ def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: st
     labels = images.labels[evaluated]
     result, told = compare_without(leaked, predicted == labels)
     line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are in another split too; "
-    result = {"split": images.evaluated, "judge": judge, **result}
+    ids = [images.ids[row] for row in np.flatnonzero(evaluated)[leaked].tolist()]
+    result = {"split": images.evaluated, "judge": judge, **result, "ids": ids}
     return result, [f"{line}{images.evaluated} accuracy by {judge}: {told}"]

@@ -31,7 +31,9 @@ _FINDINGS, _FINDINGS_A_KIND = 18, 4
 _AUDITED, _AUDITED_A_KIND = 120, 12  # of an audit alone
 _BATCH = 32
 _EXPORTED = "There are no heat maps, since an exported model gives no gradients: evaluate its run folder for these."
-_NO_GRADIENT = "There are no heat maps, since this head's answers have no gradient, as votes have none."
+_NO_GRADIENT = (
+    "There are no heat maps, since its answers do not move with its feature map, as votes of neighbours do not."
+)
 _NO_MAP = "There are no heat maps, since this network has no feature map before its embedding."
 
 

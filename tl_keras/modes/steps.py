@@ -334,7 +334,7 @@ class Job:
         found = ", ".join(f"{kind} {count:,}" for kind, count in audit.counts().items())
         self.screen.line(f"audit: {found or 'nothing found'} · {self.folder.path}/audit.csv")
         for line in lines:
-            self.screen.line(line)
+            self.warn(f"warning: {line}")
         return audit, [*lines, *describe_data(audit, images)]
 
     def finish_without_probe(self, embedded: Embedded) -> Result:
@@ -405,7 +405,7 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
             look=look if config.mode == "audit" or config.evaluation.report else None,
         )
     missing = [] if embeddings_only else _check_classes(examples)
-    origin = describe_origin(data.dataset or "", find_weights(config.backbone.weights))
+    origin = describe_origin(data.dataset or "", find_weights(config.backbone.weights), examples.class_names)
     warnings = list(dict.fromkeys([*source.notes, *warnings, *missing, *([origin] if origin else [])]))
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS)
     screen.line(f"device: {describe_device()}")

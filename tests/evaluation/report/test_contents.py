@@ -47,8 +47,8 @@ def test_of_many_classes_the_confused_ones_are_shown_and_nothing_is_lost():
 def test_the_worst_class_comes_first():
     classes = measure_classes(np.array([0, 0, 1, 2]), np.array([0, 0, 2, 2]), num_classes=3)
     rows = make_classes(classes, ["a", "b", "c"])
-    assert [row["name"] for row in rows] == ["b", "c", "a"]
-    assert (rows[1]["support"], rows[1]["recall"]["value"]) == (2, 0.5)
+    assert [row["name"] for row in rows] == ["c", "a", "b"]  # of b there is no image
+    assert (rows[0]["support"], rows[0]["recall"]["value"]) == (2, 0.5)
 
 
 def test_the_command_can_be_pasted():
@@ -97,7 +97,7 @@ RIGHT = "Of 50 test images 90.0 % (95 % interval 80.0 to 95.0 %) are answered ri
             "val",
             (
                 "chosen on the 80 val images, for there is no test split.",
-                "Of these 90.0 % (95 % interval 80.0 to 95.0 %) are answered rightly, which is a little too good.",
+                "Of the val images 90.0 % (95 % interval 80.0 to 95.0 %) are answered rightly, a little more",
             ),
         ),
         (
@@ -130,7 +130,18 @@ RIGHT = "Of 50 test images 90.0 % (95 % interval 80.0 to 95.0 %) are answered ri
                 "val images of its own run, on which that run made its choices",
             ),
         ),
-        ({"mode": "evaluate"}, {"test": FIGURES}, "test", ("of its own run, on which that run chose nothing.", RIGHT)),
+        (
+            {"mode": "evaluate"},
+            {"test": FIGURES, "leaks": {}},
+            "test",
+            ("of its own run, on which that run chose nothing.", RIGHT),
+        ),
+        (
+            {"mode": "evaluate"},
+            {"test": FIGURES, "leaks": {"test": {"leaked": 15}}},
+            "test",
+            ("of its own run. It was trained on 15 of these images, or on copies: its figures are too good.",),
+        ),
         (
             {"mode": "evaluate", "data": {"dataset": "folder:x"}},
             {"test": FIGURES, "leaks": None},
@@ -141,13 +152,13 @@ RIGHT = "Of 50 test images 90.0 % (95 % interval 80.0 to 95.0 %) are answered ri
             {"mode": "evaluate", "data": {"dataset": "folder:x"}},
             {"test": FIGURES, "leaks": {"val": {"leaked": 3}}},
             "test",
-            ("None of them is one that it was trained on, byte for byte;", RIGHT),
+            ("It was trained on none of these images, byte for byte;", RIGHT),
         ),
         (
             {"mode": "evaluate", "data": {"dataset": "folder:x"}},
             {"test": FIGURES, "leaks": {"test": {"leaked": 1200}}},
             "test",
-            ("On 1,200 of them it was trained, which makes its figures too good.", RIGHT),
+            ("It was trained on 1,200 of these images, or on copies: its figures are too good.", RIGHT),
         ),
     ],
 )

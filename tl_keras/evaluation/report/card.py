@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,10 @@ def load_card(path: str | None) -> Card:
         return Card({})
     allowed = f"Allowed: {', '.join(FIELDS)}."
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--card={path} can't be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"--card={path} is no JSON: {error}. Names and texts stand in double quotes, with commas between fields."
         ) from error
@@ -107,4 +108,10 @@ def describe_metadata(
     }
     if card.is_said("licence"):
         block = {"license": card.text("licence"), **block}
-    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in block.items())
+    return "\n".join(f"{key}: {_as_yaml(value)}" for key, value in block.items())
+
+
+def _as_yaml(value: Any) -> str:
+    """JSON without the few letters that a string in YAML may not hold as they are."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda found: f"\\u{ord(found[0]):04x}", text)

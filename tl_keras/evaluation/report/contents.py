@@ -129,7 +129,7 @@ def make_matrix(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str],
 
 
 def make_classes(classes: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the table of classes, the worst F1 first.
+    """Rows of the table of classes, the worst F1 first, those without an image last.
 
     Args:
         classes: what `measure_classes` gives.
@@ -139,7 +139,7 @@ def make_classes(classes: Mapping[str, np.ndarray], names: Sequence[str]) -> lis
         At most two thousand; `per_class.csv` has them all.
     """
     rows = []
-    for number in np.argsort(classes["f1"], kind="stable")[:_CLASSES_AT_MOST].tolist():
+    for number in np.lexsort((classes["f1"], classes["support"] == 0))[:_CLASSES_AT_MOST].tolist():
         figures = {
             name: {
                 "value": float(classes[name][number]),
@@ -156,8 +156,8 @@ def _describe_seen(leaks: Mapping[str, Any] | None, split: str) -> str:
     if leaks is None:
         return "Whether it has seen some of these images before, this report can't know."
     if split not in leaks:
-        return "None of them is one that it was trained on, byte for byte; copies saved anew were not looked for."
-    return f"On {leaks[split]['leaked']:,} of them it was trained, which makes its figures too good."
+        return "It was trained on none of these images, byte for byte; copies saved anew were not looked for."
+    return f"It was trained on {leaks[split]['leaked']:,} of these images, or on copies: its figures are too good."
 
 
 def describe_run(
@@ -181,11 +181,13 @@ def describe_run(
             f"The classifier {config['read']['classifier']}{f' ({backbone})' * bool(backbone)} was evaluated as it is."
         )
         if config["data"]["dataset"]:
-            chosen = _describe_seen(metrics["leaks"], split)
+            chosen = _describe_seen(metrics.get("leaks"), split)
         elif split == "val":
             chosen = "These are the val images of its own run, on which that run made its choices."
         else:
             chosen = "These are the test images of its own run, on which that run chose nothing."
+            if (metrics.get("leaks") or {}).get(split):
+                chosen = f"These are the test images of its own run. {_describe_seen(metrics['leaks'], split)}"
         return [made, chosen, last]
     if mode == "extract":
         fitted, count = "training images", counts["train"]
@@ -203,13 +205,13 @@ def describe_run(
             f"On {backbone} (weights: {weights}) {trained} was trained with {counts['train']:,} images, for at most "
             f"{config['training']['epochs']} epochs a stage{ended}."
         )
+    where = f"on {'the ' * (split == 'val')}{counts['val']:,} val images"
+    if "cross-validation" in str(metrics.get("probe", {}).get("chosen_by", "")):
+        where = "by cross-validation within train and val"
     if split == "val":
-        chosen = f"What had to be chosen was chosen on the {counts['val']:,} val images, for there is no test split."
-        last = f"Of these {right} are answered rightly, which is a little too good."
+        chosen = f"What had to be chosen was chosen {where}, for there is no test split."
+        last = f"Of the val images {right} are answered rightly, a little more than of new ones, for choices fit them."
     else:
-        where = f"on {counts['val']:,} val images"
-        if "cross-validation" in str(metrics.get("probe", {}).get("chosen_by", "")):
-            where = "by cross-validation within train and val"
         chosen = f"What had to be chosen was chosen {where}; test was looked at once, at the end."
     return [made, chosen, last]
 

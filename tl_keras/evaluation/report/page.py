@@ -33,6 +33,7 @@ from tl_keras.run import RunFolder, read_csv
 
 REPORT, MODEL_CARD = "report.html", "MODEL_CARD.md"
 _DRAWN_AT_MOST = 3000  # classes: ordering them takes their square in memory, and longer
+_NAME_AT_MOST = 24
 _SPLITS = {"test": "test", "val": "validation"}
 
 
@@ -105,9 +106,9 @@ def write_report(folder: RunFolder, report: Report) -> None:
     split, figures = report.split, report.metrics[report.split]
     predicted, classes = report.probabilities.argmax(1), len(report.class_names)
     matrix, order = None, np.arange(classes)
-    if FULL_MATRIX < classes <= _DRAWN_AT_MOST:
+    if classes <= _DRAWN_AT_MOST:
         matrix = confuse(predicted, report.labels, num_classes=classes)
-        order = plots.order_classes(matrix)
+        order = plots.order_classes(matrix) if classes > FULL_MATRIX else order
     drawn = _draw(folder, report, matrix, order)
     for name, svg in drawn.items():
         folder.write_text(f"plots/{name}.svg", svg)
@@ -129,6 +130,7 @@ def write_report(folder: RunFolder, report: Report) -> None:
         "command": make_command(report.flags),
         "fence": "`" * (3 + max(map(len, re.findall("`+", report.flags)), default=0)),
         "fields": FIELDS,
+        "has_near": any(one.near for one in [*report.worst, *report.least_sure, *_images(report.pairs)]),
         "metadata": describe_metadata(
             report.card,
             name=report.name,
@@ -175,6 +177,10 @@ def write_audit_page(
     _write(folder, REPORT, "audit.html.j2", values)
 
 
+def _images(pairs: Sequence[ShownPair]) -> list[Shown]:
+    return [image for pair in pairs for image in pair.images]
+
+
 def _write(folder: RunFolder, file: str, template: str, values: Mapping[str, Any]) -> None:
     text = _environment().get_template(template).render(values)
     folder.write_text(file, text.encode("utf-8", "replace").decode())  # a file's name may be no UTF-8
@@ -185,6 +191,17 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&-])", r"\\\1", " ".join(text.split()))
 
 
+def _as_sentence(note: str) -> str:
+    """A line of the screen as a sentence."""
+    text = note.removeprefix("warning: ").removeprefix("note: ")
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def _shorten(name: str) -> str:
+    """A name's beginning and end, by which it is told from others that begin alike."""
+    return name if len(name) <= _NAME_AT_MOST else f"{name[: _NAME_AT_MOST // 2 - 1]}…{name[-_NAME_AT_MOST // 2 :]}"
+
+
 def _draw(folder: RunFolder, report: Report, matrix: np.ndarray | None, order: np.ndarray) -> dict[str, str]:
     """Name → SVG of all plots that there is something to show in."""
     figures, metrics = dict[str, Figure](), report.metrics
@@ -192,7 +209,8 @@ def _draw(folder: RunFolder, report: Report, matrix: np.ndarray | None, order: n
     if history:
         figures |= {f"learning_{name}": plots.draw_history(history, name) for name in ("accuracy", "loss")}
     if matrix is not None:
-        figures["confusion"] = plots.draw_confusion(matrix, order)
+        names = [_shorten(report.class_names[number]) for number in order] if len(order) <= FULL_MATRIX else []
+        figures["confusion"] = plots.draw_confusion(matrix, order, names)
     before = reliability(report.before, report.labels) if report.before is not None else []
     figures["reliability"] = plots.draw_reliability(reliability(report.probabilities, report.labels), before)
     _, coverage, accuracy = accuracy_by_coverage(report.probabilities, report.labels)
@@ -219,6 +237,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["markdown"] = escape_markdown
+    environment.filters["note"] = _as_sentence
+    environment.filters["middle"] = _shorten
     environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
     return environment

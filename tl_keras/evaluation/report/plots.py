@@ -128,12 +128,13 @@ def draw_robustness(robustness: Mapping[str, Any]) -> Figure:
 
 
 @_styled
-def draw_confusion(matrix: np.ndarray, order: np.ndarray) -> Figure:
-    """A confusion matrix of many classes as a picture; classes that are taken for each other stand together.
+def draw_confusion(matrix: np.ndarray, order: np.ndarray, names: Sequence[str] = ()) -> Figure:
+    """A confusion matrix as a picture; of many classes those that are taken for each other stand together.
 
     Args:
         matrix: int `(classes, classes)`, rows are labels.
         order: see `order_classes`.
+        names: of the classes, where they are few enough to be read.
     """
     shares = (matrix[order][:, order] / np.maximum(matrix.sum(1, keepdims=True)[order], 1)).astype(np.float32)
     side = max(len(matrix) // _LARGEST_PICTURE + (len(matrix) % _LARGEST_PICTURE > 0), 1)
@@ -145,7 +146,10 @@ def draw_confusion(matrix: np.ndarray, order: np.ndarray) -> Figure:
     place.spines[["top", "right"]].set_visible(True)
     extent = (0.5, len(matrix) + 0.5, len(matrix) + 0.5, 0.5)
     shown = place.imshow(shares, cmap="magma_r", vmin=0, vmax=1, interpolation="nearest", extent=extent)
-    place.set(xlabel="predicted", ylabel="label", xticks=[], yticks=[])
+    places = range(1, len(names) + 1)
+    place.set(xlabel="predicted", ylabel="label", xticks=places, yticks=places)
+    place.set_xticklabels(names, rotation=90, fontsize=7)
+    place.set_yticklabels(names, fontsize=7)
     figure.colorbar(shown, ax=place, label="share of the label's images")
     return figure
 
