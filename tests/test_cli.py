@@ -205,7 +205,9 @@ def test_help_is_fast():
         return time.perf_counter() - start
 
     bare = min(seconds("-c", "") for _ in range(5))
-    assert min(seconds("-m", "tl_keras.main", "--help") for _ in range(5)) - bare < 0.5
+    assert (
+        min(seconds("-m", "tl_keras.main", "--help") for _ in range(5)) - bare < 1
+    )  # with TensorFlow it would be several
 
 
 def test_the_screen_is_free_of_tensorflows_chatter(trained, tmp_path):

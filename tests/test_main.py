@@ -360,7 +360,7 @@ class Closes:
 def run(argv):
     closes = Closes()
     del closes
-    time.sleep(20)
+    time.sleep(90)
     return 0
 
 main._run = run
@@ -374,4 +374,4 @@ def test_an_interrupt_that_a_destructor_swallows_is_not_lost():
     assert process.returncode == 130, process.stderr
     assert process.stderr == "tl_keras: interrupted before anything was done\n"
     assert "Exception ignored" not in process.stderr
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60

@@ -203,7 +203,7 @@ def test_readers_are_not_held_up_by_a_writer(tmp_path):
     start = time.perf_counter()
     np.testing.assert_array_equal(reader.read(keys(1)), vectors(1))
     assert reader.missing(keys(1, 2)) == [1]
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60  # a lock would be waited for twice as long
     writer._connection.execute("ROLLBACK")
 
 

@@ -14,7 +14,6 @@ from sklearn.metrics import (
     log_loss,
     precision_score,
     recall_score,
-    roc_auc_score,
     top_k_accuracy_score,
 )
 
@@ -176,10 +175,27 @@ def test_averages_and_figures_of_each_class_are_scikit_learns(classes):
 def test_two_classes_have_an_area_under_the_curve():
     probabilities, labels = make(300, 2)
     found = measure(probabilities, labels)
-    assert found["auroc"] == pytest.approx(roc_auc_score(labels, probabilities[:, 1]))
+    scores = probabilities[:, 1]
+    others = scores[labels == 0]
+    wins = [np.mean(others < one) + np.mean(others == one) / 2 for one in scores[labels == 1]]  # Mann & Whitney
+    assert found["auroc"] == pytest.approx(np.mean(wins))
     assert found["auroc_ci95"][0] < found["auroc"] < found["auroc_ci95"][1]
     assert "auroc" not in measure(probabilities, np.zeros(300, int))  # one class alone has no such area
     assert "auroc" not in measure(*make(300, 3))
+
+
+def test_an_area_is_the_same_whichever_class_is_sure_and_whatever_the_temperature():
+    """Near 1 float32 has no room for the differences that it has near 0."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 400)
+    margin = 20 + 3 * random.normal(size=400) + 8 * labels
+    areas = []
+    for temperature in (1, 4):
+        exact = 1 / (1 + np.exp(margin / temperature))
+        sure = np.stack([exact, 1 - exact], 1).astype(np.float32)
+        areas += [measure(sure, labels)["auroc"], measure(sure[:, ::-1], 1 - labels)["auroc"]]
+    assert min(areas) > 0.9
+    assert areas == pytest.approx([areas[0]] * 4, abs=1e-4)
 
 
 def test_confusion_and_the_pairs_that_are_confused_most():

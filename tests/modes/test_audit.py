@@ -146,11 +146,17 @@ def test_names_that_a_csv_can_not_hold_are_left_out_and_said(store_dir, tmp_path
     for number in range(3):
         write_image(tmp_path / f"photos/a/{number}.jpg", make_image(number))
     os.rename(tmp_path / "photos/a/1.jpg", os.fsencode(tmp_path / "photos/a/") + b"/\xff.jpg")
+    spaces = ["Screenshot 9.41.00\u202fAM.jpg", "\u5199\u3000\u771f.jpg", "a\u00a0b.jpg"]  # macOS, Japanese, Word
+    odd = [*spaces, "\U0001f469\u200d\U0001f680.jpg", 'q"u,o;te.jpg']
+    for number, name in enumerate(odd):
+        write_image(tmp_path / "photos/a" / name, make_image(20 + number))
     clean = tmp_path / "clean.csv"
     flags = (*SMALL_NETWORK, f"--store_dir={store_dir}", f"--write_clean_csv={clean}")
     found = audit(tmp_path, f"--dataset=folder:{tmp_path / 'photos'}", *flags)
     assert "clean: 1 files have names that a CSV can't hold, and are left out: rename them" in found.screen
-    assert sorted(load_source(f"csv:{clean}", data_dir=None).ids) == ["a/0.jpg", "a/2.jpg"]
+    source = load_source(f"csv:{clean}", data_dir=None)
+    assert sorted(source.ids) == sorted(f"a/{name}" for name in ("0.jpg", "2.jpg", *odd))
+    assert all(os.path.isfile(path) for path in source.paths)
 
 
 def test_nothing_of_the_users_is_replaced(store_dir, tmp_path, capsys):
@@ -159,14 +165,16 @@ def test_nothing_of_the_users_is_replaced(store_dir, tmp_path, capsys):
     manifest.write_text("path,label,camera\nphotos/a.jpg,a,x\n")
     common = (f"--dataset=csv:{manifest}", *SMALL_NETWORK, f"--store_dir={store_dir}", "--overwrite")
     before = hash_all(tmp_path)
+    told = ("exists already, and is what is looked at", "is one of the images that are looked at")
     for number, mine in enumerate((manifest, image)):
         text = refuse(capsys, *common, f"--run_dir={tmp_path / 'run'}", f"--write_clean_csv={mine}")
-        assert f"--write_clean_csv={mine} exists already, and is what is looked at. Give another name." in text
+        assert f"--write_clean_csv={mine} {told[number]}. Give another name." in text
         assert {path: digest for path, digest in hash_all(tmp_path).items() if path in before} == before, number
     (tmp_path / "other.csv").write_text("mine")
     common = common[:-1]
     text = refuse(capsys, *common, f"--run_dir={tmp_path / 'run2'}", f"--write_clean_csv={tmp_path / 'other.csv'}")
     assert "other.csv exists already. Give another name, or --overwrite." in text
+    assert not (tmp_path / "run2").exists()  # the corrected command finds no folder in its way
 
 
 def test_other_kinds_can_be_left_out(faulty, store_dir, tmp_path):
@@ -200,6 +208,26 @@ def test_a_classifiers_own_predictions_judge_its_leaks(faulty, store_dir, tmp_pa
     trained = json.loads((run / "metrics.json").read_text())
     assert found.metrics["leaks"]["accuracy_with"] == trained["test"]["accuracy"]
     assert found.metrics["leaks"]["judge"] == str(run)
+    assert len(found.metrics["leaks"]["ids"]) == found.metrics["leaks"]["leaked"]
+    others = tmp_path / "others"  # other images, one in two splits, under ids that the classifier has predicted
+    for split, first in (("train", 200), ("val", 300), ("test", 332)):
+        write_colour_folder(others / split, each=6, first=first)
+    for folder in others.glob("test/*"):
+        for number, path in enumerate(sorted(folder.iterdir())):
+            path.rename(folder / f"{32 + number:03d}.jpg")
+    shutil.copy(others / "test/red/032.jpg", others / "train/red/leak.jpg")
+    found = audit(tmp_path, f"--classifier={run}", f"--dataset=folder:{others}", f"--store_dir={store_dir}")
+    assert found.metrics["leaks"]["judge"] == "a logistic regression on these embeddings"
+
+
+def test_leaving_out_test_images_because_a_model_doubts_them_is_warned_of(faulty, store_dir, tmp_path):
+    flags = ("--clean=outlier,label,leak", f"--write_clean_csv={tmp_path / 'clean.csv'}")
+    found = audit(tmp_path, f"--dataset=folder:{faulty}", *SMALL_NETWORK, f"--store_dir={store_dir}", *flags)
+    doubted = {row["id"] for row in found.rows if row["finding"] in {"outlier", "label"}}
+    count = sum(not one.startswith("train/") for one in doubted)
+    told = f"warning: {count} of those left out are val and test images that a model finds odd (label, outlier)"
+    assert (told in found.screen) == (count > 0)
+    assert "warning: --weights=none: a network that has learnt nothing finds few copies" in found.screen
 
 
 def test_data_that_can_not_be_trained_on_is_audited_all_the_same(store_dir, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import COLOURS, make_image, run_main, write_colour_folder, write_image
+from tests.conftest import COLOURS, SMALL, make_image, run_main, write_colour_folder, write_image
 from tl_keras.classifier import LoadedClassifier, load
 from tl_keras.data.corruptions import CORRUPTIONS, STRENGTHS
 from tl_keras.evaluation.metrics import measure
@@ -219,6 +219,58 @@ def test_images_that_were_trained_on_are_found_under_other_names_and_labels(
     assert 0 < leaked < len(trained_on)
     assert found.metrics["leaks"]["test"]["leaked"] == leaked
     assert f"was trained on {leaked} of the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "empty", "other", "splits"])
+def test_a_run_that_does_not_say_what_it_was_trained_on_is_evaluated_all_the_same(
+    trained, fresh, tmp_path, capsys, damage
+):
+    run = tmp_path / "trained"
+    shutil.copytree(trained[0], run)
+    digests = run / "digests.npy"
+    if damage == "gone":
+        digests.unlink()
+    elif damage == "short":
+        np.save(digests, np.load(digests)[:5])
+    elif damage == "splits":
+        (run / "splits.csv").write_text("id,label\na,b\n")
+    else:
+        digests.write_bytes(b"" if damage == "empty" else b"no numbers at all")
+    arguments = (f"--classifier={run}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}")
+    assert run_main("--mode=evaluate", *arguments) == 0
+    out = capsys.readouterr().out
+    assert f"note: {run} does not say which images it was trained on: splits.csv or digests.npy in it is missing" in out
+    found = Evaluated(tmp_path / "run")
+    assert found.metrics["leaks"] is None
+    assert "this report can&#39;t know" in (found.path / "report.html").read_text()
+
+
+def test_what_the_network_was_trained_on_before_counts_too(colour_folder, store_dir, fresh, tmp_path, capsys):
+    common = (*SMALL, f"--store_dir={store_dir}", "--noexport", "--epochs=1")
+    write_colour_folder(tmp_path / "other", each=6, first=400)
+    before, after = tmp_path / "before", tmp_path / "after"
+    data = f"--dataset=folder:{colour_folder}"
+    assert run_main("--mode=finetune", data, *common, "--trainable=last:2", f"--run_dir={before}") == 0
+    data = f"--dataset=folder:{tmp_path / 'other'}"
+    flags = [flag for flag in common if not flag.startswith(("--backbone", "--weights", "--image_size"))]
+    assert run_main("--mode=finetune", data, *flags, f"--weights={before}", f"--run_dir={after}") == 0
+    used = [row["id"] for row in csv.DictReader((before / "splits.csv").open()) if row["split"] == "train"][:2]
+    for one in used:
+        shutil.copy(colour_folder / one, fresh / one.replace("/", "/again-"))
+    capsys.readouterr()
+    evaluated = (f"--classifier={after}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}", "--noreport")
+    assert run_main("--mode=evaluate", *evaluated) == 0
+    assert Evaluated(tmp_path / "run").metrics["leaks"]["test"]["leaked"] == 2
+    assert "the classifier was trained on 2 of the 11 test images, or on copies of them" in capsys.readouterr().out
+
+
+def test_images_on_which_choices_were_made_are_told(score, trained, colour_folder, fresh, capsys):
+    val = [row["id"] for row in Evaluated(trained[0]).table("splits.csv") if row["split"] == "val"]
+    for one in val:
+        shutil.copy(colour_folder / one, fresh / one.replace("/", "/again-"))
+    assert score(fresh).metrics["leaks"] == {}
+    told = f"warning: {len(val)} of the {9 + len(val)} test images are val images of the classifier's run, on which"
+    assert told in capsys.readouterr().out
 
 
 def test_other_images_under_the_ids_of_trained_ones_are_told_apart(score, colour_folder, tmp_path, capsys):

@@ -75,6 +75,15 @@ def test_each_probe_has_heat_maps_but_for_votes(probe, heat, leaky, store_dir, t
     assert "eak: 1 of 36 test images are in another split too" in (run / "MODEL_CARD.md").read_text()
     assert "audit: leak 1" in screen
     assert f"report: {run}/report.html" in screen
+    again = (f"--classifier={run}", f"--run_dir={tmp_path / 'again'}", "--noreport")
+    assert run_main("--mode=evaluate", *again) == 0  # knows what the run's audit found
+    leaks = [json.loads((one / "metrics.json").read_text()) for one in (run, tmp_path / "again")]
+    expected = leaks[0]["audit"]["leaks"]
+    for name in ("leaked", "accuracy_with", "accuracy_without"):
+        assert leaks[1]["leaks"]["test"][name] == expected[name]
+    assert "warning: the classifier was trained on 1 of the 36 test images, or on copies of them" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_trained_tail_shows_its_own_neighbours(leaky, store_dir, tmp_path):

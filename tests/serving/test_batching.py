@@ -224,4 +224,4 @@ def test_a_small_crowd_waits_for_a_large_one_to_come_back():
     asyncio.run(work())
     batcher.close()
     middle = recorder.sizes[6:-6]
-    assert min(middle) >= 4
+    assert np.mean(np.array(middle) < 4) < 0.25  # taking turns, it would be half of them

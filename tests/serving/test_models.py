@@ -172,7 +172,9 @@ def test_requests_under_way_finish_on_the_old_version(disk):
     asking.start()
     entered.wait(10)
     polling.start()
-    time.sleep(0.1)
+    deadline = time.monotonic() + 10
+    while disk.find("m").number != 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert disk.find("m").number == 2  # new requests go to the new one already
     assert disk.closed == []
     leave.set()

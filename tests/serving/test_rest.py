@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import socket
+import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -324,9 +325,10 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(server, model, photographs
             with socket.create_connection((host, int(port)), timeout=30) as connection:
                 connection.sendall(head.encode() + f"Content-Length: {len(photographs[0])}\r\n\r\n".encode() + content)
     assert server.ask(f"/v1/models/{model}:predict", {"instances": [as_b64(photographs[0])]})[0] == 200
-    assert (
-        f':tl_keras:serving:queued_rows{{model_name="{model}"}} 0.0' in server.ask("/monitoring/prometheus/metrics")[1]
-    )
+    nothing, deadline = f':tl_keras:serving:queued_rows{{model_name="{model}"}} 0.0', time.monotonic() + 20
+    while nothing not in (text := server.ask("/monitoring/prometheus/metrics")[1]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert nothing in text
 
 
 def test_headers_are_bounded(server):

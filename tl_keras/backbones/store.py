@@ -15,6 +15,7 @@ import os
 import shutil
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class EmbeddingStore:
             self._connection = sqlite3.connect(
                 self.path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False
             )
+            self._close = weakref.finalize(self, self._connection.close)  # whoever forgets the store closes it too
             self._connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             self._start_log()
             self._connection.execute("PRAGMA synchronous=NORMAL")
@@ -68,7 +70,7 @@ class EmbeddingStore:
 
     def close(self) -> None:
         """Closes the file."""
-        self._connection.close()
+        self._close()
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Positions of the keys that are not in the store, ascending."""

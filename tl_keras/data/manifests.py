@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tl_keras.errors import UserError
 
+_CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -50,6 +52,11 @@ class Table:
 def one_spelling(text: str) -> str:
     """One spelling of a name on every system: macOS writes accents apart (Unicode NFD), others together (NFC)."""
     return unicodedata.normalize("NFC", text)
+
+
+def has_control(text: str) -> bool:
+    """Whether a text has what no line can hold: control characters, line separators, bytes that are no UTF-8."""
+    return any(unicodedata.category(letter) in _CONTROL for letter in text)
 
 
 def read_table(path: Path, *, asked: str) -> Table:

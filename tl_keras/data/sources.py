@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tl_keras.config import nearest
-from tl_keras.data.manifests import one_spelling, read_table
+from tl_keras.data.manifests import has_control, one_spelling, read_table
 from tl_keras.data.splits import SPLIT_NAMES
 from tl_keras.errors import UserError
 from tl_keras.run import map_ahead
@@ -24,7 +23,6 @@ _SUFFIXES = frozenset(
         *("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ico", "svg", "psd", "raw", "dng"),
     )
 )
-_NO_LABEL = frozenset(("Cc", "Cs", "Zl", "Zp"))  # control characters, bytes that are no UTF-8, line separators
 _READERS = 4
 _READ_AHEAD = 64
 _NAMED = 5
@@ -227,7 +225,7 @@ def _from_files(
         seen[one_id] = path
     class_names = tuple(sorted(set(class_of or ())))
     for label in class_names:
-        if any(unicodedata.category(letter) in _NO_LABEL for letter in label):  # labels.txt has one a line
+        if has_control(label):  # labels.txt has one a line
             raise UserError(f"the class name {label!r} has a line break or control character. Rename it.")
     numbers = {label: number for number, label in enumerate(class_names)}
     return Source(

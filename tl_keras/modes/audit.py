@@ -16,6 +16,7 @@ from tl_keras.audit.examine import Audit, describe_data, predict_stand_in
 from tl_keras.audit.findings import FINDINGS_HEADER, Finding, count
 from tl_keras.classifier import load_trained
 from tl_keras.config import Config
+from tl_keras.data.manifests import has_control
 from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
@@ -39,10 +40,12 @@ def run(config: Config) -> Result:
     keras.utils.set_random_seed(config.run.seed)
     asked, config = config, _follow_classifier(config, screen)
     if config.audit.write_clean_csv:
-        clean = Path(config.audit.write_clean_csv)
-        if clean.is_dir():
-            raise UserError(f"--write_clean_csv={clean} is a folder. Give the name of a file in it.")
-        check_writable(clean.absolute().parent, str(clean))
+        _check_clean_path(config)
+    if config.backbone.weights == "none" and not asked.read.classifier:
+        screen.line(
+            "warning: --weights=none: a network that has learnt nothing finds few copies that were changed, and wrong "
+            "labels and outliers by chance alone. Leave it out, or give a weights file"
+        )
     with watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone)
     size = int(backbone.input_shape[1])
@@ -126,11 +129,29 @@ def _follow_classifier(config: Config, screen: Screen) -> Config:
     return dataclasses.replace(config, data=data, backbone=backbone, read=read)
 
 
-def _check_clean(config: Config, job: Job) -> None:
-    """The manifest must be of files, and may replace nothing of the user's.
+def _check_clean_path(config: Config) -> None:
+    """The manifest may replace nothing of the user's.
 
     Raises:
         UserError: it can't be written, or would.
+    """
+    path = Path(str(config.audit.write_clean_csv))
+    if path.is_dir():
+        raise UserError(f"--write_clean_csv={path} is a folder. Give the name of a file in it.")
+    own = os.path.realpath(path) == os.path.realpath((config.data.dataset or "").partition(":")[2])
+    if path.exists() and (own or not config.run.overwrite):
+        raise UserError(
+            f"--write_clean_csv={path} exists already{', and is what is looked at' * own}. Give another name"
+            + ("." if own else ", or --overwrite.")
+        )
+    check_writable(path.absolute().parent, str(path))
+
+
+def _check_clean(config: Config, job: Job) -> None:
+    """The manifest must be of files, and may be none of them.
+
+    Raises:
+        UserError: it is not, or would be.
     """
     if not config.audit.write_clean_csv:
         return
@@ -140,13 +161,8 @@ def _check_clean(config: Config, job: Job) -> None:
             f"--write_clean_csv lists files, and {source.name} has none of its own. Leave it out, or give "
             "--dataset=folder: or csv:."
         )
-    manifest = (config.data.dataset or "").partition(":")[2]
-    own = {os.path.realpath(one) for one in [manifest, *source.paths]}
-    if os.path.realpath(path) in own or (path.exists() and not config.run.overwrite):
-        raise UserError(
-            f"--write_clean_csv={path} exists already{', and is what is looked at' * (os.path.realpath(path) in own)}. "
-            "Give another name" + ("." if os.path.realpath(path) in own else ", or --overwrite.")
-        )
+    if os.path.realpath(path) in {os.path.realpath(one) for one in source.paths}:
+        raise UserError(f"--write_clean_csv={path} is one of the images that are looked at. Give another name.")
 
 
 def _count_classes(job: Job) -> dict[str, dict[str, int]]:
@@ -186,7 +202,7 @@ def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[
         line = (str(Path(source.paths[row]).absolute()), *label, SPLITS[examples.splits[row]], source.ids[row])
         if source.ids[row] in left_out:
             continue
-        if all(cell.isprintable() for cell in line):
+        if not any(has_control(cell) or cell != cell.strip() for cell in line):
             lines.append(line)
         else:
             unwritable += 1

@@ -112,7 +112,7 @@ def run(config: Config) -> Result:
             logits,
             embedded=embedded,
             parity=parity,
-            chosen="epochs",
+            chosen="epochs were chosen on it; ",
             views=Views(read_trained, unspoilt, backbone.output_shape[1]),
             interrupted=interrupted,
             repeat=train_again if seeds > 1 and not interrupted else None,

@@ -188,7 +188,7 @@ class Job:
             logits: split → `(n, classes)`, of val and test.
             embedded: what it was trained on.
             parity: the process that compares the exported model, where one is wanted.
-            chosen: what was chosen on val, in the plural; empty where nothing was.
+            chosen: that something was chosen on val, a clause with its semicolon; empty where nothing was.
             views: embeddings for the report.
             interrupted: whether training was cut short; then nothing is exported.
             more: further entries of `metrics.json`.
@@ -490,7 +490,6 @@ def _describe_timing(watch: Stopwatch, embedded: Embedded) -> dict[str, Any]:
 
 def _last_line(metrics: dict[str, Any], folder: RunFolder, exported: Exported | None, chosen: str) -> str:
     split = evaluated_split(metrics)
-    choices = f"{chosen} were chosen on it; " if chosen else ""
-    note = "" if split == "test" else f" ({choices}there is no test split)"
+    note = "" if split == "test" else f" ({chosen}there is no test split)"
     parts = [headline(split, metrics[split]) + note, str(folder.path)]
     return " · ".join([*parts, str(exported.path)] if exported else parts)

@@ -293,9 +293,10 @@ def _choose_versions(entry: ModelEntry) -> dict[int, Path]:
     return {number: found[number] for number in {*kept, *entry.labels.values()} if number in found}
 
 
-def _stamp(path: Path) -> float:
-    """Changes where a version folder was written anew."""
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Changes where a version folder was written anew; not every file system counts time finely."""
     try:
-        return (path / "saved_model.pb").stat().st_mtime
+        found = (path / "saved_model.pb").stat()
     except OSError:
-        return 0.0
+        return 0, 0, 0
+    return found.st_mtime_ns, found.st_size, found.st_ino

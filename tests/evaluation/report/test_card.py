@@ -42,6 +42,23 @@ def test_mistakes(tmp_path, content, text):
     assert text in str(caught.value)
 
 
+def test_a_windows_editors_mark_is_no_mistake_and_nesting_without_end_is_one(tmp_path):
+    path = tmp_path / "card.json"
+    path.write_text('{"limits": "few"}', encoding="utf-8-sig")
+    assert load_card(str(path)).said == {"limits": "few"}
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match="is no JSON"):
+        load_card(str(path))
+
+
+def test_letters_that_yaml_does_not_take_come_back(tmp_path):
+    import yaml
+
+    name = "a\x7fb\x85c\u2028d\U0001f41ce\ufeff"
+    block = describe_metadata(Card({}), name=name, backbone="b", dataset="d", split="test", figures=FIGURES)
+    assert yaml.safe_load(block)["model-index"][0]["name"] == name
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"--card=.*no\.json can't be read: No such file or directory. Check the path."):
         load_card(str(tmp_path / "no.json"))
