@@ -33,7 +33,7 @@ from tl_keras.run import RunFolder, read_csv
 
 REPORT, MODEL_CARD = "report.html", "MODEL_CARD.md"
 _DRAWN_AT_MOST = 3000  # classes: ordering them takes their square in memory, and longer
-_NAME_AT_MOST = 24
+_NAME_AT_MOST = 20
 _SPLITS = {"test": "test", "val": "validation"}
 
 
