@@ -489,6 +489,17 @@ def test_interrupted_corruptions_leave_the_figures_there(trained, tmp_path, monk
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_images_that_are_gone_when_they_are_to_be_corrupted_cost_the_corruptions_alone(
+    trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "make_images", lambda *args, **kwargs: [])
+    flags = (f"--classifier={trained[0]}", f"--run_dir={tmp_path / 'run'}", "--corruptions", "--noreport")
+    assert run_main("--mode=evaluate", *flags) == 1
+    out = capsys.readouterr().out
+    assert "warning: --corruptions: none of the images that were drawn can be read any more. Look at them. All" in out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["n"] > 0
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
     for name in "ab":
         (tmp_path / name).mkdir()

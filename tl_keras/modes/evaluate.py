@@ -94,6 +94,9 @@ def run(config: Config) -> Result:
             except KeyboardInterrupt:
                 screen.line("corruptions: interrupted, and left out; all else is there")
                 status = INTERRUPTED
+            except UserError as error:
+                screen.line(f"warning: {error} All else is there.")
+                status = 1
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
     rate = round(count / watch.seconds["prediction"], 1)
