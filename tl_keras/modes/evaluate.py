@@ -87,16 +87,9 @@ def run(config: Config) -> Result:
         metrics |= _reject_as_run(metrics, path, examples, probabilities)
         metrics["leaks"], warnings = measure_seen(trained_on, examples, probabilities)
         if config.evaluation.corruptions:
-            split = evaluated_split(probabilities)
             count = config.evaluation.corruption_images
-            try:
-                metrics["robustness"] = _corrupt(classifier, examples, split, count, screen)
-            except KeyboardInterrupt:
-                screen.line("corruptions: interrupted, and left out; all else is there")
-                status = INTERRUPTED
-            except UserError as error:
-                screen.line(f"warning: {error} All else is there.")
-                status = 1
+            more, status = _try_corruptions(classifier, examples, evaluated_split(probabilities), count, screen)
+            metrics |= more
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
     rate = round(count / watch.seconds["prediction"], 1)
@@ -150,6 +143,20 @@ def _judge(
         resize=classifier.decoding["resize"],
         trained=trained,
     )
+
+
+def _try_corruptions(
+    classifier: LoadedClassifier, examples: Examples, split: str, count: int, screen: Screen
+) -> tuple[dict[str, Any], int]:
+    """The entry `robustness` of `metrics.json`, or none where it can't be had or was interrupted; an exit status."""
+    try:
+        return {"robustness": _corrupt(classifier, examples, split, count, screen)}, 0
+    except KeyboardInterrupt:
+        screen.line("corruptions: interrupted, and left out; all else is there")
+        return {}, INTERRUPTED
+    except UserError as error:
+        screen.line(f"warning: {error} All else is there.")
+        return {}, 1
 
 
 def _corrupt(
