@@ -22,6 +22,7 @@ from tl_keras.audit.examine import describe_origin
 from tl_keras.audit.findings import KINDS
 from tl_keras.config import FINDINGS, BackboneConfig, Config, DataConfig
 from tl_keras.data.sources import load_source
+from tl_keras.modes import audit as audit_mode
 from tl_keras.modes.steps import find_weights
 
 
@@ -218,6 +219,13 @@ def test_a_classifiers_own_predictions_judge_its_leaks(faulty, store_dir, tmp_pa
     shutil.copy(others / "test/red/032.jpg", others / "train/red/leak.jpg")
     found = audit(tmp_path, f"--classifier={run}", f"--dataset=folder:{others}", f"--store_dir={store_dir}")
     assert found.metrics["leaks"]["judge"] == "a logistic regression on these embeddings"
+
+
+def test_how_long_many_images_take_is_said_before(faulty, store_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_mode, "_MANY", 100)
+    found = audit(tmp_path, f"--dataset=folder:{faulty}", *SMALL_NETWORK, f"--store_dir={store_dir}")
+    told = f"note: to find the neighbours of {found.metrics['n']} images takes about 0.0 hours on two cores, and 0 GB"
+    assert told in found.screen.splitlines()
 
 
 def test_leaving_out_test_images_because_a_model_doubts_them_is_warned_of(faulty, store_dir, tmp_path):

@@ -27,6 +27,8 @@ from tl_keras.modes.steps import Job, load_backbone, load_job, read_config
 from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
 _JUDGED = {"label", "outlier"}  # by a model, not by what is in the file
+_MANY = 300_000  # images; of fewer it is done in minutes
+_NEIGHBOUR_SECONDS = 42  # of 100,000 embeddings (benchmarks/results/audit.json); it grows with their square
 _STAND_IN = "a logistic regression on these embeddings"
 
 
@@ -58,6 +60,12 @@ def run(config: Config) -> Result:
     rows, images = list_images(job.examples)
     if not len(rows):
         raise UserError(f"none of the images can be read: {job.folder.path}/broken.csv says why. Mend them.")
+    if len(rows) > _MANY:
+        hours = _NEIGHBOUR_SECONDS * (len(rows) / 1e5) ** 2 / 3600
+        screen.line(
+            f"note: to find the neighbours of {len(rows):,} images takes about {hours:.1f} hours on two cores, and "
+            f"{4e-9 * len(rows) * backbone.output_shape[-1]:.0f} GB"
+        )
     with watch.stage("audit"):
         embeddings, progress = read_embeddings(embedded, rows), screen.progress
         audit = examine_examples(job.examples, job.oddities, embeddings, every=True, show_progress=progress)
