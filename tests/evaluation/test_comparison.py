@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -55,6 +56,24 @@ def test_a_sentence_for_everyone():
 def test_no_difference_has_an_interval():
     low, high = compare(*make(30, 0, 0, 0)).interval
     assert low < 0 < high
+
+
+def test_a_verdict_that_the_interval_seems_to_contradict_is_explained():
+    one = compare(np.arange(200) < 152, (np.arange(200) < 140) | (np.arange(200) > 195))  # 12 against 4
+    assert one.p_value > 0.05
+    assert one.interval[1] < 0
+    told = one.describe("A", "B")
+    assert told.startswith(
+        "A and B can't be told apart on these images: 4 images only B gets right, 12 only A, p = 0.077;"
+    )
+    assert told.endswith("n=200. The interval leaves 0 out, but it is approximate and of this pair alone: p decides")
+
+
+@pytest.mark.parametrize(("p_value", "text"), [(0.04999, "p = 0.0500;"), (1e-300, "p < 0.001;"), (0.013, "p = 0.013;")])
+def test_a_p_value_is_shown_on_its_own_side_of_five_percent(p_value, text):
+    one = dataclasses.replace(compare(*make(30, 9, 1, 0)), p_value=p_value)
+    assert text in one.describe("A", "B")
+    assert " is better: " in one.describe("A", "B")
 
 
 def test_holms_adjustment():

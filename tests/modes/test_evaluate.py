@@ -509,6 +509,17 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
     assert "b/run is better: 14 images only b/run gets right, 0 only a/run, p" in capsys.readouterr().out
 
 
+def test_a_run_whose_audit_found_leaks_is_named_where_it_is_compared(tmp_path, capsys):
+    first, second = write_predictions(tmp_path / "A", {1, 2, 3}), write_predictions(tmp_path / "B", set())
+    leaks = {"split": "test", "leaked": 24, "ids": ["0.jpg"]}
+    (second / "metrics.json").write_text(json.dumps({"test": {}, "audit": {"leaks": leaks}}))
+    (first / "metrics.json").write_text(json.dumps({"test": {}, "audit": {"leaks": {}}}))
+    assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = "warning: 24 of B's test images are in another split of its data too: its accuracy may be too good"
+    assert [line for line in lines if line.startswith("warning")] == [told]
+
+
 def test_val_is_not_compared_with_test(tmp_path, capsys):
     first, second = write_predictions(tmp_path / "A", {1}), write_predictions(tmp_path / "B", set())
     rows = (second / "predictions.csv").read_text()
