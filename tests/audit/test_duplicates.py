@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from tl_keras.audit.duplicates import Images, Look, Pair, describe_pairs, find_candidates, find_pairs
 from tl_keras.audit.hashes import hash_image
 from tl_keras.audit.neighbours import find_neighbours
+from tl_keras.data.splits import SPLITS
 
 NEAR, FAR = np.array([1.0, 0.01, 0.0]), np.array([0.0, 0.0, 1.0])
 EMBEDDINGS = np.array([[1.0, 0.0, 0.0], NEAR, [0.0, 1.0, 0.0], FAR, FAR]).astype(np.float32)
@@ -94,9 +95,9 @@ def test_groups_have_one_finding_for_each_that_is_not_kept():
 
 def test_of_a_chain_what_is_like_nothing_that_is_kept_stays():
     images = Images(["a", "b", "c"], np.zeros(3, int), ("x",), ["train"] * 3)
-    findings, leaked = describe_pairs([near(0, 1), near(1, 2)], images)
+    findings, copied = describe_pairs([near(0, 1), near(1, 2)], images)
     assert [(one.id, one.other_id) for one in findings] == [("b", "a")]
-    assert not leaked.any()
+    assert not copied.any()
 
 
 def near(first: int, second: int) -> Pair:
@@ -105,27 +106,27 @@ def near(first: int, second: int) -> Pair:
 
 def test_every_copy_of_a_training_image_leaks_whichever_is_kept():
     images = Images(["a", "t1", "t2"], np.zeros(3, int), ("x",), ["train", "test", "test"])
-    findings, leaked = describe_pairs([Pair(0, 1, "the same bytes"), Pair(0, 2, "the same bytes")], images)
+    findings, copied = describe_pairs([Pair(0, 1, "the same bytes"), Pair(0, 2, "the same bytes")], images)
     assert [(one.kind, one.id, one.other_id) for one in findings] == [("duplicate", "t2", "t1"), ("leak", "a", "t1")]
-    assert leaked.tolist() == [True, True, True]
+    assert copied.tolist() == [[False, False, True], [True, False, False], [True, False, False]]
 
 
 def test_a_leak_is_told_though_the_test_image_that_it_is_like_is_itself_a_copy():
     images = Images(["a", "t1", "t2"], np.array([1, 0, 0]), ("x", "y"), ["train", "test", "test"])
-    findings, leaked = describe_pairs([near(1, 2), near(0, 2)], images)
+    findings, copied = describe_pairs([near(1, 2), near(0, 2)], images)
     assert [(one.kind, one.id, one.other_id) for one in findings] == [
         ("near_duplicate", "t2", "t1"),
         ("leak", "a", "t2"),
         ("two_labels", "a", "t2"),
     ]
-    assert leaked.tolist() == [True, False, True]
+    assert copied.any(1).tolist() == [True, False, True]
 
 
 def test_what_is_nearly_like_one_of_a_group_is_like_all_of_it():
     images = Images([*"abc"], np.zeros(3, int), ("x",), ["test", "train", "train"])
-    findings, leaked = describe_pairs([Pair(1, 2, "the same pixels"), near(0, 2)], images)
+    findings, copied = describe_pairs([Pair(1, 2, "the same pixels"), near(0, 2)], images)
     assert [(one.kind, one.id, one.other_id) for one in findings] == [("leak", "b", "a"), ("leak", "c", "a")]
-    assert leaked.all()
+    assert copied.any(1).all()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -134,20 +135,21 @@ def test_without_the_images_that_are_named_no_split_and_no_label_shares_a_pictur
     splits = random.choice(["train", "val", "test"], count).tolist()
     images = Images([str(row) for row in range(count)], random.integers(0, 2, count), ("x", "y"), splits)
     cells = {tuple(sorted(random.choice(count, 2, replace=False).tolist())) for _ in range(25)}
-    kinds = dict.fromkeys([("the same bytes"), ("the same pixels"), ("nearly the same picture")])
-    pairs = [Pair(*cell, random.choice(list(kinds))) for cell in sorted(cells)]
-    findings, leaked = describe_pairs(pairs, images)
+    kinds = ["the same bytes", "the same pixels", "nearly the same picture"]
+    pairs = [Pair(*cell, random.choice(kinds)) for cell in sorted(cells)]
+    findings, copied = describe_pairs(pairs, images)
     assert len({(one.id, one.kind) for one in findings}) == len(findings)
     gone = {int(one.id) for one in findings if one.kind in ("leak", "two_labels")}
     for pair in pairs:
         across = splits[pair.first] != splits[pair.second]
         if across:
-            assert leaked[pair.first]
-            assert leaked[pair.second]
+            assert copied[pair.first, SPLITS.index(splits[pair.second])]
+            assert copied[pair.second, SPLITS.index(splits[pair.first])]
         if across or images.labels[pair.first] != images.labels[pair.second]:
             assert gone & {pair.first, pair.second}
     for one in findings:
-        assert one.kind != "leak" or leaked[[int(one.id), int(one.other_id)]].all()
+        assert one.kind != "leak" or copied[[int(one.id), int(one.other_id)]].any(1).all()
+    assert not any(copied[row, SPLITS.index(split)] for row, split in enumerate(splits))
 
 
 @pytest.mark.parametrize(

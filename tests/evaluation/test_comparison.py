@@ -69,7 +69,7 @@ def test_a_verdict_that_the_interval_seems_to_contradict_is_explained():
     assert told.endswith("n=200. The interval leaves 0 out, but it is approximate and of this pair alone: p decides")
 
 
-@pytest.mark.parametrize(("p_value", "text"), [(0.04999, "p = 0.0500;"), (1e-300, "p < 0.001;"), (0.013, "p = 0.013;")])
+@pytest.mark.parametrize(("p_value", "text"), [(0.04999, "p < 0.050;"), (1e-300, "p < 0.001;"), (0.013, "p = 0.013;")])
 def test_a_p_value_is_shown_on_its_own_side_of_five_percent(p_value, text):
     one = dataclasses.replace(compare(*make(30, 9, 1, 0)), p_value=p_value)
     assert text in one.describe("A", "B")

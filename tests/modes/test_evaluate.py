@@ -264,6 +264,27 @@ def test_what_the_network_was_trained_on_before_counts_too(colour_folder, store_
     assert "the classifier was trained on 2 of the 11 test images, or on copies of them" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["imagenet", "none"])
+def test_a_run_folder_may_be_called_as_weights_are(trained, fresh, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained[0], name)
+    flags = (f"--classifier={name}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}", "--noreport")
+    assert run_main("--mode=evaluate", *flags) == 0
+    assert Evaluated(tmp_path / "run").metrics["leaks"] == {}
+
+
+def test_an_earlier_run_that_is_gone_is_named(trained, fresh, tmp_path, capsys):
+    run = tmp_path / "trained"
+    shutil.copytree(trained[0], run)
+    config = json.loads((run / "config.json").read_text())
+    config["backbone"]["weights"] = "runs/gone"
+    (run / "config.json").write_text(json.dumps(config))
+    flags = (f"--classifier={run}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}", "--noreport")
+    assert run_main("--mode=evaluate", *flags) == 0
+    told = "note: what runs/gone was trained on, with which the network began, can't be known"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 def test_images_on_which_choices_were_made_are_told(score, trained, colour_folder, fresh, capsys):
     val = [row["id"] for row in Evaluated(trained[0]).table("splits.csv") if row["split"] == "val"]
     for one in val:
@@ -511,13 +532,16 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
 
 def test_a_run_whose_audit_found_leaks_is_named_where_it_is_compared(tmp_path, capsys):
     first, second = write_predictions(tmp_path / "A", {1, 2, 3}), write_predictions(tmp_path / "B", set())
-    leaks = {"split": "test", "leaked": 24, "ids": ["0.jpg"]}
-    (second / "metrics.json").write_text(json.dumps({"test": {}, "audit": {"leaks": leaks}}))
-    (first / "metrics.json").write_text(json.dumps({"test": {}, "audit": {"leaks": {}}}))
-    assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
-    lines = capsys.readouterr().out.splitlines()
-    told = "warning: 24 of B's test images are in another split of its data too: its accuracy may be too good"
-    assert [line for line in lines if line.startswith("warning")] == [told]
+    leaks = {"split": "test", "leaked": 24}
+    for found in ({"audit": {"leaks": leaks}}, {"leaks": {"test": {"leaked": 24}, "val": {"leaked": 3}}}):
+        (second / "metrics.json").write_text(json.dumps({"test": {}, **found}))
+        (first / "metrics.json").write_text(json.dumps({"test": {}, "audit": {"leaks": None}, "leaks": None}))
+        assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
+        warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        assert warned == [
+            "warning: 24 of B's test images, or copies of them, are among those that it was made of: its accuracy may "
+            "be too good"
+        ]
 
 
 def test_val_is_not_compared_with_test(tmp_path, capsys):

@@ -68,6 +68,7 @@ def test_other_seeds_tell_the_spread_and_leave_the_run_as_it_is(finetune, capsys
     assert found["accuracies"][0] == pytest.approx(test["accuracy"])
     assert found["min"] <= found["mean"] <= found["max"]
     assert "3 seeds: test accuracy " in capsys.readouterr().out
+    assert read(often)["timing"]["seconds"]["seeds"] > 0
     assert (often / "history.csv").read_text().count("\n") == (once / "history.csv").read_text().count("\n")
 
 
@@ -87,7 +88,7 @@ def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
     arguments = [*finetune_flags, "--epochs=1", "--seeds=3", "--export", f"--export_dir={tmp_path / 'models'}"]
     assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
     out = capsys.readouterr().out
-    assert f"seeds: interrupted after {trained} of 3; all else is there" in out
+    assert f"seeds: interrupted after {trained} of 3; the run is kept, and goes on to its end" in out
     assert "1 seeds" not in out
     found = read(tmp_path / "run")
     assert ("seeds" in found) == (trained == 2)

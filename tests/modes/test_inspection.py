@@ -67,7 +67,8 @@ def test_images_are_those_in_use(examples):
 
 def leaky(*ids: str) -> tuple[Audit, Images]:
     images = Images([*"abcdef"], np.array([0, 1, 0, 1, 0, 1]), ("x", "y"), ["train", *["test"] * 5])
-    return Audit([], np.zeros((6, 2)), None, np.isin(images.ids, ids)), images
+    copied = np.isin(images.ids, ids)[:, np.newaxis] & np.array([True, False, False])
+    return Audit([], np.zeros((6, 2)), None, copied), images
 
 
 def test_what_leaks_do_to_the_accuracy_by_hand():
@@ -75,6 +76,7 @@ def test_what_leaks_do_to_the_accuracy_by_hand():
     found, lines = measure_leaks(audit, images, np.array([1, 0, 0, 0, 0]), "it")
     # right: b, c, e of b to f; without b and c one of three
     assert (found["leaked"], found["accuracy_with"], found["accuracy_without"]) == (2, 3 / 5, 1 / 3)
+    assert found["copies_in"] == {"train": ["b", "c"], "val": [], "test": []}
     assert lines == [
         "leak: 2 of 5 test images are in another split too; test accuracy by it: 0.600 [0.231, 0.882] with them, "
         "0.333 [0.061, 0.792] without them"

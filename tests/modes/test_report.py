@@ -108,7 +108,7 @@ def test_evaluate_reports_a_run_and_an_exported_model(trained, tmp_path, capsys)
         assert (">Robustness</" in text) == (number == 0)
         assert ("an exported model gives no gradients: evaluate its run folder" in text) == (number == 1)
         assert ("Whether it has seen some of these images before, this report can&#39;t know." in text) == (number == 1)
-        assert ("It was trained on none of these images, byte for byte" in text) == (number == 0)
+        assert ("None of them is one of its run&#39;s training images, byte for byte" in text) == (number == 0)
         assert ("An exported model does not say which of these images it was trained on" in text) == (number == 1)
         assert "nearest training images" not in text
         pictures.append(pictures_of(run))

@@ -12,7 +12,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from tl_keras.audit.findings import Finding
 from tl_keras.audit.hashes import BITS, correlate, distance
 from tl_keras.audit.neighbours import Neighbours
-from tl_keras.data.splits import evaluated_split
+from tl_keras.data.splits import SPLITS, evaluated_split
 
 # Planted copies in flowers (resized, recompressed, cropped by 5 %, mirrored) correlate by 0.996 at least; most other
 # pairs with such hashes by less than 0.95; scikit-learn's digits, which look much alike, by 0.987 at most.
@@ -126,7 +126,8 @@ def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding]
         images: n of them.
 
     Returns:
-        Findings, at most one of a kind for each image; and which images have a copy in another split, bool `(n,)`.
+        Findings, at most one of a kind for each image; and in which other splits each image has a copy, bool `(n, 3)`,
+        columns as `SPLITS`.
     """
     alike = _Alike(pairs)
     findings, found = list[Finding](), set[int]()
@@ -141,7 +142,7 @@ def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding]
         key = images.splits[row], int(images.labels[row])
         if one_kind.setdefault(key, row) in found and not own:
             one_kind[key] = row
-    return findings, _find_leaked(alike, images)
+    return findings, _find_copied(alike, images)
 
 
 class _Alike:
@@ -204,15 +205,16 @@ def _describe(row: int, before: Sequence[int], alike: _Alike, images: Images, fo
         yield from about([other for other in before if other not in found], "duplicate")
 
 
-def _find_leaked(alike: _Alike, images: Images) -> np.ndarray:
-    """Which rows have a copy in another split, bool `(n,)`."""
+def _find_copied(alike: _Alike, images: Images) -> np.ndarray:
+    """In which other splits rows have a copy, bool `(n, 3)`."""
     splits: dict[int, set[str]] = collections.defaultdict(set)
     for row in alike.rows:
         splits[alike.group(row)].add(images.splits[row])
-    leaked = np.zeros(len(images.ids), bool)
+    copied = np.zeros((len(images.ids), len(SPLITS)), bool)
     for row in alike.rows:
-        leaked[row] = any(splits[group] - {images.splits[row]} for group in alike.groups(row))
-    return leaked
+        found = set[str]().union(*(splits[group] for group in alike.groups(row))) - {images.splits[row]}
+        copied[row] = [split in found for split in SPLITS]
+    return copied
 
 
 def _equal(values: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, int]]:

@@ -46,14 +46,14 @@ class Audit:
         findings: the most severe first.
         points: float32 `(n, d)`, see `Neighbours`.
         shift: see `measure_shift`, with the area's 95 % interval, `auroc_ci95`.
-        leaked: which images have a copy in another split, bool `(n,)`.
+        copied: in which other splits each image has a copy, bool `(n, 3)`, columns as `SPLITS`.
         not_looked_at: images that may be copies, beyond what a report has time for.
     """
 
     findings: list[Finding]
     points: np.ndarray
     shift: dict[str, Any] | None
-    leaked: np.ndarray
+    copied: np.ndarray
     not_looked_at: int = 0
 
     def counts(self) -> dict[str, int]:
@@ -106,7 +106,7 @@ def examine(
         looks[row] = look
         if look.blank:
             findings.append(Finding(images.ids[row], "blank", "high", "all but one colour"))
-    copies, leaked = describe_pairs(find_pairs(digests, looks, neighbours), images)
+    copies, copied = describe_pairs(find_pairs(digests, looks, neighbours), images)
     findings += copies
     findings += _judge_labels(neighbours.points, images)
     for row, score in zip(*find_outliers(neighbours), strict=True):
@@ -117,7 +117,7 @@ def examine(
     shift = measure_shift(neighbours.points[compared], splits[compared] == images.evaluated)
     if shift:
         shift["auroc_ci95"] = list(interval(shift["auroc"], shift["test"], shift["train"]))
-    return Audit(sort(findings), neighbours.points, shift, leaked, len(may_be) - len(wanted))
+    return Audit(sort(findings), neighbours.points, shift, copied, len(may_be) - len(wanted))
 
 
 @_silence()
@@ -147,7 +147,7 @@ def describe_data(audit: Audit, images: Images) -> list[str]:
     if audit.shift:
         low, high = audit.shift["auroc_ci95"]
         told = f"AUROC {audit.shift['auroc']:.2f} [{low:.2f}, {high:.2f}], where 0.5 is chance"
-        lines.append(f"shift: {_describe_shift(split, low)}: a classifier tells one from the other with {told}")
+        lines.append(f"shift: {_describe_shift(split, low)} ({told})")
     if audit.not_looked_at:
         lines.append(
             f"copies: {audit.not_looked_at:,} images that may be copies were not looked at, to save time: --mode=audit "
@@ -159,7 +159,7 @@ def describe_data(audit: Audit, images: Images) -> list[str]:
 def _describe_shift(split: str, low: float) -> str:
     if low > _SHIFTED:
         return f"{split} is unlike train, and figures may not hold elsewhere"
-    return f"{split} is a little unlike train" if low > _CHANCE else f"{split} looks like train"
+    return f"{split} is not quite like train" if low > _CHANCE else f"{split} can't be told from train for sure"
 
 
 def describe_origin(dataset: str, weights: str, class_names: Sequence[str] = ()) -> str:

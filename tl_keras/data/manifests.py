@@ -46,7 +46,9 @@ class Table:
     def file(self, row: int) -> str:
         """The cell `path`; with Windows' separators turned round where no file has them in its name."""
         path = self.cell(row, "path")
-        return path if os.path.exists(self.path.parent / path) else path.replace("\\", "/")
+        if "\\" not in path or os.path.exists(self.path.parent / path):
+            return path
+        return path.replace("\\", "/")
 
 
 def one_spelling(text: str) -> str:
@@ -87,4 +89,7 @@ def read_table(path: Path, *, asked: str) -> Table:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:  # a quote that is never closed
         raise UserError(f"{path} line {reader.line_num} is no CSV: {error}. Look for a stray quote.") from error
+    twice = [name for name in names if name and [one.lower() for one in names].count(name.lower()) > 1]
+    if twice:
+        raise UserError(f"{path} has columns of one name: {', '.join(twice)}. Rename them.")
     return Table(path, {name.lower(): name for name in names if name}, rows, header)

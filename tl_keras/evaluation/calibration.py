@@ -99,10 +99,13 @@ def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float
 
     found = float(error(accuracy))
 
-    def often_as_large(nearer: float) -> bool:
-        return bool((draw(confidence - (1 - nearer) * gaps) >= found - _ROUNDING).mean() >= _TAIL)
+    def nearer(by: float) -> np.ndarray:  # what may be noise goes first
+        return np.asarray(confidence - np.sign(gaps) * np.maximum(np.abs(gaps) - by * np.abs(step), 0))
 
-    low = 0.0 if often_as_large(1.0) else (1 - _last(often_as_large, 1.0)) * found
+    def often_as_large(by: float) -> bool:
+        return bool((draw(nearer(by)) >= found - _ROUNDING).mean() >= _TAIL)
+
+    low = 0.0 if often_as_large(_FARTHEST) else float(error(nearer(_last(often_as_large, _FARTHEST))))
     high = found
     for start in (gaps, np.zeros_like(gaps)):  # farther on the side on which each bin is, or on the other one
         sign = 1 if start is gaps else -1

@@ -193,4 +193,4 @@ def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 def _short(p_value: float) -> str:
     text = f"= {p_value:.3f}" if p_value >= 0.001 else "< 0.001"
-    return f"= {p_value:.4f}" if p_value < _SIGNIFICANT and text == f"= {_SIGNIFICANT:.3f}" else text
+    return f"< {_SIGNIFICANT:.3f}" if p_value < _SIGNIFICANT and text == f"= {_SIGNIFICANT:.3f}" else text

@@ -22,20 +22,18 @@ class TrainedOn:
     """What a classifier was fitted on; images are known by SHA-256 of their bytes.
 
     Attributes:
-        ids: of each image.
-        digests: of each image.
-        copies: of the images of which the run's audit found copies in another split.
-        val: of the images on which choices were made.
+        ids: of each image of the run.
+        digests: of each image, and of those of which the run's audit found copies among these.
+        val: of the images on which choices were made, and of their copies.
     """
 
     ids: Set[str]
     digests: Set[bytes]
-    copies: Set[bytes]
     val: Set[bytes]
 
     def seen(self, examples: Examples, split: str) -> np.ndarray:
         """Which of a split's images, or copies of them, it was fitted on: bool `(m,)`, as its positions stand."""
-        return _among(examples, split, self.digests | self.copies)
+        return _among(examples, split, self.digests)
 
     def chosen_on(self, examples: Examples, split: str) -> np.ndarray:
         """On which of a split's images choices were made: bool `(m,)`."""
@@ -83,25 +81,42 @@ def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[Path]) ->
         UserError: one does not say.
     """
     own = read_digests(run_dir)
-    used = [row for row in own if row[1] in splits]
-    used += [row for run in earlier for row in read_digests(run) if row[1] == "train"]
-    copied = set(read_leaks(run_dir).get("ids", ()))
+    before = [row for run in earlier for row in read_digests(run) if row[1] == "train"]
+    copied = read_leaks(run_dir).get("copies_in", {})
+
+    def digests(among: Set[str]) -> set[bytes]:
+        copies = {one for split in among for one in copied.get(split, ())}
+        return {digest for name, split, digest in own if split in among or name in copies}
+
     return TrainedOn(
-        {row[0] for row in used},
-        {row[2] for row in used},
-        {row[2] for row in own if row[0] in copied},
-        {row[2] for row in own if row[1] == "val"},
+        {name for name, split, _ in own if split in splits},
+        digests(splits) | {digest for _, _, digest in before},
+        digests({"val"}),
     )
 
 
 def read_leaks(run_dir: Path) -> dict[str, Any]:
     """What a run's audit says of leaks in `metrics.json`; empty where it found none, or there was no audit."""
+    return _read_entry(run_dir, "audit", "leaks")
+
+
+def read_leaked(run_dir: Path, split: str) -> int:
+    """How many of a split's images leaked, by a run's audit, or by what an evaluation found."""
+    for found in (read_leaks(run_dir), _read_entry(run_dir, "leaks", split)):
+        if found.get("split", split) == split and isinstance(found.get("leaked"), int):
+            return int(found["leaked"])
+    return 0
+
+
+def _read_entry(run_dir: Path, *names: str) -> dict[str, Any]:
+    """An entry of `metrics.json`; empty where there is none."""
     try:
-        metrics = read_json(run_dir / "metrics.json")
+        found = read_json(run_dir / "metrics.json")
     except UserError:
         return {}
-    audit = metrics.get("audit") if isinstance(metrics, dict) else None
-    return dict(audit.get("leaks", {})) if isinstance(audit, dict) else {}
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def compare_without(leaked: np.ndarray, right: np.ndarray) -> tuple[dict[str, Any], str]:

@@ -20,7 +20,7 @@ from tl_keras.data.manifests import has_control
 from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
-from tl_keras.evaluation.tables import DIGESTS, describe_environment, write_examples
+from tl_keras.evaluation.tables import describe_environment, write_examples
 from tl_keras.modes.inspection import examine_examples, list_images, measure_leaks, read_embeddings
 from tl_keras.modes.reporting import attempt, report_audit
 from tl_keras.modes.steps import Job, load_backbone, load_job, read_config
@@ -186,18 +186,26 @@ def _count_classes(job: Job) -> dict[str, dict[str, int]]:
 def _predict(config: Config, audit: Audit, images: Images, digests: Sequence[bytes]) -> tuple[np.ndarray, str]:
     """Labels of the evaluated split, and whose they are: the classifier's own of these very images, or a stand-in's."""
     run_dir, numbers = config.read.classifier, {name: number for number, name in enumerate(images.names)}
-    if run_dir and (Path(run_dir) / "predictions.csv").is_file() and (Path(run_dir) / DIGESTS).is_file():
-        content = {name: digest for name, _, digest in read_digests(Path(run_dir))}
-        known = {
-            (row["id"], content.get(row["id"])): row["predicted"]
-            for row in read_csv(Path(run_dir) / "predictions.csv")
-            if row["split"] == images.evaluated
-        }
-        rows = zip(images.ids, digests, images.splits, strict=True)
-        told = [known.get((name, digest)) for name, digest, split in rows if split == images.evaluated]
+    if run_dir and (Path(run_dir) / "predictions.csv").is_file():
+        told = _recall(Path(run_dir), images, digests)
         if all(one in numbers for one in told):
             return np.array([numbers[one] for one in told if one], np.int64), run_dir
     return predict_stand_in(audit.points, images), _STAND_IN
+
+
+def _recall(run_dir: Path, images: Images, digests: Sequence[bytes]) -> list[str | None]:
+    """What a run predicted of the evaluated split's images; None of those that it has not predicted, or not these."""
+    try:
+        content = {name: digest for name, _, digest in read_digests(run_dir)}
+    except UserError:
+        content = {}
+    known = {
+        (row["id"], content.get(row["id"])): row["predicted"]
+        for row in read_csv(run_dir / "predictions.csv")
+        if row["split"] == images.evaluated
+    }
+    rows = zip(images.ids, digests, images.splits, strict=True)
+    return [known.get((name, digest)) for name, digest, split in rows if split == images.evaluated]
 
 
 def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[Finding]) -> list[str]:

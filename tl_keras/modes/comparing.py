@@ -9,7 +9,7 @@ from pathlib import Path
 from tl_keras.config import Config
 from tl_keras.evaluation.comparison import adjust, compare, find_shared, read_runs
 from tl_keras.evaluation.intervals import accuracy_interval, with_interval
-from tl_keras.evaluation.leaks import read_leaks
+from tl_keras.evaluation.leaks import read_leaked
 from tl_keras.evaluation.tables import format_table
 from tl_keras.run import Result, RunFolder, Screen
 
@@ -22,11 +22,11 @@ def compare_runs(config: Config, screen: Screen) -> Result:
     runs = read_runs(config.evaluation.compare)
     shared = find_shared(runs)
     for run, path in zip(runs, config.evaluation.compare, strict=True):
-        leaks = read_leaks(Path(path))
-        if leaks.get("leaked"):
+        leaked = read_leaked(Path(path), run.split)
+        if leaked:
             screen.line(
-                f"warning: {leaks['leaked']:,} of {run.name}'s {leaks['split']} images are in another split of its "
-                "data too: its accuracy may be too good"
+                f"warning: {leaked:,} of {run.name}'s {run.split} images, or copies of them, are among those that it "
+                "was made of: its accuracy may be too good"
             )
     left_out = max(len(run.labels) for run in runs) - len(shared)
     if left_out:

@@ -248,12 +248,15 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
     """What a classifier was fitted on, its network in earlier runs included; or a note that this can't be known."""
     if not (path / "config.json").is_file():
         return None, "note: an exported model does not say which of these images it was trained on; its run folder does"
-    (own, config), *earlier = list_ancestors(str(path))
+    config = read_config(path)
+    earlier, began = list_ancestors(config.backbone.weights), find_weights(config.backbone.weights)
     before = [Path(run) for run, config in earlier if config.training.trainable != "head"]
+    unknown = f"note: what {began} was trained on, with which the network began, can't be known"
     try:
-        return read_trained_on(Path(own), set(config.probe.refit.split("+")), before), ""
+        found = read_trained_on(path, set(config.probe.refit.split("+")), before)
     except UserError as error:
         return None, f"note: {error}"
+    return (found, "") if began in {"imagenet", "none"} else (found, unknown)
 
 
 def _predict(

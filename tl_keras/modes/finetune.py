@@ -162,7 +162,9 @@ def _repeat(
             job.screen.progress(f"seed {seed}: {split} accuracy {accuracies[-1]:.3f}")
     except KeyboardInterrupt:
         interrupted = True
-        job.screen.line(f"seeds: interrupted after {len(accuracies)} of {count}; all else is there")
+        job.screen.line(
+            f"seeds: interrupted after {len(accuracies)} of {count}; the run is kept, and goes on to its end"
+        )
     if len(accuracies) == 1:
         return None
     summary = summarize(accuracies)

@@ -92,12 +92,14 @@ def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: st
         For `metrics.json`, empty where there is nothing to say, and lines for the screen.
     """
     evaluated = np.array(images.splits) == images.evaluated
-    leaked = audit.leaked[evaluated]
+    copied = audit.copied[evaluated]
+    leaked = copied.any(1)
     if not leaked.any() or len(predicted) != len(leaked):
         return {}, []
     labels = images.labels[evaluated]
     result, told = compare_without(leaked, predicted == labels)
     line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are in another split too; "
-    ids = [images.ids[row] for row in np.flatnonzero(evaluated)[leaked].tolist()]
-    result = {"split": images.evaluated, "judge": judge, **result, "ids": ids}
+    rows = np.flatnonzero(evaluated)
+    ids = {split: [images.ids[row] for row in rows[own].tolist()] for split, own in zip(SPLITS, copied.T, strict=True)}
+    result = {"split": images.evaluated, "judge": judge, **result, "copies_in": ids}
     return result, [f"{line}{images.evaluated} accuracy by {judge}: {told}"]

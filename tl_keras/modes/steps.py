@@ -229,7 +229,7 @@ class Job:
         if repeat:
             seeds = repeat()
             status = INTERRUPTED if seeds is None or seeds["interrupted"] else status
-            metrics |= {"seeds": seeds} if seeds else {}
+            metrics |= {"timing": _describe_timing(watch, embedded)} | ({"seeds": seeds} if seeds else {})
             folder.write_json("metrics.json", metrics)
         if parity and not interrupted:
             screen.line(_last_line(metrics, folder, None, chosen))  # whatever becomes of the export

@@ -96,7 +96,7 @@ RIGHT = "Of 50 test images 90.0 % (95 % interval 80.0 to 95.0 %) are answered ri
             {"val": FIGURES},
             "val",
             (
-                "chosen on the 80 val images, for there is no test split.",
+                "chosen on the 80 val images; there is no test split.",
                 "Of the val images 90.0 % (95 % interval 80.0 to 95.0 %) are answered rightly, a little more",
             ),
         ),
@@ -152,7 +152,7 @@ RIGHT = "Of 50 test images 90.0 % (95 % interval 80.0 to 95.0 %) are answered ri
             {"mode": "evaluate", "data": {"dataset": "folder:x"}},
             {"test": FIGURES, "leaks": {"val": {"leaked": 3}}},
             "test",
-            ("It was trained on none of these images, byte for byte;", RIGHT),
+            ("None of them is one of its run's training images, byte for byte;", RIGHT),
         ),
         (
             {"mode": "evaluate", "data": {"dataset": "folder:x"}},

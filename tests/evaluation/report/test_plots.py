@@ -67,6 +67,14 @@ def test_in_the_page_colours_are_the_pages_and_screen_readers_skip_it():
     assert ">train<" in text  # text stays text
 
 
+@pytest.mark.filterwarnings("error")
+def test_any_name_of_a_class_can_stand_beside_the_matrix():
+    names = ["100$_vs_$50", "\\foo{$", "cost $5 to $6", "\u65e5\u672c\u8a9e"]
+    svg = plots.as_svg(plots.draw_confusion(np.eye(4, dtype=int), np.arange(4), names), "confusion")
+    drawn = {element.text for element in ET.fromstring(svg).iter() if element.text}
+    assert set(names) <= drawn
+
+
 def test_the_matrix_of_thousands_of_classes_stays_small():
     matrix = np.eye(2500, dtype=int)
     assert len(plots.as_svg(plots.draw_confusion(matrix, np.arange(2500)), "confusion")) < 400_000

@@ -156,7 +156,7 @@ def _describe_seen(leaks: Mapping[str, Any] | None, split: str) -> str:
     if leaks is None:
         return "Whether it has seen some of these images before, this report can't know."
     if split not in leaks:
-        return "It was trained on none of these images, byte for byte; copies saved anew were not looked for."
+        return "None of them is one of its run's training images, byte for byte; copies saved anew were not looked for."
     return f"It was trained on {leaks[split]['leaked']:,} of these images, or on copies: its figures are too good."
 
 
@@ -186,8 +186,8 @@ def describe_run(
             chosen = "These are the val images of its own run, on which that run made its choices."
         else:
             chosen = "These are the test images of its own run, on which that run chose nothing."
-            if (metrics.get("leaks") or {}).get(split):
-                chosen = f"These are the test images of its own run. {_describe_seen(metrics['leaks'], split)}"
+        if not config["data"]["dataset"] and (metrics.get("leaks") or {}).get(split):
+            chosen = f"These are the {split} images of its own run. {_describe_seen(metrics['leaks'], split)}"
         return [made, chosen, last]
     if mode == "extract":
         fitted, count = "training images", counts["train"]
@@ -209,7 +209,7 @@ def describe_run(
     if "cross-validation" in str(metrics.get("probe", {}).get("chosen_by", "")):
         where = "by cross-validation within train and val"
     if split == "val":
-        chosen = f"What had to be chosen was chosen {where}, for there is no test split."
+        chosen = f"What had to be chosen was chosen {where}; there is no test split."
         last = f"Of the val images {right} are answered rightly, a little more than of new ones, for choices fit them."
     else:
         chosen = f"What had to be chosen was chosen {where}; test was looked at once, at the end."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,6 +151,8 @@ def draw_confusion(matrix: np.ndarray, order: np.ndarray, names: Sequence[str] =
     place.set(xlabel="predicted", ylabel="label", xticks=places, yticks=places)
     place.set_xticklabels(names, rotation=90, fontsize=7)
     place.set_yticklabels(names, fontsize=7)
+    for text in (*place.get_xticklabels(), *place.get_yticklabels()):
+        text.set_parse_math(False)  # a class may be called US$_$EU
     figure.colorbar(shown, ax=place, label="share of the label's images")
     return figure
 
@@ -172,7 +175,9 @@ def order_classes(matrix: np.ndarray) -> np.ndarray:
 def as_svg(figure: Figure, name: str) -> str:
     """The plot as SVG; the same plot gives the same bytes."""
     content = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # the viewer's font draws the letters, not Matplotlib's
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return content.getvalue()
 
