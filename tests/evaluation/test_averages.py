@@ -68,6 +68,26 @@ def test_intervals_of_macro_averages_hold_the_truth(classes, each, accuracy, ali
     )
 
 
+@pytest.mark.parametrize(
+    ("support", "accuracies", "low", "high"),
+    [
+        ([500, 100, 20, 10, 5], [0.98, 0.95, 0.8, 0.6, 0.5], 0.89, 0.95),
+        ([10, 300] * 10, [0.6, 0.95] * 10, 0.86, 0.95),
+        ([500, 100, 20, 10, 5], [0.8, 0.85, 0.9, 0.95, 0.99], 0.97, 1.0),
+    ],
+)
+def test_where_small_classes_differ_from_large_ones_intervals_are_off_as_the_docs_say(support, accuracies, low, high):
+    random, labels = np.random.default_rng(1), np.repeat(np.arange(len(support)), support)
+    chances = make_confusion(np.array(accuracies), random, even=True)
+    truth, steps = true_averages(chances, np.array(support)), chances.cumsum(1)
+    weights, held = np.full(len(support), 1 / len(support)), dict.fromkeys(truth, 0)
+    for _ in range(1000):
+        predicted = np.minimum((random.random(len(labels))[:, np.newaxis] > steps[labels]).sum(1), len(support) - 1)
+        for figure, (_, ends) in average(predicted, labels, count(predicted, labels, len(support)), weights).items():
+            held[figure] += ends[0] <= truth[figure] <= ends[1]
+    assert {figure: low <= times / 1000 <= high for figure, times in held.items()} == dict.fromkeys(held, True), held
+
+
 def test_classes_of_very_different_sizes_weigh_as_much_in_the_interval_as_in_the_average():
     random, support = np.random.default_rng(0), np.array([500, 100, 20, 10, 5])
     labels, truth = np.repeat(np.arange(5), support), 0.9
