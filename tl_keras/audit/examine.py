@@ -98,7 +98,8 @@ def examine(
     findings = list(known)
     neighbours = find_neighbours(embeddings)
     may_be = np.arange(len(images.ids)) if every else find_candidates(neighbours)
-    wanted = may_be if every else find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST)
+    hurried = not every and len(may_be) > _LOOKED_AT_AT_MOST
+    wanted = find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST) if hurried else may_be
     looks = dict[int, Look]()
     for row, look in map_ahead(look_at, read(wanted), threads=os.cpu_count(), ahead=_AHEAD):
         if look is None:
@@ -170,24 +171,25 @@ def describe_origin(dataset: str, weights: str, class_names: Sequence[str] = ())
         weights: `--weights`.
         class_names: of the data.
     """
+    if weights != "imagenet":
+        return ""
     name = dataset.partition("/")[0].partition(":")[0]
-    if weights == "imagenet" and name in _SEEN:
+    if name in _SEEN:
         return (
             f"warning: the images of {name} come from ImageNet's training set: a network with ImageNet weights has "
             "seen its test images, with their labels, and figures on them are too good"
         )
-    if weights == "imagenet" and name in _DRAWN:
+    if name in _DRAWN:
         return (
             f"warning: the images of {name} are drawn from ImageNet: a network with ImageNet weights has seen most of "
             "them, with their labels, and figures on them are too good"
         )
-    if weights == "imagenet" and name.startswith(_IMAGENET):
+    if name.startswith(_IMAGENET):
         return (
             f"warning: the training images of {name} are ImageNet's: a network with ImageNet weights has seen them, "
             "with their labels, and figures on a val or test carved from them are too good"
         )
-    synsets = sum(bool(_SYNSET.match(one)) for one in class_names)
-    if weights == "imagenet" and class_names and synsets > len(class_names) / 2:
+    if sum(bool(_SYNSET.match(one)) for one in class_names) > len(class_names) / 2:
         return (
             "warning: the classes are called as ImageNet's are (n02085620): where the images are ImageNet's, a network "
             "with ImageNet weights has seen them, with their labels, and figures on them are too good"

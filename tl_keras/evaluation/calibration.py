@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -105,19 +106,20 @@ def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float
     def often_as_large(by: float) -> bool:
         return bool((draw(nearer(by)) >= found - _ROUNDING).mean() >= _TAIL)
 
+    def outwards(by: float) -> np.ndarray:
+        return np.asarray(np.clip(confidence - gaps - by * step, 0, 1))
+
+    def across(by: float) -> np.ndarray:  # on the other side of the diagonal
+        return np.asarray(np.clip(confidence + by * step, 0, 1))
+
+    def often_as_small(path: Callable[[float], np.ndarray], by: float) -> bool:
+        return bool((draw(path(by)) <= found + _ROUNDING).mean() >= _TAIL)
+
     low = 0.0 if often_as_large(_FARTHEST) else float(error(nearer(_last(often_as_large, _FARTHEST))))
     high = found
-    for start in (gaps, np.zeros_like(gaps)):  # farther on the side on which each bin is, or on the other one
-        sign = 1 if start is gaps else -1
-
-        def at(farther: float, start: np.ndarray = start, sign: int = sign) -> np.ndarray:
-            return np.asarray(np.clip(confidence - start - sign * farther * step, 0, 1))
-
-        def often_as_small(farther: float, at: Callable[[float], np.ndarray] = at) -> bool:
-            return bool((draw(at(farther)) <= found + _ROUNDING).mean() >= _TAIL)
-
-        if often_as_small(0.0):
-            high = max(high, float(error(at(_last(often_as_small, _FARTHEST)))))
+    for path in (outwards, across):
+        if often_as_small(path, 0.0):
+            high = max(high, float(error(path(_last(functools.partial(often_as_small, path), _FARTHEST)))))
     return low, high
 
 

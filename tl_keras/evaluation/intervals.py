@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from scipy import optimize, stats
 
+Number = TypeVar("Number", float, np.ndarray)
 _CONFIDENCE = 0.95
 _Z = float(stats.norm.ppf((1 + _CONFIDENCE) / 2))
 _NEARLY = 1 - 1e-9
@@ -67,7 +69,7 @@ def wilson(share: np.ndarray, counts: np.ndarray) -> np.ndarray:
         Low and high, float64 `(..., 2)`.
     """
     size = np.maximum(counts, np.finfo(float).tiny)
-    middle = (share * size + _Z**2 / 2) / (size + _Z**2)
+    middle = draw_to_half(share * size, size)
     half = _Z / (size + _Z**2) * np.sqrt(share * (1 - share) * size + _Z**2 / 4)
     # where an end is 0 or 1, rounding leaves 1e-17 of it
     low = np.where(share == 0, 0, middle - half)
@@ -75,7 +77,7 @@ def wilson(share: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(np.stack([low, high], -1), 0, 1))
 
 
-def draw_to_half(correct: float, count: float) -> float:
+def draw_to_half(correct: Number, count: Number) -> Number:
     """The middle of Wilson's interval: as if two more had been right and two more wrong (Agresti & Coull 1998)."""
     return (correct + _Z**2 / 2) / (count + _Z**2)
 

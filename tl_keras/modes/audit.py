@@ -228,10 +228,10 @@ def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[
     told = [f"clean: {len(lines):,} of {len(rows):,} images, without {', '.join(config.audit.clean)} · {path}"]
     judged = _JUDGED & set(config.audit.clean)
     gone = {one.id for one in findings if one.kind in judged}
-    count = sum(source.ids[row] in gone and SPLITS[examples.splits[row]] != "train" for row in rows.tolist())
-    if count:
+    evaluated = sum(source.ids[row] in gone and SPLITS[examples.splits[row]] != "train" for row in rows.tolist())
+    if evaluated:
         told.append(
-            f"warning: {count:,} of those left out are val and test images that a model finds odd ("
+            f"warning: {evaluated:,} of those left out are val and test images that a model finds odd ("
             f"{', '.join(sorted(judged))}): figures on the others are too good. Look at them before you leave them out"
         )
     if unwritable:

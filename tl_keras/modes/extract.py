@@ -97,9 +97,12 @@ def run(config: Config) -> Result:
             embedding_layer=winner.trunk.layers[-1].name,
             resize=config.backbone.resize,
         )
-        how = "by cross-validation with it" if winner.search and "cross" in winner.search.chosen_by else "on it"
-        chosen = f"the probe's parameters were chosen {how}; " if winner.search else ""
-        chosen = "layers and probes were chosen on it; " if len(candidates) > 1 else chosen
+        chosen = ""
+        if len(candidates) > 1:
+            chosen = "layers and probes were chosen on it; "
+        elif winner.search:
+            how = "by cross-validation with it" if "cross" in winner.search.chosen_by else "on it"
+            chosen = f"the probe's parameters were chosen {how}; "
         read = functools.partial(read_embeddings, winner.embedded)
         views = Views(read, read, int(winner.trunk.output_shape[1]))
         return job.finish(

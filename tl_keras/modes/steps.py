@@ -429,19 +429,21 @@ def read_config(run_dir: str | Path) -> Config:
         raise UserError(f"{path} is not a run's. Give a run folder whose run has ended.") from error
 
 
-def list_ancestors(weights: str) -> list[tuple[str, Config]]:
-    """The runs that a network went through: the folder of `--weights`, if it is a run's, that run's own, and so on."""
+def trace_weights(weights: str) -> tuple[list[tuple[str, Config]], str]:
+    """The runs that a network went through, the latest first, and what it began with.
+
+    That is the folder of `--weights`, if it is a run's, that run's own, and so on.
+    """
     found: list[tuple[str, Config]] = []
     while len(found) < _ANCESTORS and is_run(weights) and (Path(weights) / "config.json").is_file():
         found.append((weights, read_config(weights)))
         weights = found[-1][1].backbone.weights
-    return found
+    return found, weights
 
 
 def find_weights(weights: str) -> str:
     """What a network began with: `--weights`, of a run folder that of the run, and so on."""
-    ancestors = list_ancestors(weights)
-    return ancestors[-1][1].backbone.weights if ancestors else weights
+    return trace_weights(weights)[1]
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:

@@ -180,14 +180,15 @@ def describe_run(
         made = (
             f"The classifier {config['read']['classifier']}{f' ({backbone})' * bool(backbone)} was evaluated as it is."
         )
+        leaks = metrics.get("leaks")
         if config["data"]["dataset"]:
-            chosen = _describe_seen(metrics.get("leaks"), split)
+            chosen = _describe_seen(leaks, split)
+        elif leaks and split in leaks:
+            chosen = f"These are the {split} images of its own run. {_describe_seen(leaks, split)}"
         elif split == "val":
             chosen = "These are the val images of its own run, on which that run made its choices."
         else:
             chosen = "These are the test images of its own run, on which that run chose nothing."
-        if not config["data"]["dataset"] and (metrics.get("leaks") or {}).get(split):
-            chosen = f"These are the {split} images of its own run. {_describe_seen(metrics['leaks'], split)}"
         return [made, chosen, last]
     if mode == "extract":
         fitted, count = "training images", counts["train"]

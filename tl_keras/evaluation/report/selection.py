@@ -67,5 +67,6 @@ def choose_shown(probabilities: np.ndarray, labels: np.ndarray) -> Selection:
     worst = [row for row in wrong.tolist() if row not in shown][:WORST]
     ordered = np.sort(probabilities, axis=1)
     margins = ordered[:, -1] - (ordered[:, -2] if ordered.shape[1] > 1 else 0)
-    unsure = [row for row in np.argsort(margins, kind="stable").tolist() if row not in {*worst, *shown}]
+    shown |= set(worst)
+    unsure = [row for row in np.argsort(margins, kind="stable").tolist() if row not in shown]
     return Selection(worst, unsure[:LEAST_SURE], pairs)
