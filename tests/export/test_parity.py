@@ -16,6 +16,7 @@ from tests.conftest import COLOURS, make_image, write_image
 from tl_keras.classifier import load
 from tl_keras.errors import UserError
 from tl_keras.export import parity
+from tl_keras.export.cpp_loader import find_libraries, load_library
 from tl_keras.export.parity import Agreement, ParityProcess
 
 
@@ -94,28 +95,53 @@ def test_a_model_that_still_hangs_on_kerass_variables_does_not_pass(tmp_path):
 
 def test_whoever_imports_keras_in_the_process_fails(process):
     process(
-        "import sys, types; sys.modules['tensorflow'] = types.ModuleType('tensorflow')\n"
         "from tl_keras.export import parity\n"
-        "parity._answer = lambda question: __import__('keras')\n"
+        "parity._load_runtime = lambda: None\n"
+        "parity._answer = lambda question, library: __import__('keras')\n"
         "parity._main()"
     )
     assert "import of keras halted; None in sys.modules" in error_of(compare, np.ones((1, 2)))
 
 
-def test_the_answer_is_that_of_both_batch_sizes(trained, samples, expected):
-    question = {"folder": str(trained[1]), "images": [parity.base64.b64encode(sample).decode() for sample in samples]}
-    answer = json.loads(json.dumps(parity._answer(question)))
-    assert answer["valid"] is True
+def ask(folder: Path, images: list[bytes]) -> dict[str, object]:
+    encoded = [parity.base64.b64encode(image).decode() for image in images]
+    return {"folder": str(folder), "tensors": parity._name_tensors(folder), "images": encoded}
+
+
+def open_library():
+    return load_library(find_libraries())
+
+
+@pytest.mark.parametrize(("loader", "load_runtime"), [("TF1 session", lambda: None), ("C++", open_library)])
+def test_the_answer_is_that_of_both_batch_sizes(trained, samples, expected, loader, load_runtime):
+    answer = json.loads(json.dumps(parity._answer(ask(trained[1], samples), load_runtime())))
+    assert (answer["valid"], answer["loader"]) == (True, loader)
     np.testing.assert_allclose(answer["batched"], expected, atol=1e-5)
     np.testing.assert_allclose(answer["alone"], expected[:8], atol=1e-5)
 
 
-def test_an_image_that_is_invalid_in_the_model_is_told(trained, samples):
-    question = {
-        "folder": str(trained[1]),
-        "images": [parity.base64.b64encode(one).decode() for one in (b"x", *samples)],
-    }
-    assert parity._answer(question)["valid"] is False
+@pytest.mark.parametrize("load_runtime", [lambda: None, open_library])
+def test_an_image_that_is_invalid_in_the_model_is_told(trained, samples, load_runtime):
+    assert parity._answer(ask(trained[1], [b"x", *samples]), load_runtime())["valid"] is False
+
+
+def test_tensorflows_c_plus_plus_loader_says_what_is_missing(tmp_path):
+    with pytest.raises(RuntimeError, match="Could not find SavedModel"):
+        parity._answer(ask(tmp_path, [b"x"]), open_library())
+
+
+def test_the_fresh_process_imports_no_python_of_tensorflow_where_its_wheel_has_the_c_plus_plus_loader(process):
+    process(
+        "import sys; from tl_keras.export import parity\n"
+        "parity._answer = lambda question, library: sys.exit(f'{bool(library)} {'tensorflow' in sys.modules}')\n"
+        "parity._main()"
+    )
+    assert "(True, False)" in error_of(compare, np.ones((1, 2)))
+
+
+def test_without_that_library_the_model_is_loaded_through_a_session(monkeypatch):
+    monkeypatch.setattr(parity, "find_libraries", list)
+    assert parity._load_runtime() is None
 
 
 def test_an_image_that_the_model_finds_invalid_is_an_error(process):

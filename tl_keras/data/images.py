@@ -102,10 +102,10 @@ def decode_batch(
     """
     count = tf.shape(image_bytes, out_type=tf.int64)[0]
     shape = (image_size, image_size, 3)
+    decoder = _compile_decoder(image_size, resize, max_pixels)  # one function in the graph, however often it is called
 
     def decode_one(index: tf.Tensor, one: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        one = one if read is None else read(one)
-        return index, decode(one, image_size=image_size, resize=resize, max_pixels=max_pixels)
+        return index, decoder(one if read is None else read(one))
 
     def decode_all(decoders: int | None) -> tuple[tf.Tensor, tf.Tensor]:
         images = tf.data.Dataset.from_tensor_slices((tf.range(count), image_bytes))

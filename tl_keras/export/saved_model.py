@@ -180,8 +180,10 @@ def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels
         UserError: the network is too large for one graph.
     """
     servable = Servable(classifier, max_pixels=max_pixels)
+    # A served model computes no gradients, and TensorFlow 2.21 fails to trace the custom gradient of a frozen `silu`.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     try:
-        tf.saved_model.save(servable, str(folder), signatures=servable.endpoints)
+        tf.saved_model.save(servable, str(folder), signatures=servable.endpoints, options=options)
     except tf.errors.OpError as error:
         raise OSError(None, error.message) from error
     assets = folder / "assets"
