@@ -8,6 +8,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from tl_keras.run import (
     Stopwatch,
     csv_bytes,
     disk_errors,
+    end_run,
     map_ahead,
     name_run,
     read_json,
@@ -79,12 +82,7 @@ def test_a_disk_that_is_full_half_way_leaves_the_old_file_and_no_other(tmp_path,
     path = tmp_path / "metrics.json"
     path.write_bytes(b"old")
 
-    def write_half(self, content):
-        with open(self, "wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))  # where a file system allocates late
     assert error_of(write_atomically, path, b"much longer") == (
         f"the disk is full: {path} could not be written. Free some space and run again."
     )
@@ -186,23 +184,92 @@ def test_a_run_folder_says_at_once_what_runs_it_again(tmp_path):
     assert (folder.path / "run.flags").read_text() == "--mode=finetune\n"
 
 
-def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path):
+def test_an_empty_folder_is_taken_and_that_of_a_complete_run_is_not(tmp_path):
     (tmp_path / "empty").mkdir()
-    create(tmp_path / "empty")
+    folder = create(tmp_path / "empty")
+    folder.write_json("metrics.json", {})
+    end_run(folder.path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert error_of(create, tmp_path / "empty", seed=9) == (
-        f"the run folder {tmp_path}/empty exists already, of a run that has not ended. Give another --run_dir, "
-        "or --overwrite to replace an earlier run."
+        f"the run folder {tmp_path}/empty exists already. Give another --run_dir, or --overwrite to replace an earlier "
+        "run."
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
-def test_overwrite_replaces_an_earlier_run_and_nothing_of_it_stays(tmp_path):
+def settings(**run) -> dict[str, object]:
+    return {"mode": "finetune", "run": {"seed": 0, "resume": False, "overwrite": False, "run_dir": "a", **run}}
+
+
+def test_a_run_that_has_not_ended_goes_on_under_the_same_settings(tmp_path):
+    first = create(tmp_path / "run", **settings())
+    (tmp_path / "run" / ".history.csv.1.tmp").write_text("half")
+    second = create(tmp_path / "run", **settings(resume=True, overwrite=False, run_dir="./a"))
+    assert (first.resumed, second.resumed, second.run_id) == (False, True, first.run_id)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert error_of(create, tmp_path / "run", **settings(seed=3)) == (
+        f"the run folder {tmp_path}/run exists already. It holds an unfinished run with other settings (--seed: 0 "
+        "there, 3 here). Repeat its command to continue it, replace it with --overwrite, or give another --run_dir."
+    )
+
+
+def test_a_run_that_was_killed_while_its_folder_was_made_goes_on(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "unfinished.json").write_text("")
+    folder = create(tmp_path / "run", seed=4)
+    assert read_json(folder.path / "config.json") == {"seed": 4}
+    assert (folder.path / "run.flags").is_file()
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(tmp_path):
+    folder = create(tmp_path / "run", seed=1)
+    marker = read_json(folder.path / "unfinished.json")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        marker["process"] |= {"id": other.pid, "started": run.folder._start_time(other.pid)}
+        folder.write_json("unfinished.json", marker)
+        for overwrite in (False, True):
+            assert error_of(create, folder.path, overwrite=overwrite, seed=1) == (
+                f"the run in {folder.path} is still going on, in process {other.pid}. Wait for its end, or give "
+                "another --run_dir."
+            )
+        other.communicate()
+    assert create(folder.path, seed=1).resumed
+    folder.write_json("unfinished.json", marker | {"process": {**marker["process"], "id": os.getppid()}})
+    assert create(folder.path, seed=1).resumed  # a later process with the number of an earlier one
+
+
+def test_an_earlier_run_is_kept_until_the_one_that_replaces_it_has_ended(tmp_path):
     folder = create(tmp_path / "run", seed=1)
     folder.write_text("classifier/old.txt", "old")
-    create(tmp_path / "run", overwrite=True, seed=2)
+    folder.write_json("metrics.json", {})
+    end_run(folder.path)
+    for seed in (2, 3):  # the first of these fails, and is replaced in turn
+        create(tmp_path / "run", overwrite=True, seed=seed)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "run.flags", "unfinished.json"}
+        assert (tmp_path / "run.replaced" / "classifier" / "old.txt").read_text() == "old"
+    assert read_json(tmp_path / "run" / "config.json") == {"seed": 3}
+    assert create(tmp_path / "run", seed=3).resumed
+    end_run(tmp_path / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "run.flags"}
-    assert read_json(tmp_path / "run" / "config.json") == {"seed": 2}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_atomically(tmp_path / "a.json", b"{}")
+    assert calls == [f".a.json.{os.getpid()}.tmp", "replace", tmp_path.name]
 
 
 def test_overwrite_never_replaces_what_is_no_run(tmp_path):

@@ -23,7 +23,7 @@ from tl_keras.data.formats import explain_unreadable
 from tl_keras.data.images import decode_batch, explain_broken
 from tl_keras.errors import UserError
 from tl_keras.folded import size_in_bytes  # and makes Keras know the layers there
-from tl_keras.run import disk_errors, read_json, write_atomically
+from tl_keras.run import disk_errors, read_json, replace_durably, write_atomically
 
 TOP_K = 5
 EXAMPLE_FEATURE = "image_bytes"  # of the tf.train.Examples that the signature `classify` takes
@@ -94,7 +94,7 @@ class Classifier:
         with disk_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             self.network.save(folder / "unfinished.keras")  # Keras insists on the suffix
-            (folder / "unfinished.keras").rename(folder / _NETWORK_FILE)
+            replace_durably(folder / "unfinished.keras", folder / _NETWORK_FILE)
         images = {f"image_{number}": np.frombuffer(sample, np.uint8) for number, sample in enumerate(samples)}
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **{"expected": expected, **images})
@@ -401,9 +401,16 @@ def read_decoding(path: Path) -> dict[str, Any]:
     return {"resize": known.get("resize", "crop"), "max_pixels": known.get("max_pixels")}
 
 
-def write_decoding(path: Path, classifier: Classifier, *, max_pixels: int | None) -> None:
-    """Keeps beside an exported model what its graph does not tell: see `read_decoding`."""
+def read_run_id(path: Path) -> str:
+    """The run that exported a version folder, see `RunFolder.run_id`; empty if it does not say."""
+    file = path / "assets.extra" / _DECODING_FILE
+    return str(read_json(file).get("run_id", "")) if file.is_file() else ""
+
+
+def write_decoding(path: Path, classifier: Classifier, *, max_pixels: int | None, run_id: str = "") -> None:
+    """Keeps beside an exported model what its graph does not tell: see `read_decoding` and `read_run_id`."""
     content = {"resize": classifier.resize, "image_size": classifier.image_size, "max_pixels": max_pixels}
+    content |= {"run_id": run_id} if run_id else {}
     write_atomically(path / "assets.extra" / _DECODING_FILE, json.dumps(content).encode())
 
 

@@ -279,7 +279,14 @@ class RunConfig:
     """What is written, and where."""
 
     run_dir: str | None = _setting(None, "the run folder (runs/MODE-DATA-BACKBONE-TIME)", _RUN)
-    overwrite: bool = _setting(False, "replace the run folder of an earlier run", _RUN)
+    overwrite: bool = _setting(
+        False, "replace the run folder of an earlier run, which is kept until the new run is complete", _RUN
+    )
+    resume: bool = _setting(
+        False,
+        "continue an unfinished run, with its own settings: that of --run_dir, or the latest in the folder runs",
+        _RUN,
+    )
     export: bool = _setting(True, "export a SavedModel when the run ends", _MAKE)
     export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", (*_EXPORT, *_SERVE))
     model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", (*_EXPORT, *_SERVE))
@@ -385,7 +392,7 @@ class Config:
         lines = [f"--mode={self.mode}"]
         for group, field in _fields():
             value = getattr(getattr(self, group), field.name)
-            if self.mode in field.metadata["modes"] and value not in {None, ()}:
+            if self.mode in field.metadata["modes"] and value not in {None, ()} and field.name != "resume":
                 lines.append(_as_flag(field.name, value))
         return "\n".join(lines) + "\n"
 
@@ -454,8 +461,12 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
-def read_flags(values: flags.FlagValues) -> Config:
+def read_flags(values: flags.FlagValues, *, earlier: Config | None = None) -> Config:
     """Builds the Config from parsed flags.
+
+    Args:
+        values: the flags.
+        earlier: the settings of a run that is resumed; flags that are given must agree with them.
 
     Raises:
         UserError: no mode, a flag that the mode does not use, or a value that is not allowed.
@@ -478,7 +489,36 @@ def read_flags(values: flags.FlagValues) -> Config:
             used_by = ", ".join(field.metadata["modes"])
             raise UserError(f"--{field.name} is not used by --mode={mode}. It belongs to: {used_by}. Leave it out.")
         given[group][field.name] = _read_value(field.name, flag.value)
+    if earlier:
+        return _continue(earlier, mode, given)
     return Config(mode=mode, **{name: _GROUPS[name](**values) for name, values in given.items()})
+
+
+def _continue(earlier: Config, mode: str, given: dict[str, dict[str, Any]]) -> Config:
+    """The settings of a run that is resumed.
+
+    Raises:
+        UserError: a flag that was given differs from the run's.
+    """
+    if mode != earlier.mode:
+        raise UserError(f"--resume: the run is one of --mode={earlier.mode}, not of --mode={mode}. Correct --mode.")
+    started = {"run_dir", "resume", "overwrite"}
+    for group, settings in given.items():
+        for name, value in settings.items():
+            own = getattr(getattr(earlier, group), name)
+            is_default = value == _field(group, name).metadata["mode_defaults"].get(mode)
+            if name not in started and value != own and not is_default:
+                raise UserError(
+                    f"--{name}={value} is not what the run was started with ({own}). --resume continues a run with its "
+                    "own settings: leave the flag out, or start another run."
+                )
+    run_dir = given["run"].get("run_dir", earlier.run.run_dir)
+    run = dataclasses.replace(earlier.run, run_dir=run_dir, resume=True, overwrite=bool(given["run"].get("overwrite")))
+    return dataclasses.replace(earlier, run=run)
+
+
+def _field(group: str, name: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(_GROUPS[group]) if field.name == name)
 
 
 def _read_value(name: str, value: Any) -> Any:
@@ -706,8 +746,18 @@ def _check_embeddings_output(probe: ProbeConfig, shots: int | None) -> None:
         raise UserError(f"--embeddings_output={output}: allowed are files that end in .npz or .parquet. Rename it.")
 
 
+def _lies_in(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it; both are absolute."""
+    try:
+        return os.path.commonpath([folder, path]) == folder
+    except ValueError:  # Windows: two drives
+        return False
+
+
 def _check_overwrite(config: Config) -> None:
     """What is read or kept may not lie in what is deleted."""
+    if config.run.overwrite and config.run.resume:
+        raise UserError("--resume continues a run and --overwrite replaces it: give one of them.")
     if not config.run.overwrite or not config.run.run_dir:
         return
     folder = os.path.realpath(config.run.run_dir)
@@ -720,7 +770,7 @@ def _check_overwrite(config: Config) -> None:
     kept |= {"store_dir": config.engine.store_dir or default_store_dir()}
     paths = [(name, path) for name, one in kept.items() for path in (one if isinstance(one, tuple) else (one,))]
     for name, path in paths:
-        if path and os.path.exists(path) and os.path.commonpath([folder, os.path.realpath(path)]) == folder:
+        if path and os.path.exists(path) and _lies_in(os.path.realpath(path), folder):
             raise UserError(
                 f"--overwrite would delete --{name}={path}: it lies in --run_dir={config.run.run_dir}. Give another "
                 "--run_dir."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import importlib
@@ -14,19 +15,21 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from tl_keras import __version__, config
 from tl_keras.errors import UserError
-from tl_keras.run import INTERRUPTED
+from tl_keras.run import INTERRUPTED, Result, end_run, find_unfinished, has_ended, read_run_config
 
 _MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
-_GO_ON = "the embeddings computed so far are kept: run again with --overwrite, and it goes on from there"
+_NOTHING_LOST = "nothing is lost: the same command continues the run"
 _KEPT = {
-    "audit": _GO_ON,
-    "finetune": _GO_ON,
-    "extract": _GO_ON,
+    "audit": _NOTHING_LOST,
+    "finetune": _NOTHING_LOST,
+    "extract": _NOTHING_LOST,
     "predict": "no file of predictions was written",
     "evaluate": "no metrics were written",
     "export": "no version was exported",
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
+    _treat_termination_as_interrupt()
     try:
         status = _run(list(sys.argv if argv is None else argv))
         print(end="", flush=True)  # Python does it after us, where nothing is left to catch a closed pipe
@@ -69,11 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _treat_termination_as_interrupt() -> None:
+    """SIGTERM ends a run as Ctrl-C does: Slurm, Kubernetes and spot instances send it before they kill."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Hands SIGTERM to whoever handles SIGINT at the moment.
+
+    Raises:
+        KeyboardInterrupt: nobody does: a shell starts background jobs with SIGINT ignored.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(number, frame)
+
+
 def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
     """Python drops a Ctrl-C that comes while a destructor or a callback runs, of which TensorFlow has many."""
     if unraisable.exc_type is KeyboardInterrupt:
-        again = (threading.main_thread().ident, signal.SIGINT)
-        threading.Timer(_REPEAT_SECONDS, signal.pthread_kill, again).start()
+        threading.Timer(_REPEAT_SECONDS, _thread.interrupt_main).start()
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -100,17 +121,48 @@ def _run(argv: list[str]) -> int:
         return 0
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag. Every setting is a flag: --name=value.")
-    settings = config.read_flags(values)
+    settings = config.read_flags(values, earlier=_read_resumed(values))
+    run_dir = settings.run.run_dir
+    if settings.run.resume and run_dir and has_ended(Path(run_dir)):
+        print(f"the run in {run_dir} is complete: there is nothing to resume")
+        return 0
     if values["dry_run"].value:
         print(settings.as_flags(), end="")
         return 0
     with _quiet_tensorflow(level="2" if settings.mode == "doctor" else "3"):
         mode = importlib.import_module(_MODULES[settings.mode])
     try:
-        return int(mode.run(settings).exit_status)
+        result: Result = mode.run(settings)
+        if result.run_dir and result.is_complete:
+            end_run(result.run_dir)
+        return result.exit_status
     except KeyboardInterrupt:
         print(f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _read_resumed(values: flags.FlagValues) -> config.Config | None:
+    """The settings of the run that --resume continues; None if it is not given, or there is no such run yet.
+
+    Raises:
+        UserError: --run_dir is missing, and there is no unfinished run to take in its place.
+    """
+    if not values["resume"].value:
+        return None
+    mode, run_dir = str(values["mode"].value), values["run_dir"].value
+    if not run_dir:
+        run_dir = find_unfinished(mode)
+        if not run_dir:
+            raise UserError(
+                f"--resume: the folder runs has no unfinished run of --mode={mode}. Name the run with --run_dir."
+            )
+        values["run_dir"].value = run_dir
+        values["run_dir"].present += 1
+    found = read_run_config(os.path.expanduser(run_dir))
+    try:
+        return config.from_dict(found) if found else None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir}/config.json is not a run's. Give the folder of an unfinished run.") from error
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def test_tensorflows_c_plus_plus_loader_says_what_is_missing(tmp_path):
 def test_the_fresh_process_imports_no_python_of_tensorflow_where_its_wheel_has_the_c_plus_plus_loader(process):
     process(
         "import sys; from tl_keras.export import parity\n"
-        "parity._answer = lambda question, library: sys.exit(f'{bool(library)} {'tensorflow' in sys.modules}')\n"
+        "parity._answer = lambda question, library: sys.exit(str((bool(library), 'tensorflow' in sys.modules)))\n"
         "parity._main()"
     )
     assert "(True, False)" in error_of(compare, np.ones((1, 2)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tl_keras.training.batches import crop_and_mirror, make_batches, predict_logits
+from tl_keras.training.batches import EpochOrder, crop_and_mirror, make_batches, predict_logits
 
 POSITIONS = np.arange(1000, 1103)  # 103 examples, which is no multiple of a batch
 LABELS = (POSITIONS * 7) % 5
@@ -29,7 +29,7 @@ def collect(batches: tf.data.Dataset) -> tuple[list[int], np.ndarray, np.ndarray
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize(("batch_size", "sizes"), [(10, [10] * 10 + [3]), (103, [103]), (500, [103]), (1, [1] * 103)])
 def test_every_example_is_there_once_with_its_label_and_the_last_batch_is_partial(batch_size, sizes, seed):
-    batches = make_batches(read, POSITIONS, LABELS, batch_size=batch_size, seed=seed)
+    batches = make_batches(read, POSITIONS, LABELS, batch_size=batch_size, order=seed and EpochOrder(seed))
     assert int(batches.cardinality()) == len(sizes)
     for _ in range(2):
         found_sizes, positions, views, labels = collect(batches)
@@ -52,7 +52,7 @@ def test_without_a_seed_the_order_is_kept():
 
 def orders(seed: int, epochs: int = 3) -> list[list[int]]:
     keras.utils.set_random_seed(0)
-    batches = make_batches(read, POSITIONS, LABELS, batch_size=8, seed=seed)
+    batches = make_batches(read, POSITIONS, LABELS, batch_size=8, order=EpochOrder(seed))
     return [collect(batches)[1].tolist() for _ in range(epochs)]
 
 
@@ -64,9 +64,21 @@ def test_each_epoch_has_another_order_and_a_seed_gives_them_again():
     assert not any(order in first for order in orders(2))
 
 
+def test_an_epoch_can_be_continued_at_any_step():
+    order = EpochOrder(1)
+    whole = [collect(make_batches(read, POSITIONS, LABELS, batch_size=8, order=order)) for _ in range(3)][2]
+    order.epoch = 2
+    rest = make_batches(read, POSITIONS, LABELS, batch_size=8, order=order, first_step=5, num_views=1)
+    assert int(rest.cardinality()) == 13 - 5
+    sizes, positions, _, labels = collect(rest)
+    assert sizes == whole[0][5:]
+    np.testing.assert_array_equal(positions, whole[1][40:])
+    np.testing.assert_array_equal(labels, whole[3][40:])
+
+
 def test_each_epoch_draws_one_stored_view_of_each_example():
     keras.utils.set_random_seed(0)
-    batches = make_batches(read, POSITIONS, LABELS, batch_size=8, seed=1, num_views=2)
+    batches = make_batches(read, POSITIONS, LABELS, batch_size=8, order=EpochOrder(1), num_views=2)
     epochs = []
     for _ in range(4):
         _, positions, views, _ = collect(batches)
@@ -132,7 +144,12 @@ def test_crops_differ_by_batch_and_epoch_and_the_seed_gives_them_again():
     def epochs(seed):
         keras.utils.set_random_seed(0)
         batches = make_batches(
-            lambda p, v: np.repeat(image[np.newaxis], len(p), 0), POSITIONS, LABELS, batch_size=50, seed=seed, crop=True
+            lambda p, v: np.repeat(image[np.newaxis], len(p), 0),
+            POSITIONS,
+            LABELS,
+            batch_size=50,
+            order=EpochOrder(seed),
+            crop=True,
         )
         return [np.concatenate([images for images, _ in batches.as_numpy_iterator()]) for _ in range(2)]
 

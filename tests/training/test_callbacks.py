@@ -6,8 +6,8 @@ import math
 import os
 import signal
 import types
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tl_keras.errors import UserError
@@ -18,14 +18,25 @@ class Model:
     """Weights are the number of the epoch."""
 
     def __init__(self, epoch: int = 0) -> None:
-        self.epoch, self.stop_training, self.trainable_variables = epoch, False, []
-        self.optimizer = types.SimpleNamespace(learning_rate=0.25, build=lambda variables: None)
+        self.epoch, self.stop_training = epoch, False
+        self.optimizer = types.SimpleNamespace(learning_rate=0.25)
 
-    def save_weights(self, path: Path) -> None:
-        path.write_text(str(self.epoch))
+    @property
+    def weights(self) -> list[Weight]:
+        return [Weight(self)]
 
-    def load_weights(self, path: Path) -> None:
-        self.epoch = int(path.read_text())
+
+class Weight:
+    """A Keras variable."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def numpy(self) -> np.ndarray:
+        return np.array(self._model.epoch)
+
+    def assign(self, value: np.ndarray) -> None:
+        self._model.epoch = int(value)
 
 
 def play(best: BestEpoch, epochs: list[tuple[float, float]], model: Model | None = None) -> Model:
@@ -56,8 +67,8 @@ LOSSES = [(1.0, 0.5), (0.8, 0.7), (0.5, 0.6), (0.9, 0.8), (0.7, 0.8)]
         ("loss", [(math.nan, 0.5), (2.0, 0.1), (math.nan, 0.9)], 2),
     ],
 )
-def test_the_best_epochs_weights_are_restored(tmp_path, monitor, epochs, expected):
-    best = BestEpoch(tmp_path / "w", monitor=monitor, patience=None)
+def test_the_best_epochs_weights_are_restored(monitor, epochs, expected):
+    best = BestEpoch(monitor=monitor, patience=None)
     model = play(best, epochs)
     assert model.epoch == len(epochs)
     best.restore()
@@ -69,16 +80,16 @@ def test_the_best_epochs_weights_are_restored(tmp_path, monitor, epochs, expecte
     ("monitor", "patience", "stops_after"),
     [("loss", 1, 4), ("loss", 2, 5), ("loss", 3, 5), ("accuracy", 1, 3), ("accuracy", 2, 5), ("loss", None, 5)],
 )
-def test_patience_counts_epochs_that_are_no_better(tmp_path, monitor, patience, stops_after):
-    best = BestEpoch(tmp_path / "w", monitor=monitor, patience=patience)
+def test_patience_counts_epochs_that_are_no_better(monitor, patience, stops_after):
+    best = BestEpoch(monitor=monitor, patience=patience)
     model = play(best, LOSSES)
     assert model.epoch == stops_after
     assert model.stop_training == (patience in (1, 2) and (stops_after < 5 or (monitor, patience) == ("loss", 2)))
 
 
 @pytest.mark.parametrize(("before", "expected"), [((0.4, 0.9), 0), ((0.6, 0.9), 3)])
-def test_weights_from_before_stay_where_no_epoch_is_better(tmp_path, before, expected):
-    best = BestEpoch(tmp_path / "w", monitor="loss", patience=None, before=before)
+def test_weights_from_before_stay_where_no_epoch_is_better(before, expected):
+    best = BestEpoch(monitor="loss", patience=None, before=before)
     model = play(best, LOSSES, Model(epoch=0))
     best.restore()
     assert (best.epoch, model.epoch) == (expected, expected)

@@ -43,6 +43,11 @@ class Embedded:
     seconds: float
     choice: Choice
 
+    @property
+    def name(self) -> str:
+        """What tells these embeddings from those of another network, size, cut, precision or engine."""
+        return self.store.path.name
+
     def read(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """Reads embeddings.
 

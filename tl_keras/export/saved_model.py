@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tl_keras.classifier import Classifier, Servable, write_decoding
+from tl_keras.classifier import Classifier, Servable, read_run_id, write_decoding
 from tl_keras.data.images import explain_broken
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
 from tl_keras.export.warmup import write_warmup
 from tl_keras.folded import has_votes
-from tl_keras.run import disk_errors
+from tl_keras.run import disk_errors, sync_tree
 
 AGREE_AT_LEAST = 0.99
 _DIFFERENCE_AT_MOST = {"float32": 1e-3, "TensorFloat-32": 2e-2, "bfloat16": 0.5, "float16": 0.5}
 _TRIES = 1000
+_UNFINISHED = ".unfinished-"
 _LARGEST_VERSION = 2**63 - 1  # TF Serving reads an int64, and ignores folders with other names
 
 
@@ -66,6 +67,7 @@ def export_saved_model(
     max_pixels: int,
     show: Callable[[str], None],
     parity: ParityProcess | None = None,
+    run_id: str = "",
 ) -> Exported:
     """Writes the next free version and checks what was written before it gets its name.
 
@@ -79,6 +81,8 @@ def export_saved_model(
         max_pixels: larger images are invalid to the model.
         show: shows a line.
         parity: the process that compares, where it was started before.
+        run_id: of the run whose export this is; the version that it wrote before it was killed is taken, if there is
+            one.
 
     Returns:
         The version folder, and the agreement.
@@ -92,10 +96,15 @@ def export_saved_model(
     with own as parity, disk_errors(f"the model folder {export_dir}"):
         parent = Path(export_dir) / (name or name_model(classifier.name))
         parent.mkdir(parents=True, exist_ok=True)
+        known = _find_version(parent, run_id)
+        if known:
+            return Exported(known, parity.compare(known, samples, expected))
+        for leftover in parent.glob(f"{_UNFINISHED}{run_id}-*") if run_id else ():  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         # a name that is no number: TF Serving ignores it
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{run_id}-", dir=parent))
         try:
-            write_version(classifier, unfinished, name=parent.name, max_pixels=max_pixels)
+            write_version(classifier, unfinished, name=parent.name, max_pixels=max_pixels, run_id=run_id)
             agreement = parity.compare(unfinished, samples, expected)
             show(
                 f"export: {agreement.count} images through the exported model in a fresh process: decisions agree in "
@@ -103,6 +112,7 @@ def export_saved_model(
             )
             check_agreement(agreement, precision, has_votes=has_votes(classifier.network))
             unfinished.chmod(0o755)
+            sync_tree(unfinished)
             _warn_of_other_labels(parent, classifier.labels, show)
             return Exported(_take_version(unfinished, parent), agreement)
         finally:
@@ -166,7 +176,13 @@ def check_agreement(agreement: Agreement, precision: str, *, has_votes: bool = F
         )
 
 
-def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels: int) -> None:
+def _find_version(parent: Path, run_id: str) -> Path | None:
+    """The version that a run exported before."""
+    versions = [path for path in parent.iterdir() if path.name.isdecimal()] if run_id else []
+    return next((path for path in versions if read_run_id(path) == run_id), None)
+
+
+def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels: int, run_id: str = "") -> None:
     """Writes the model, its labels, and the requests that warm it up.
 
     Args:
@@ -174,6 +190,7 @@ def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels
         folder: the version folder; it exists.
         name: the model's.
         max_pixels: larger images are invalid to it.
+        run_id: of the run that exports it, if it is one.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
@@ -189,7 +206,7 @@ def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     (assets / "labels.txt").write_text("".join(f"{label}\n" for label in classifier.labels), encoding="utf-8")
-    write_decoding(folder, classifier, max_pixels=max_pixels)
+    write_decoding(folder, classifier, max_pixels=max_pixels, run_id=run_id)
     write_warmup(folder, name, image_size=classifier.image_size)
 
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from tl_keras.backbones.cut import TrainablePart, choose_trainable, cut
-from tl_keras.backbones.embed import embed_tail
+from tl_keras.backbones.embed import Embedded, embed_tail
 from tl_keras.backbones.zoo import Preset
 from tl_keras.classifier import Classifier
 from tl_keras.config import Config
+from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS, evaluated_split
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import write_examples
 from tl_keras.export.parity import ParityProcess
 from tl_keras.modes.inspection import read_embeddings
-from tl_keras.modes.steps import PREDICT_BATCH, Job, Views, load_backbone, load_job, wanted_views
+from tl_keras.modes.steps import Job, Views, load_backbone, load_job, wanted_views
 from tl_keras.run import History, Result, Screen, Stopwatch
 from tl_keras.training.batches import predict_logits
 from tl_keras.training.callbacks import HISTORY_HEADER
-from tl_keras.training.fit import Progress, Stage
+from tl_keras.training.fit import Progress
 from tl_keras.training.heads import attach
 from tl_keras.training.stages import Task, fit_head, fit_tail, new_head
 
@@ -38,142 +40,268 @@ def run(config: Config) -> Result:
     keras.utils.set_random_seed(config.run.seed)
     with watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone)
-        pretrained = config.backbone.weights != "none"
-        part = choose_trainable(backbone, config.training.trainable, pretrained=pretrained)
+        plan = Plan.make(backbone, config)
     job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
-    _introduce(screen, preset, part, config)
-
-    # pixels that change each epoch, or a stem that is trained, leave no trunk: the store then keeps decoded images
-    crop = config.training.augment == "crop"
-    whole = part.cut is None or crop
-    trunk, tail = (None, backbone) if whole else cut(backbone, at=str(part.cut))
+    _introduce(screen, preset, plan.part, config)
+    trainer = Trainer(job, preset)
     with watch.stage("trunk"):
-        flip, size = config.training.augment == "flip", int(backbone.input_shape[1])
-        embedded = job.embed([trunk] if trunk else [], preset, image_size=size, mirrored=flip)[0]
-    examples = job.examples
-    write_examples(job.folder, examples)  # a run that is killed has said what was used for what
+        material = trainer.embed(plan)
+    drawn, job.examples = job.examples, job.draw(config.run.seed)
+    write_examples(job.folder, job.examples)  # a run that is killed has said what was used for what
 
     # the process that checks the export loads TensorFlow while the head is trained
     with ParityProcess() if config.run.export else contextlib.nullcontext() as parity:
         with watch.stage("training"):
             history = History(job.folder, HISTORY_HEADER)
             progress = Progress(job.folder.path, screen.line, screen.progress, history.keep)
-            has_tail, vectors = whole or bool(part.layers), embedded
-            if pretrained and has_tail:
-                views, show_progress = wanted_views(examples, mirrored=flip), screen.progress
-                vectors = embed_tail(embedded, tail, wanted=views, show_progress=show_progress)
-
-            def fit(task: Task) -> tuple[keras.Model, Stage | None]:
-                head, stage = new_head(task, dim=backbone.output_shape[1]), None
-                if pretrained or not has_tail:
-                    head, stage = fit_head(task, vectors)
-                if has_tail and not (stage and stage.interrupted):
-                    stage = fit_tail(task, embedded, tail, head, layers=part.layers, crop=crop, after=stage)
-                return head, stage
-
-            def predict(head: keras.Model, split: str) -> np.ndarray:
-                trained = attach(head, tail) if has_tail else head
-                return predict_logits(trained, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH)
-
-            untrained = tail.get_weights() if has_tail and config.evaluation.seeds > 1 else []
-            head, stage = fit(Task(examples, config.training, config.run.seed, progress))
+            trained = trainer.fit(plan, material, Task(job.examples, config.training, config.run.seed, progress))
         with watch.stage("evaluation"):
-            logits = {split: predict(head, split) for split in SPLITS[1:] if len(examples.positions(split))}
-        classifier = Classifier(
-            attach(head, backbone),
-            name=f"{examples.source.name}-{preset.name}",
-            labels=examples.class_names,
-            backbone=preset.name,
-            embedding_layer=backbone.layers[-1].name,
-            resize=config.backbone.resize,
-        )
-        interrupted = bool(stage and stage.interrupted)
+            splits = [split for split in SPLITS[1:] if len(job.examples.positions(split))]
+            logits = {split: trained.predict(job.examples, split) for split in splits}
         seeds = config.evaluation.seeds
-        if interrupted:
+        if trained.interrupted:
             more = f" {seeds - 1} more seeds were not trained;" if seeds > 1 else ""
             screen.line(
                 f"training: interrupted; the best epoch so far is evaluated and kept;{more} nothing is exported"
             )
+            screen.line(f"to continue: --mode=finetune --resume --run_dir={job.folder.path}")
+        if trained.diverged:
+            job.warn(f"warning: {trained.diverged} The best weights from before that are kept")
 
         def train_again() -> dict[str, Any] | None:
-            with watch.stage("seeds"), _kept(tail, untrained) as forget:
-                return _repeat(job, fit, predict, forget, first=logits)
-
-        def read_trained(positions: np.ndarray) -> np.ndarray:
-            if has_tail:
-                return predict_logits(tail, embedded.read, positions, batch_size=PREDICT_BATCH)
-            return read_embeddings(embedded, positions)
-
-        stored = functools.partial(read_embeddings, vectors)
-        unspoilt = stored if pretrained or not has_tail else read_trained
+            with watch.stage("seeds"), trained.kept():
+                every_draw = Trainer(dataclasses.replace(job, examples=drawn), preset)
+                return every_draw.repeat(plan, material, first=logits)
 
         return job.finish(
-            classifier,
+            trainer.build_classifier(plan, trained.head),
             logits,
-            embedded=embedded,
+            embedded=material.embedded,
             parity=parity,
             chosen="epochs were chosen on it; ",
-            views=Views(read_trained, unspoilt, backbone.output_shape[1]),
-            interrupted=interrupted,
-            repeat=train_again if seeds > 1 and not interrupted else None,
+            views=trained.views(),
+            interrupted=trained.interrupted,
+            failed=bool(trained.diverged),
+            repeat=train_again if seeds > 1 and not trained.interrupted else None,
         )
 
 
-@contextlib.contextmanager
-def _kept(tail: keras.Model, untrained: list[np.ndarray]) -> Iterator[Callable[[], None]]:
-    """Gives what brings a tail back to its start; in the end the tail is what it was in the beginning of the block."""
-    trained = tail.get_weights() if untrained else []
-    try:
-        yield lambda: tail.set_weights(untrained) if untrained else None
-    finally:
-        if untrained:
-            tail.set_weights(trained)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What of a backbone is trained, and where it is cut.
 
-
-def _repeat(
-    job: Job,
-    fit: Callable[[Task], tuple[keras.Model, Stage | None]],
-    predict: Callable[[keras.Model, str], np.ndarray],
-    forget: Callable[[], None],
-    *,
-    first: dict[str, np.ndarray],
-) -> dict[str, Any] | None:
-    """Trains again with other seeds, for the spread alone; the run's own classifier stays that of the first seed.
-
-    Returns:
-        What `summarize` says, with the `split` and whether the user `interrupted`; None: no other seed was trained.
+    Attributes:
+        backbone: the whole of it.
+        part: what is trained.
+        trunk: the frozen part; None if every epoch needs the pixels: they change (--augment=crop), or the stem is
+            trained.
+        tail: the rest of the backbone.
+        pretrained: whether it has learned something that a head can be trained on first.
+        crop: whether pixels are cropped and mirrored, anew in each epoch.
+        untrained: the tail's weights before any training.
     """
-    split = evaluated_split(first)
-    labels, count = job.examples.labels(split), job.config.evaluation.seeds
-    accuracies = [float((first[split].argmax(1) == labels).mean())]
-    interrupted = False
-    try:
-        for number in range(1, count):
-            seed = job.config.run.seed + number
-            keras.utils.set_random_seed(seed)
-            forget()
-            folder = job.folder.path / "seeds" / str(seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            progress = Progress(folder, _ignore, job.screen.progress, _ignore)
-            head, stage = fit(Task(job.examples, job.config.training, seed, progress))
-            if stage and stage.interrupted:
-                raise KeyboardInterrupt
-            accuracies.append(float((predict(head, split).argmax(1) == labels).mean()))
-            job.screen.progress(f"seed {seed}: {split} accuracy {accuracies[-1]:.3f}")
-    except KeyboardInterrupt:
-        interrupted = True
-        job.screen.line(
-            f"seeds: interrupted after {len(accuracies)} of {count}; the run is kept, and goes on to its end"
+
+    backbone: keras.Model
+    part: TrainablePart
+    trunk: keras.Model | None
+    tail: keras.Model
+    pretrained: bool
+    crop: bool
+    untrained: list[np.ndarray]
+
+    @classmethod
+    def make(cls, backbone: keras.Model, config: Config) -> Plan:
+        """Plans the training of a backbone.
+
+        Raises:
+            UserError: `--trainable` names no layer of it, or one where it can't be cut.
+        """
+        pretrained = config.backbone.weights != "none"
+        part = choose_trainable(backbone, config.training.trainable, pretrained=pretrained)
+        crop = config.training.augment == "crop"
+        trunk, tail = (None, backbone) if part.cut is None or crop else cut(backbone, at=part.cut)
+        untrained = tail.get_weights() if config.evaluation.seeds > 1 else []
+        return cls(backbone, part, trunk, tail, pretrained, crop, untrained)
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether anything stands between what is stored and the head."""
+        return self.trunk is None or bool(self.part.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What is trained on.
+
+    Attributes:
+        embedded: what the trunk gave: feature maps, vectors, or pixels if there is no trunk.
+        vectors: the embeddings of the pretrained backbone, which the head is trained on first.
+    """
+
+    embedded: Embedded
+    vectors: Embedded
+
+
+class Trainer:
+    """Trains heads and tails of one run, once for each seed."""
+
+    def __init__(self, job: Job, preset: Preset) -> None:
+        """Args: job: the run; preset: of the backbone."""
+        self._job, self._preset = job, preset
+
+    def embed(self, plan: Plan) -> Material:
+        """Sends every image through the trunk, and through the untrained tail if the head is trained first."""
+        job, flip = self._job, self._job.config.training.augment == "flip"
+        size = int(plan.backbone.input_shape[1])
+        embedded = job.embed([plan.trunk] if plan.trunk else [], self._preset, image_size=size, mirrored=flip)[0]
+        if not (plan.pretrained and plan.has_tail):
+            return Material(embedded, embedded)
+        views, show_progress = wanted_views(job.examples, mirrored=flip), job.screen.progress
+        return Material(embedded, embed_tail(embedded, plan.tail, wanted=views, show_progress=show_progress))
+
+    def fit(self, plan: Plan, material: Material, task: Task, *, keep_head: bool = True) -> Trained:
+        """Trains the head, then the tail if the plan has one.
+
+        Args:
+            plan: what is trained; its tail has the weights from before any training.
+            material: what is trained on.
+            task: what is learned.
+            keep_head: whether the run gets a usable classifier as soon as the head is trained.
+
+        Raises:
+            UserError: see `fit_stage`.
+        """
+        head, stage = new_head(task, dim=plan.backbone.output_shape[1]), None
+        if plan.pretrained or not plan.has_tail:
+            head, stage = fit_head(task, material.vectors)
+        diverged = stage.diverged if stage else ""
+        if plan.has_tail and not (stage and stage.interrupted):
+            if stage and keep_head and len(task.examples.positions("val")):
+                self._keep_classifier(plan, material, task, head)
+            stage = fit_tail(
+                task, material.embedded, plan.tail, head, layers=plan.part.layers, crop=plan.crop, after=stage
+            )
+        diverged = (stage.diverged if stage else "") or diverged
+        return Trained(plan, material, head, bool(stage and stage.interrupted), diverged, task.predict_batch)
+
+    def repeat(self, plan: Plan, material: Material, *, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
+        """Trains again with other seeds, for the spread; the run's own classifier stays that of the first seed.
+
+        Each training equals that of a run with `--seed` of its own: its draw of `--shots`, its random weights if
+        `--weights=none`, its order of batches.
+
+        Args:
+            plan: of the first seed.
+            material: of the first seed.
+            first: split → logits of the first seed.
+
+        Returns:
+            See `summarize`; and the `split` and whether the user `interrupted`. None: no other seed was trained.
+        """
+        job, config, split = self._job, self._job.config, evaluated_split(first)
+        labels, count = job.examples.labels(split), config.evaluation.seeds
+        accuracies = [float((first[split].argmax(1) == labels).mean())]
+        interrupted = False
+        try:
+            for seed in range(config.run.seed + 1, config.run.seed + count):
+                keras.utils.set_random_seed(seed)
+                if plan.pretrained and plan.has_tail:
+                    plan.tail.set_weights(plan.untrained)
+                elif not plan.pretrained:
+                    plan = Plan.make(load_backbone(config.backbone)[1], config)
+                    material = self.embed(plan)
+                folder = job.folder.path / "seeds" / str(seed)
+                folder.mkdir(parents=True, exist_ok=True)
+                task = Task(
+                    job.draw(seed), config.training, seed, Progress(folder, _ignore, job.screen.progress, _ignore)
+                )
+                trained = self.fit(plan, material, task, keep_head=False)
+                if trained.interrupted:
+                    raise KeyboardInterrupt
+                accuracies.append(float((trained.predict(job.examples, split).argmax(1) == labels).mean()))
+                job.screen.progress(f"seed {seed}: {split} accuracy {accuracies[-1]:.3f}")
+        except KeyboardInterrupt:
+            interrupted = True
+            job.screen.line(
+                f"seeds: interrupted after {len(accuracies)} of {count}; the run is kept, and goes on to its end"
+            )
+        if len(accuracies) == 1:
+            return None
+        summary = summarize(accuracies)
+        job.screen.line(f"{len(accuracies)} seeds: {split} accuracy {describe_spread(summary)}")
+        return {"split": split, "interrupted": interrupted, **summary}
+
+    def build_classifier(self, plan: Plan, head: keras.Model) -> Classifier:
+        """The classifier of a backbone and a head."""
+        examples = self._job.examples
+        return Classifier(
+            attach(head, plan.backbone),
+            name=f"{examples.source.name}-{self._preset.name}",
+            labels=examples.class_names,
+            backbone=self._preset.name,
+            embedding_layer=plan.backbone.layers[-1].name,
+            resize=self._job.config.backbone.resize,
         )
-    if len(accuracies) == 1:
-        return None
-    summary = summarize(accuracies)
-    job.screen.line(f"{len(accuracies)} seeds: {split} accuracy {describe_spread(summary)}")
-    return {"split": split, "interrupted": interrupted, **summary}
+
+    def _keep_classifier(self, plan: Plan, material: Material, task: Task, head: keras.Model) -> None:
+        positions = task.examples.positions("val")
+        logits = predict_logits(head, material.vectors.read, positions, batch_size=task.predict_batch)
+        self._job.keep_classifier(self.build_classifier(plan, head), logits)
 
 
-def _ignore(shown: Any) -> None:
-    """What further seeds have to say epoch by epoch."""
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What one training gave.
+
+    Attributes:
+        plan: what was trained; its tail has the weights of the best epoch.
+        material: what it was trained on.
+        head: embeddings `(b, dim)` → logits `(b, classes)`.
+        interrupted: whether the user interrupted it.
+        diverged: why a stage ended early, if its loss became NaN.
+        batch_size: examples at once where nothing is learned.
+    """
+
+    plan: Plan
+    material: Material
+    head: keras.Model
+    interrupted: bool
+    diverged: str
+    batch_size: int
+
+    def predict(self, examples: Examples, split: str) -> np.ndarray:
+        """Logits of a split's examples, float32 `(n, classes)`."""
+        model = attach(self.head, self.plan.tail) if self.plan.has_tail else self.head
+        positions = examples.positions(split)
+        return predict_logits(model, self.material.embedded.read, positions, batch_size=self.batch_size)
+
+    def views(self) -> Views:
+        """Embeddings for the report."""
+        stored = functools.partial(read_embeddings, self.material.vectors)
+        is_stored = self.plan.pretrained or not self.plan.has_tail
+        return Views(
+            self._read_trained, stored if is_stored else self._read_trained, self.plan.backbone.output_shape[1]
+        )
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restores the tail's trained weights on exit."""
+        weights = self.plan.tail.get_weights() if self.plan.has_tail else []
+        try:
+            yield
+        finally:
+            if weights:
+                self.plan.tail.set_weights(weights)
+
+    def _read_trained(self, positions: np.ndarray) -> np.ndarray:
+        if self.plan.has_tail:
+            read = self.material.embedded.read
+            return predict_logits(self.plan.tail, read, positions, batch_size=self.batch_size)
+        return read_embeddings(self.material.embedded, positions)
+
+
+def _ignore(*shown: Any) -> None:
+    """Drops what further seeds show epoch by epoch."""
     del shown
 
 

@@ -19,7 +19,7 @@ from tl_keras.backbones.embed import BATCH_SIZE, Embedded, embed
 from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
 from tl_keras.classifier import Classifier, load_trained
 from tl_keras.config import BackboneConfig, Config, default_store_dir, from_dict, is_run, parse_kwargs
-from tl_keras.data.examples import Examples, scan, split_source
+from tl_keras.data.examples import Examples, draw_shots, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
 from tl_keras.data.splits import SPLITS, carve, check_classes, evaluated_split
@@ -168,6 +168,35 @@ class Job:
         self.screen.line(text)
         self.warnings.append(text)
 
+    def draw(self, seed: int) -> Examples:
+        """The examples with one draw of `--shots`, if several draws are used; or else all of them."""
+        shots = self.config.data.shots
+        if shots is None or _count_draws(self.config) == 1:
+            return self.examples
+        return draw_shots(self.examples, shots=shots, seed=seed)
+
+    def keep_classifier(self, classifier: Classifier, logits: np.ndarray) -> None:
+        """Writes a classifier that training still goes on from, so that a killed run leaves one that can be used.
+
+        Args:
+            classifier: the network so far.
+            logits: of val, `(n, classes)`.
+        """
+        temperature = self._fit_temperature({"val": logits})
+        probabilities = {"val": scale(logits, temperature)}
+        samples, expected = _sample(self.examples, probabilities, _KEPT_SAMPLES)
+        try:
+            classifier.divide_logits(temperature).save(
+                self.folder.path / "classifier", samples=samples, expected=expected
+            )
+        except UserError as error:
+            self.screen.line(f"warning: {error} Training continues")
+
+    def _fit_temperature(self, logits: dict[str, np.ndarray]) -> float:
+        if not self.config.evaluation.calibrate or "val" not in logits:
+            return 1.0
+        return fit_temperature(logits["val"], self.examples.labels("val"))
+
     def finish(
         self,
         classifier: Classifier,
@@ -178,6 +207,7 @@ class Job:
         chosen: str,
         views: Views,
         interrupted: bool = False,
+        failed: bool = False,
         more: dict[str, Any] | None = None,
         repeat: Callable[[], dict[str, Any] | None] | None = None,
     ) -> Result:
@@ -191,15 +221,15 @@ class Job:
             chosen: that something was chosen on val, a clause with its semicolon; empty where nothing was.
             views: embeddings for the report.
             interrupted: whether training was cut short; then nothing is exported.
+            failed: whether a stage of training failed, so that less was trained than was asked for.
             more: further entries of `metrics.json`.
             repeat: trains again for the entry `seeds`, once all that was trained before is kept; none: interrupted.
         """
         config, screen, watch, folder = self.config, self.screen, self.watch, self.folder
         precision = embedded.choice.precision
         with watch.stage("evaluation"):
-            temperature = 1.0
-            if config.evaluation.calibrate and "val" in logits:
-                temperature = fit_temperature(logits["val"], self.examples.labels("val"))
+            temperature = self._fit_temperature(logits)
+            if temperature != 1:
                 classifier = classifier.divide_logits(temperature)
             probabilities = {split: scale(values, temperature) for split, values in logits.items()}
             evaluation = write_evaluation(
@@ -225,7 +255,7 @@ class Job:
         for line in describe_evaluation(metrics):
             screen.line(line)
 
-        exported, status = None, INTERRUPTED if interrupted else 0
+        exported, status = None, INTERRUPTED if interrupted else int(failed)
         if repeat:
             seeds = repeat()
             status = INTERRUPTED if seeds is None or seeds["interrupted"] else status
@@ -239,22 +269,25 @@ class Job:
             except KeyboardInterrupt:
                 status = INTERRUPTED
                 screen.line(
-                    f"export: interrupted; all else is there: --mode=export --classifier={folder.path} makes it"
+                    f"export: interrupted; the rest of the run is complete. Export it with --mode=export "
+                    f"--classifier={folder.path}"
                 )
             else:
                 metrics |= {"export": exported.as_dict(), "timing": _describe_timing(watch, embedded)}
                 folder.write_json("metrics.json", metrics)
                 for line in describe_request(exported.path):
                     screen.line(line)
+        is_complete = status != INTERRUPTED
         if config.evaluation.report:
             uncalibrated = before if temperature != 1 else None
             with watch.stage("report"):
                 write = functools.partial(self._write_report, classifier, metrics, probabilities, uncalibrated, views)
-                status = attempt(write, screen.line) or status
+                report_status = attempt(write, screen.line)
+            status, is_complete = report_status or status, is_complete and not report_status
             metrics["timing"] = _describe_timing(watch, embedded)
             folder.write_json("metrics.json", metrics)
         screen.line(_last_line(metrics, folder, exported, chosen))
-        return Result(folder.path, exported.path if exported else None, metrics, status)
+        return Result(folder.path, exported.path if exported else None, metrics, status, is_complete)
 
     def _export(
         self,
@@ -275,6 +308,7 @@ class Job:
             max_pixels=run.max_pixels,
             show=self.screen.line,
             parity=parity,
+            run_id=self.folder.run_id,
         )
 
     def _write_report(
@@ -382,7 +416,7 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
                 test_fraction=data.test_fraction,
                 shots=data.shots,
                 seed=config.run.seed,
-                draws=config.probe.repeats,
+                draws=_count_draws(config),
             )
         attributes = read_attributes(config.evaluation.slices, source.ids)
         folder = RunFolder.create(
@@ -454,6 +488,11 @@ def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]
     """
     views = {0: np.flatnonzero(examples.splits >= 0)}
     return views | {1: examples.positions("train")} if mirrored else views
+
+
+def _count_draws(config: Config) -> int:
+    """How many draws of `--shots` a run makes."""
+    return max(config.probe.repeats, config.evaluation.seeds)
 
 
 def _reporter(folder: RunFolder) -> Callable[[list[tuple[str, str]]], None]:

@@ -12,8 +12,29 @@ from tl_keras.data.images import without_autotune
 
 _CROP_AREA = (0.5, 1.0)  # share of the image that a crop keeps
 _CROP_ASPECT = (3 / 4, 4 / 3)  # width to height, both as in Szegedy et al. 2014, section 6, but a larger least area
+_LARGEST_DRAW = 2**62
 
 ReadEmbeddings = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class EpochOrder:
+    """The order of the examples, and what is random about each, in every epoch.
+
+    It depends on the seed and the number of the epoch alone, so that training can continue at any epoch.
+
+    Attributes:
+        epoch: the epoch that is drawn next, from 0; drawing moves it on.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Args: seed: another seed gives other orders."""
+        self._seed, self.epoch = seed, 0
+
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """A permutation of the numbers below `count`, and a random number for each place; int64 `(count,)` each."""
+        random = np.random.default_rng((self._seed, self.epoch))
+        self.epoch += 1
+        return random.permutation(count), random.integers(0, _LARGEST_DRAW, count)
 
 
 def make_batches(
@@ -22,7 +43,8 @@ def make_batches(
     labels: np.ndarray,
     *,
     batch_size: int,
-    seed: int | None = None,
+    order: EpochOrder | None = None,
+    first_step: int = 0,
     num_views: int = 1,
     crop: bool = False,
 ) -> tf.data.Dataset:
@@ -33,7 +55,8 @@ def make_batches(
         positions: int `(n,)`.
         labels: int `(n,)`.
         batch_size: of every batch but the last; no example is dropped.
-        seed: shuffles, differently each epoch; without one the order is kept.
+        order: shuffles; each iteration over the batches is one epoch. None keeps the order.
+        first_step: batches of the epoch that are left out, because they were seen before an interruption.
         num_views: stored views of an image, of which each epoch draws one.
         crop: the embeddings are pixels, to be cropped and mirrored at random.
 
@@ -51,13 +74,19 @@ def make_batches(
             embeddings = crop_and_mirror(embeddings, seed=tf.stack([draws[0], draws[-1]]))
         return embeddings, tf.gather(tf.constant(labels, tf.int32), indices)
 
-    indices = tf.data.Dataset.range(len(positions))
-    draws = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64)).repeat(len(positions))
-    if seed is not None:
-        indices = indices.shuffle(len(positions), seed=seed, reshuffle_each_iteration=True)
-        draws = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(len(positions))
-    batches = tf.data.Dataset.zip((indices, draws)).batch(batch_size).map(load_batch)
-    batches = batches.apply(tf.data.experimental.assert_cardinality(-(-len(positions) // batch_size))).prefetch(2)
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        count = len(positions)
+        indices, draws = order.draw(count) if order else (np.arange(count), np.zeros(count, np.int64))
+        return indices[first_step * batch_size :], draws[first_step * batch_size :]
+
+    def draw_epoch(_: tf.Tensor) -> tf.data.Dataset:
+        indices, draws = tf.numpy_function(draw, (), (tf.int64, tf.int64), stateful=True)
+        indices, draws = tf.ensure_shape(indices, (None,)), tf.ensure_shape(draws, (None,))
+        return tf.data.Dataset.from_tensor_slices((indices, draws)).batch(batch_size)
+
+    batches = tf.data.Dataset.from_tensors(0).flat_map(draw_epoch).map(load_batch)
+    steps = -(-len(positions) // batch_size) - first_step
+    batches = batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
     return batches.with_options(without_autotune())
 
 

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from tl_keras.errors import UserError
+from tl_keras.training.batches import EpochOrder
+from tl_keras.training.state import StageState, assign_arrays, read_arrays, write_state
 
+WRITE_SECONDS = 600.0  # an epoch that takes longer keeps its state within
 HISTORY_HEADER = ("stage", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 
 
+class StartEpoch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells the batches which epoch begins."""
+
+    def __init__(self, order: EpochOrder) -> None:
+        """Args: order: of the examples."""
+        super().__init__()
+        self._order = order
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Sets the epoch."""
+        del logs
+        self._order.epoch = epoch
+
+
 class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
-    """Shows each epoch, and keeps it as a row of `history.csv`."""
+    """Shows each epoch, and keeps it as a row of `history.csv`.
+
+    Attributes:
+        rows: the stage's rows so far.
+    """
 
     def __init__(
         self,
@@ -27,17 +50,14 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         epochs: int,
         show: Callable[[str], None],
         show_progress: Callable[[str], None],
-        keep: Callable[[tuple[Any, ...]], None],
+        keep: Callable[..., None],
     ) -> None:
         """Args: keep: is given each row of `HISTORY_HEADER`'s columns."""
         super().__init__()
-        self._stage, self._epochs, self._show, self._show_progress, self._keep = (
-            stage,
-            epochs,
-            show,
-            show_progress,
-            keep,
-        )
+        self._stage, self._epochs, self._show = stage, epochs, show
+        self._show_progress, self._keep = show_progress, keep
+        self.rows: list[Any] = []
+        self._warned: set[str] = set()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Starts the clock."""
@@ -63,62 +83,179 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
             f"{seconds:.1f} s"
         )
         numbers = [round(values[name], 6) for name in ("loss", "accuracy", "val_loss", "val_accuracy")]
-        self._keep((self._stage, epoch + 1, *numbers, f"{rate:.3g}", round(seconds, 2)))
+        self.rows.append((self._stage, epoch + 1, *numbers, f"{rate:.3g}", round(seconds, 2)))
+        try:
+            self._keep(self.rows[-1])
+        except UserError as error:
+            self.warn(f"warning: {error} Training continues, and history.csv lacks its last epochs")
+
+    def warn(self, text: str) -> None:
+        """Shows a line, but not twice."""
+        if text not in self._warned:
+            self._show(text)
+        self._warned.add(text)
 
 
 class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps the weights of the epoch that is best on val by loss or accuracy; the other decides among equals.
 
     Keras's ModelCheckpoint takes the first among equals, which by accuracy on a small val is an epoch that has hardly
-    learnt.
+    learned.
+
+    Attributes:
+        epoch: the best epoch so far, from 1; 0: the weights from before the stage.
+        loss: its loss on val.
+        accuracy: its accuracy on val.
+        waited: epochs since then.
+        weights: the model's weights after it.
     """
 
-    def __init__(
-        self, path: Path, *, monitor: str, patience: int | None, before: tuple[float, float] | None = None
-    ) -> None:
-        """Args: path: the checkpoint.
+    def __init__(self, *, monitor: str, patience: int | None, before: tuple[float, float] | None = None) -> None:
+        """Starts without a best epoch.
 
-        monitor: `loss` or `accuracy`.
-        patience: epochs without a better one that end the stage.
-        before: val loss and accuracy that the model has already.
+        Args:
+            monitor: `loss` or `accuracy`.
+            patience: epochs without a better one that end the stage.
+            before: val loss and accuracy that the model has already.
         """
         super().__init__()
-        self.path, self.epoch, self.before = path, 0, before
+        self.epoch, self.before, self.waited = 0, before, 0
         self.loss, self.accuracy = before or (math.inf, 0.0)
-        self._monitor, self._patience, self._waited = monitor, patience, 0
+        self.weights: list[np.ndarray] = []
+        self._monitor, self._patience = monitor, patience
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether `patience` has run out."""
+        return self._patience is not None and self.waited >= self._patience
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Keeps the weights that the model has already."""
         del logs
-        if self.before:
-            self.model.optimizer.build(self.model.trainable_variables)  # the file holds its state too
-            self._save()
+        if self.before and not self.weights:
+            self.weights = read_arrays(self.model.weights)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Compares the epoch with the best so far."""
         values = logs or {}
         loss, accuracy = float(values["val_loss"]), float(values["val_accuracy"])
         score, best = self._score(loss, accuracy), self._score(self.loss, self.accuracy)
-        self._waited = 0 if score[0] > best[0] else self._waited + 1
+        self.waited = 0 if score[0] > best[0] else self.waited + 1
         if score > best:
             self.loss, self.accuracy, self.epoch = loss, accuracy, epoch + 1
-            self._save()
-        if self._patience is not None and self._waited >= self._patience:
+            self.weights = read_arrays(self.model.weights)
+        if self.is_exhausted:
             self.model.stop_training = True
 
     def restore(self) -> None:
         """Gives the model the best epoch's weights."""
-        if self.path.exists():
-            self.model.load_weights(self.path)
-
-    def _save(self) -> None:
-        """Writes the checkpoint whole: a process that is killed leaves the epoch before."""
-        unfinished = self.path.with_name(f"unfinished.{self.path.name}")  # Keras insists on the suffix
-        self.model.save_weights(unfinished)
-        os.replace(unfinished, self.path)
+        if self.weights:
+            assign_arrays(self.model.weights, self.weights)
 
     def _score(self, loss: float, accuracy: float) -> tuple[float, float]:
         return (-loss, accuracy) if self._monitor == "loss" else (accuracy, -loss)
+
+
+class Board(keras.callbacks.TensorBoard):  # type: ignore[misc]
+    """TensorBoard's logs; a full disk costs them, not the training."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        """Args: warn: shows a line."""
+        super().__init__(str(folder), write_graph=False)
+        self._warn, self._failed = warn, False
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Writes the epoch's figures."""
+        self._attempt(super().on_epoch_end, epoch, logs)
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        """Closes the files."""
+        self._attempt(super().on_train_end, logs)
+
+    def _attempt(self, write: Callable[..., None], *arguments: Any) -> None:
+        if self._failed:
+            return
+        try:
+            write(*arguments)
+        except (OSError, tf.errors.OpError) as error:
+            self._failed = True
+            reason = (str(error).splitlines() or [""])[0][:200]
+            self._warn(f"warning: TensorBoard's logs can't be written: {reason}. Training continues without them")
+
+
+class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
+    """Writes the stage's state after every epoch, and within an epoch that takes long.
+
+    A full disk costs the state, not the training.
+    """
+
+    def __init__(
+        self, path: Path, state: StageState, *, log: EpochLog, best: BestEpoch, metrics: Sequence[Any]
+    ) -> None:
+        """Continues from a state.
+
+        Args:
+            path: the file.
+            state: how far the stage is.
+            log: has the rows of the history.
+            best: has the best epoch.
+            metrics: variables of the metrics that an epoch adds up.
+        """
+        super().__init__()
+        self.state = state
+        self._path, self._log, self._best, self._metrics = path, log, best, metrics
+        self._written, self._first_step = time.monotonic(), 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Continues an epoch that was interrupted."""
+        del logs
+        self._first_step = self.state.step if epoch == self.state.epoch else 0
+        self._step = self._first_step
+        if self._first_step:
+            assign_arrays(self._metrics, self.state.metrics)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Writes the state if the last time was long ago."""
+        del logs
+        self._step = self._first_step + min(batch + 1, int(self.params.get("steps") or 0))
+        if time.monotonic() - self._written > WRITE_SECONDS:
+            self.state.step, self.state.metrics = self._step, read_arrays(self._metrics)
+            self._write()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Writes the state, unless the epoch was cut short: nothing may continue from that."""
+        del logs
+        if self._step - self._first_step >= int(self.params.get("steps") or 0):
+            self.state.epoch, self.state.step, self.state.metrics = epoch + 1, 0, []
+            self._write()
+
+    def finish(self, *, diverged: str) -> None:
+        """Writes that the stage has ended; only the best epoch's weights are kept."""
+        self.state = dataclasses.replace(self.state, done=True, diverged=diverged, model=[], optimizer=[], metrics=[])
+        self._copy_best()
+        self._try_to_write()
+
+    def _write(self) -> None:
+        self.state.model = read_arrays(self.model.variables)
+        self.state.optimizer = read_arrays(self.model.optimizer.variables)
+        self._copy_best()
+        self._try_to_write()
+        self._written = time.monotonic()
+
+    def _copy_best(self) -> None:
+        state, best = self.state, self._best
+        state.best_epoch, state.best_loss, state.best_accuracy = best.epoch, best.loss, best.accuracy
+        state.waited, state.best, state.rows = best.waited, best.weights, self._log.rows
+
+    def _try_to_write(self) -> None:
+        try:
+            write_state(self._path, self.state)
+        except UserError as error:
+            self._log.warn(f"warning: {error} Training continues in memory, without a new checkpoint")
+
+
+class DivergedError(UserError):
+    """The loss is not a number any more."""
 
 
 class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
@@ -133,7 +270,7 @@ class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
         """Looks at the loss.
 
         Raises:
-            UserError: it is NaN or infinite.
+            DivergedError: it is NaN or infinite.
         """
         self._check(float((logs or {}).get("loss", 0.0)), f"step {batch + 1}")
 
@@ -141,14 +278,14 @@ class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
         """Looks at the loss on val: after the very last step no other tells.
 
         Raises:
-            UserError: it is NaN or infinite.
+            DivergedError: it is NaN or infinite.
         """
         del epoch
         self._check(float((logs or {}).get("val_loss", 0.0)), "on val")
 
     def _check(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
-            raise UserError(
+            raise DivergedError(
                 f"the loss became {loss} in epoch {self._epoch + 1}, {where}. Try a smaller --learning_rate "
                 "or --backbone_learning_rate, --warmup_epochs=1, or --optimizer=adamw; check that --weights fit."
             )
@@ -162,12 +299,18 @@ class StopOnInterrupt(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Takes over SIGINT."""
         del logs
-        if threading.current_thread() is threading.main_thread():
+        if not hasattr(self, "_previous") and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._note)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """Ends the epoch where Ctrl-C was pressed; Keras still evaluates it on val."""
         del batch, logs
+        if self.interrupted:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Begins no other epoch where Ctrl-C was pressed while Keras evaluated this one."""
+        del epoch, logs
         if self.interrupted:
             self.model.stop_training = True
 

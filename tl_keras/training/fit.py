@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tl_keras.backbones.embed import hash_weights
 from tl_keras.config import TrainingConfig
 from tl_keras.errors import UserError
 from tl_keras.run import disk_errors
-from tl_keras.training.callbacks import BestEpoch, EpochLog, StopOnInterrupt, StopOnNan
+from tl_keras.training.batches import EpochOrder
+from tl_keras.training.callbacks import (
+    BestEpoch,
+    Board,
+    DivergedError,
+    EpochLog,
+    KeepState,
+    StartEpoch,
+    StopOnInterrupt,
+    StopOnNan,
+)
 from tl_keras.training.schedules import build_optimizer, build_schedule
+from tl_keras.training.state import StageState, assign_arrays, read_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,28 +38,52 @@ class Progress:
         folder: the run folder; `checkpoints/` and `logs/` lie in it.
         show: shows a line.
         show_progress: shows how far it is.
-        keep: is given each epoch's row of `history.csv`.
+        keep: is given rows of `history.csv`.
     """
 
     folder: Path
     show: Callable[[str], None]
     show_progress: Callable[[str], None]
-    keep: Callable[[tuple[Any, ...]], None]
+    keep: Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """Training batches of every epoch.
+
+    Attributes:
+        order: decides which epoch comes next.
+        steps: batches in an epoch.
+        make: first step → the batches of the epoch from there on, embeddings and labels.
+    """
+
+    order: EpochOrder
+    steps: int
+    make: Callable[[int], tf.data.Dataset]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage came to: its best epoch (chosen on val), and whether the user interrupted it."""
+    """How a stage ended.
+
+    Attributes:
+        best_epoch: chosen on val; 0: the weights from before the stage.
+        val_accuracy: of that epoch.
+        val_loss: of that epoch.
+        interrupted: whether the user interrupted the stage.
+        diverged: why it ended early, if its loss became NaN.
+    """
 
     best_epoch: int
     val_accuracy: float
     val_loss: float
     interrupted: bool
+    diverged: str = ""
 
 
 def fit_stage(
     model: keras.Model,
-    train: tf.data.Dataset,
+    train: Epochs,
     val: tf.data.Dataset,
     *,
     name: str,
@@ -56,8 +93,12 @@ def fit_stage(
     progress: Progress,
     after: Stage | None = None,
     steps_per_execution: int = 1,
+    identity: str = "",
 ) -> Stage:
     """Fits a model; it ends with the weights of the epoch that was best on val.
+
+    After every epoch the stage's state is written to `checkpoints/NAME.npz`, from which it continues if that file is
+    there: with the same bits as without the interruption.
 
     Args:
         model: embeddings `(b, ...)` → logits `(b, classes)`.
@@ -65,60 +106,157 @@ def fit_stage(
         val: batches in order.
         name: the stage's name, in `history.csv` and `checkpoints/`.
         loss: labels and logits → losses.
-        learning_rate: of this stage.
-        training: optimiser, schedule, epochs, patience.
+        learning_rate: peak learning rate of this stage.
+        training: optimizer, schedule, epochs, patience.
         progress: where it reports to.
-        after: an earlier stage whose weights the model has; it keeps them where no epoch is better.
-        steps_per_execution: steps that run as one, which is faster where a step takes a millisecond.
+        after: an earlier stage whose weights the model has; it keeps them if no epoch is better.
+        steps_per_execution: steps that run as one, which is faster if a step takes a millisecond.
+        identity: a hash of what the stage learns from.
 
     Returns:
         The stage; best epoch 0: the earlier stage's weights were kept.
 
     Raises:
-        UserError: the loss became NaN, or the store or disk failed.
+        UserError: the loss became NaN before any epoch was complete, or the store or disk failed.
     """
-    steps = int(train.cardinality())
+    accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+    _compile(model, accuracy, train, loss, learning_rate, training, steps_per_execution)
+    path = progress.folder / "checkpoints" / f"{name}.npz"
+    with disk_errors(f"the run folder {progress.folder}"):
+        path.parent.mkdir(exist_ok=True)
+    identity = hashlib.sha256(f"{name} {identity} {hash_weights(model)}".encode()).hexdigest()
+    fitting = _Fitting(model, train, val, name=name, training=training, progress=progress, after=after, path=path)
+    # what an epoch adds up: the mean loss, which Keras lists first, and the accuracy
+    metrics = [*model.metrics[0].variables, *accuracy.variables]
+    return fitting.run(read_state(path, identity=identity) or StageState(identity), metrics)
+
+
+class _Fitting:
+    """One stage while it is fitted, from its beginning or from where an earlier process was."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        train: Epochs,
+        val: tf.data.Dataset,
+        *,
+        name: str,
+        training: TrainingConfig,
+        progress: Progress,
+        after: Stage | None,
+        path: Path,
+    ) -> None:
+        self._model, self._train, self._val, self._path = model, train, val, path
+        self._name, self._training, self._progress = name, training, progress
+        before = (after.val_loss, after.val_accuracy) if after else None
+        self._best = BestEpoch(monitor=training.monitor, patience=training.patience, before=before)
+        self._best.set_model(model)
+        self._interrupt = StopOnInterrupt()
+        self._log = EpochLog(name, training.epochs, progress.show, progress.show_progress, progress.keep)
+
+    def run(self, state: StageState, metrics: Sequence[Any]) -> Stage:
+        """Fits what is left; see `fit_stage`."""
+        self._resume(state)
+        if state.done:
+            self._best.restore()
+            self._progress.show(f"{self._name}: trained before the interruption; {self._describe_best()}")
+            return self._as_stage(diverged=state.diverged)
+        keeper = KeepState(self._path, state, log=self._log, best=self._best, metrics=metrics)
+        diverged = ""
+        try:
+            self._fit(keeper)
+        except DivergedError as error:
+            if not self._best.weights:
+                raise
+            diverged = str(error)
+        except tf.errors.OpError as error:
+            raise UserError(_find_user_error(error)) from error
+        finally:
+            self._interrupt.give_back()
+        self._best.restore()
+        if not self._interrupt.interrupted:
+            keeper.finish(diverged=diverged)
+        self._progress.show(f"{self._name}: {self._describe_best()}")
+        return self._as_stage(diverged=diverged)
+
+    def _resume(self, state: StageState) -> None:
+        """Puts model, optimizer and best epoch back to where the state has them."""
+        if not (state.epoch or state.step or state.done):
+            return
+        best = self._best
+        best.epoch, best.loss, best.accuracy = state.best_epoch, state.best_loss, state.best_accuracy
+        best.waited, best.weights = state.waited, state.best
+        self._log.rows = list(state.rows)
+        if state.rows:
+            self._progress.keep(*state.rows)
+        if not state.done:
+            optimizer = self._model.optimizer
+            optimizer.build(self._model.trainable_variables)
+            assign_arrays(self._model.variables, state.model)
+            assign_arrays(optimizer.variables, state.optimizer)
+            step = f" and {state.step} steps" if state.step else ""
+            self._progress.show(f"{self._name}: resumed after {state.epoch} of {self._training.epochs} epochs{step}")
+
+    def _fit(self, keeper: KeepState) -> None:
+        """Calls Keras's `fit`: for the rest of an epoch that was interrupted, then for all epochs after it."""
+        first, step, epochs = keeper.state.epoch, keeper.state.step, self._training.epochs
+        if self._best.is_exhausted:
+            return
+        parts = [(step, first, first + 1), (0, first + 1, epochs)] if step else [(0, first, epochs)]
+        for first_step, begin, end in parts:
+            board = Board(self._progress.folder / "logs" / self._name, self._log.warn)
+            self._model.fit(
+                self._train.make(first_step),
+                validation_data=self._val,
+                initial_epoch=begin,
+                epochs=end,
+                verbose=0,
+                shuffle=False,
+                callbacks=[
+                    StartEpoch(self._train.order),
+                    StopOnNan(),
+                    self._log,
+                    self._best,
+                    keeper,
+                    self._interrupt,
+                    board,
+                ],
+            )
+            if self._model.stop_training:
+                return
+
+    def _describe_best(self) -> str:
+        best = self._best
+        if not best.epoch:
+            return "no epoch is better on val than the stage before, whose weights are kept"
+        monitor = self._training.monitor
+        return f"best on val by {monitor} is epoch {best.epoch}, loss {best.loss:.4f}, accuracy {best.accuracy:.3f}"
+
+    def _as_stage(self, *, diverged: str) -> Stage:
+        best = self._best
+        return Stage(best.epoch, best.accuracy, best.loss, self._interrupt.interrupted, diverged)
+
+
+def _compile(
+    model: keras.Model,
+    accuracy: keras.metrics.Metric,
+    train: Epochs,
+    loss: Callable[[Any, Any], Any],
+    learning_rate: float,
+    training: TrainingConfig,
+    steps_per_execution: int,
+) -> None:
     schedule = build_schedule(
         training.schedule,
         learning_rate,
-        steps=steps * training.epochs,
-        warmup_steps=round(steps * training.warmup_epochs),
+        steps=train.steps * training.epochs,
+        warmup_steps=round(train.steps * training.warmup_epochs),
     )
     optimizer = build_optimizer(
         training.optimizer, schedule, momentum=training.momentum, weight_decay=training.weight_decay
     )
-    accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     # XLA is a trap on the CPU: depthwise networks run twenty times slower (DESIGN.md)
     model.compile(optimizer, loss=loss, metrics=[accuracy], jit_compile=False, steps_per_execution=steps_per_execution)
-    with disk_errors(f"the run folder {progress.folder}"):
-        (progress.folder / "checkpoints").mkdir(exist_ok=True)
-    checkpoint = progress.folder / "checkpoints" / f"{name}.weights.h5"
-    before = (after.val_loss, after.val_accuracy) if after else None
-    best = BestEpoch(checkpoint, monitor=training.monitor, patience=training.patience, before=before)
-    interrupt = StopOnInterrupt()
-    log = EpochLog(name, training.epochs, progress.show, progress.show_progress, progress.keep)
-    board = keras.callbacks.TensorBoard(str(progress.folder / "logs" / name), write_graph=False)
-    try:
-        model.fit(
-            train,
-            validation_data=val,
-            epochs=training.epochs,
-            verbose=0,
-            shuffle=False,
-            callbacks=[StopOnNan(), log, best, interrupt, board],
-        )
-    except tf.errors.OpError as error:
-        raise UserError(_find_user_error(error)) from error
-    finally:
-        interrupt.give_back()
-    best.restore()
-    progress.show(
-        f"{name}: best on val by {training.monitor} is epoch {best.epoch}, loss {best.loss:.4f}, "
-        f"accuracy {best.accuracy:.3f}"
-        if best.epoch
-        else f"{name}: no epoch is better on val than the stage before, whose weights are kept"
-    )
-    return Stage(best.epoch, best.accuracy, best.loss, interrupt.interrupted)
 
 
 def _find_user_error(error: tf.errors.OpError) -> str:

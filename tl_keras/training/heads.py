@@ -36,6 +36,7 @@ def build_head(
     *,
     dropout: float,
     standardize: tuple[np.ndarray, np.ndarray] | None,
+    seed: int = 0,
 ) -> keras.Model:
     """A linear head.
 
@@ -46,6 +47,7 @@ def build_head(
         num_classes: classes.
         dropout: before the dense layer.
         standardize: mean and variance of train, float32 `(dim,)` each; None leaves embeddings as they are.
+        seed: random seed of dropout.
 
     Returns:
         Embeddings, float32 `(b, dim)` → logits, float32 `(b, num_classes)`.
@@ -57,7 +59,7 @@ def build_head(
         layer = keras.layers.Normalization(mean=mean, variance=variance + floor, name="standardize")
         outputs = layer(outputs)
     if dropout:
-        outputs = keras.layers.Dropout(dropout, name="dropout")(outputs)
+        outputs = keras.layers.Dropout(dropout, seed=seed, name="dropout")(outputs)
     outputs = keras.layers.Dense(num_classes, kernel_initializer="zeros", name="logits")(outputs)
     return keras.Model(inputs, outputs, name="head")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 from tl_keras.backbones.embed import Embedded
 from tl_keras.config import TrainingConfig
 from tl_keras.data.examples import Examples
-from tl_keras.training.batches import make_batches
-from tl_keras.training.fit import Progress, Stage, fit_stage
+from tl_keras.training.batches import EpochOrder, make_batches
+from tl_keras.training.fit import Epochs, Progress, Stage, fit_stage
 from tl_keras.training.heads import attach, build_head, measure_embeddings
 from tl_keras.training.losses import balance_classes, build_loss
 
@@ -43,6 +44,11 @@ class Task:
         return 2 if self.training.augment == "flip" else 1
 
     @property
+    def predict_batch(self) -> int:
+        """Examples at once where nothing is learned: what fits into memory then is four times a training step's."""
+        return min(_EVALUATE_BATCH, 4 * self.training.batch_size)
+
+    @property
     def num_classes(self) -> int:
         """Classes."""
         return len(self.examples.class_names)
@@ -62,17 +68,17 @@ def fit_head(task: Task, embedded: Embedded) -> tuple[keras.Model, Stage]:
         UserError: see `fit_stage`.
     """
     head = new_head(task, embedded)
-    train, val = _batches(task, embedded, seed=task.seed, crop=False)
     return head, fit_stage(
         head,
-        train,
-        val,
+        _epochs(task, embedded, seed=task.seed, crop=False),
+        _val_batches(task, embedded),
         name="head",
         loss=_loss(task),
         learning_rate=task.training.learning_rate,
         training=task.training,
         progress=task.progress,
         steps_per_execution=_HEAD_STEPS,
+        identity=_identify(task, embedded),
     )
 
 
@@ -107,19 +113,19 @@ def fit_tail(
     for layer in tail.layers:
         layer.trainable = id(layer) in trained
     model = attach(head, tail)
-    train, val = _batches(task, embedded, seed=task.seed + 1, crop=crop)
     gentle = after is not None and bool(layers)
     training = task.training
     return fit_stage(
         model,
-        train,
-        val,
+        _epochs(task, embedded, seed=task.seed + 1, crop=crop),
+        _val_batches(task, embedded),
         name="tail" if after else "network",
         loss=_loss(task),
         learning_rate=training.backbone_learning_rate if gentle else training.learning_rate,
         training=training,
         progress=task.progress,
         after=after,
+        identity=_identify(task, embedded),
     )
 
 
@@ -141,27 +147,40 @@ def new_head(task: Task, embedded: Embedded | None = None, *, dim: int = 0) -> k
         if task.training.standardize:
             batches = make_batches(embedded.read, positions, task.examples.labels("train"), batch_size=_EVALUATE_BATCH)
             standardize = measure_embeddings(batches)
-    return build_head(dim, task.num_classes, dropout=task.training.dropout, standardize=standardize)
+    return build_head(dim, task.num_classes, dropout=task.training.dropout, standardize=standardize, seed=task.seed)
 
 
-def _batches(task: Task, embedded: Embedded, *, seed: int, crop: bool) -> tuple[Any, Any]:
-    examples, training = task.examples, task.training
-    train = make_batches(
-        embedded.read,
-        examples.positions("train"),
-        examples.labels("train"),
-        batch_size=training.batch_size,
-        seed=seed,
-        num_views=task.num_views,
-        crop=crop,
-    )
-    val = make_batches(
-        embedded.read,
-        examples.positions("val"),
-        examples.labels("val"),
-        batch_size=min(_EVALUATE_BATCH, 4 * training.batch_size),
-    )
-    return train, val
+def _epochs(task: Task, embedded: Embedded, *, seed: int, crop: bool) -> Epochs:
+    examples, order = task.examples, EpochOrder(seed)
+
+    def make(first_step: int) -> Any:
+        return make_batches(
+            embedded.read,
+            examples.positions("train"),
+            examples.labels("train"),
+            batch_size=task.training.batch_size,
+            order=order,
+            first_step=first_step,
+            num_views=task.num_views,
+            crop=crop,
+        )
+
+    return Epochs(order, -(-len(examples.positions("train")) // task.training.batch_size), make)
+
+
+def _val_batches(task: Task, embedded: Embedded) -> Any:
+    examples = task.examples
+    return make_batches(embedded.read, examples.positions("val"), examples.labels("val"), batch_size=task.predict_batch)
+
+
+def _identify(task: Task, embedded: Embedded) -> str:
+    """A hash of what a stage learns from: embeddings, images, labels, splits and recipe."""
+    examples = task.examples
+    digest = hashlib.sha256(f"{embedded.name} {task.seed} {task.training}".encode())
+    for split in ("train", "val"):
+        positions = examples.positions(split)
+        digest.update(examples.digests[positions].tobytes() + examples.source.labels[positions].tobytes())
+    return digest.hexdigest()
 
 
 def _loss(task: Task) -> Any:

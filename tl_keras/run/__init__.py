@@ -1,0 +1,56 @@
+"""A run: its folder, its files, what it shows, its threads."""
+
+from tl_keras.run.console import Screen, Stopwatch
+from tl_keras.run.files import (
+    check_writable,
+    csv_bytes,
+    csv_writer,
+    disk_errors,
+    existing_parent,
+    open_atomically,
+    read_csv,
+    read_json,
+    replace_durably,
+    sync_tree,
+    write_atomically,
+)
+from tl_keras.run.folder import (
+    INTERRUPTED,
+    UNFINISHED,
+    History,
+    Result,
+    RunFolder,
+    end_run,
+    find_unfinished,
+    has_ended,
+    name_run,
+    read_run_config,
+)
+from tl_keras.run.threads import map_ahead
+
+__all__ = [
+    "INTERRUPTED",
+    "UNFINISHED",
+    "History",
+    "Result",
+    "RunFolder",
+    "Screen",
+    "Stopwatch",
+    "check_writable",
+    "csv_bytes",
+    "csv_writer",
+    "disk_errors",
+    "end_run",
+    "existing_parent",
+    "find_unfinished",
+    "has_ended",
+    "map_ahead",
+    "name_run",
+    "open_atomically",
+    "read_csv",
+    "read_json",
+    "read_run_config",
+    "replace_durably",
+    "sync_tree",
+    "write_atomically",
+]

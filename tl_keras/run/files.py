@@ -1,0 +1,170 @@
+"""Files that are whole or not there, after a crash and a power loss as well."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+from tl_keras.errors import UserError
+
+
+def existing_parent(path: str) -> Path:
+    """The nearest folder (or file) above a path that exists, or the path itself.
+
+    Not by Path.exists, which raises where a folder above can't be looked into.
+    """
+    absolute = Path(path).absolute()
+    return next(parent for parent in [absolute, *absolute.parents] if os.path.exists(parent))
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns a full disk, a missing permission and their like into one line that names `what`.
+
+    Raises:
+        UserError: the block raised an OSError.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever reads our output has read enough: no mistake
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full: {what} could not be written. Free some space and run again.") from error
+        raise UserError(f"{what} can't be written: {error.strerror or error}. Choose another place.") from error
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Makes a folder and tries to write in it, before anything long is computed that is to end there.
+
+    Raises:
+        UserError: it can't be made or written; it names `what`.
+    """
+    with disk_errors(what):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, syncs it to the disk and renames it: no reader ever sees half of it.
+
+    Raises:
+        UserError: the disk is full, or the folder can't be written.
+    """
+    with open_atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that gets its name when the block has ended without an error; missing parents are made.
+
+    Raises:
+        UserError: the disk is full, or the folder can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(str(path)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+            replace_durably(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Renames a file that was written, so that a power loss leaves the old content or the new one, never an empty file.
+
+    The content is synced before the name changes, and the folder after it; `rename` alone promises neither (Pillai et
+    al. 2014, "All File Systems Are Not Created Equal", OSDI).
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written.
+    """
+    _sync(source)
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Syncs every file and folder below a folder to the disk, before it gets its final name."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent) / name)
+        sync_folder(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Syncs the names in a folder; Windows has no such call, and some network file systems refuse it."""
+    if os.name == "posix":
+        with contextlib.suppress(OSError):
+            _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    flags = os.O_RDONLY if path.is_dir() or os.name == "posix" else os.O_RDWR
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Encodes rows as CSV, UTF-8, one header line."""
+    text = io.StringIO()
+    writer = csv_writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def csv_writer(stream: TextIO) -> Any:
+    """A `csv.writer` whose lines end in LF and whose cells may hold CR and LF.
+
+    Python before 3.12 quotes of the two only what the line's end holds, so that CR stood bare.
+    """
+    return csv.writer(_UnixLines(stream), lineterminator="\r\n")
+
+
+class _UnixLines:
+    """Takes rows that end in CR LF, and writes LF."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> None:
+        self._stream.write(row.removesuffix("\r\n") + "\n")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a CSV file that a run wrote; names in it may be no UTF-8.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: it is missing, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}. Check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Make it again, or restore it from a copy.") from error

@@ -1,0 +1,276 @@
+"""The run folder: one folder that holds everything made by one invocation, and that an interrupted run continues in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tl_keras.errors import UserError
+from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
+
+INTERRUPTED = 130  # exit status, as shells say it: 128 + SIGINT
+UNFINISHED = "unfinished.json"  # in the folder of a run until it has ended
+_CONFIG = "config.json"
+# settings that say how a run is started, not what it computes
+_HOW_STARTED = frozenset(("resume", "overwrite", "run_dir"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a mode came to.
+
+    Attributes:
+        run_dir: the run folder, if there is one.
+        exported: the exported version folder, if there is one.
+        metrics: the content of `metrics.json`.
+        exit_status: 0; 130 if the user interrupted the run; 1 if something is not as it should be.
+        is_complete: whether nothing is left to do; or else the same command continues the run.
+    """
+
+    run_dir: Path | None = None
+    exported: Path | None = None
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    exit_status: int = 0
+    is_complete: bool = True
+
+
+class RunFolder:
+    """One run's folder.
+
+    Attributes:
+        path: the folder.
+        run_id: a random name that the run keeps when it is resumed.
+        resumed: whether an earlier process began the run.
+    """
+
+    def __init__(self, path: Path, *, run_id: str = "", resumed: bool = False) -> None:
+        """Args: path: an existing folder."""
+        self.path, self.run_id, self.resumed = path, run_id, resumed
+
+    @classmethod
+    def create(cls, path: str, *, overwrite: bool, config: dict[str, Any], flags: str) -> RunFolder:
+        """Makes the folder, or opens that of an interrupted run with the same settings, which then continues.
+
+        Until `end_run`, the folder holds `unfinished.json`. An earlier run that is replaced is renamed to
+        `PATH.replaced`, and deleted by `end_run`.
+
+        Args:
+            path: the folder; its parents are made too.
+            overwrite: an earlier run's folder is replaced.
+            config: for `config.json`.
+            flags: for `run.flags`.
+
+        Raises:
+            UserError: the folder exists already and is not empty, is used by a running process, or can't be written.
+        """
+        folder = Path(path)
+        replaced = list[str]()
+        if folder.is_dir() and any(folder.iterdir()):
+            _check_not_running(folder)
+            if not overwrite and _is_same_run(folder, config):
+                return cls._open(folder, config=config, flags=flags)
+            replaced = _put_aside(folder, overwrite=overwrite, config=config)
+        with disk_errors(f"the run folder {path}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                (folder / UNFINISHED).open("x").close()
+            except FileExistsError as error:
+                raise UserError(f"the run folder {path} was taken by another run just now. Run again.") from error
+        created = cls(folder, run_id=uuid.uuid4().hex)
+        created._mark_unfinished(replaced)
+        created._write_settings(config, flags)
+        return created
+
+    @classmethod
+    def _open(cls, folder: Path, *, config: dict[str, Any], flags: str) -> RunFolder:
+        """The folder of an interrupted run, to continue in."""
+        marker = _read_marker(folder)
+        opened = cls(folder, run_id=str(marker.get("run_id") or uuid.uuid4().hex), resumed=True)
+        opened._mark_unfinished(list(marker.get("replaces") or []))
+        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        if not _is_run(folder):  # killed while the folder was made
+            opened._write_settings(config, flags)
+        return opened
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file, UTF-8."""
+        write_atomically(self.path / name, text.encode("utf-8", "surrogateescape"))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file: keys in the order given, NaN refused."""
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Writes a CSV file, UTF-8, one header line."""
+        write_atomically(self.path / name, csv_bytes(header, rows))
+
+    def _write_settings(self, config: dict[str, Any], flags: str) -> None:
+        self.write_json(_CONFIG, config)
+        self.write_text("run.flags", flags)
+
+    def _mark_unfinished(self, replaces: Sequence[str]) -> None:
+        self.write_json(UNFINISHED, {"run_id": self.run_id, "replaces": list(replaces), "process": _describe_process()})
+
+
+class History:
+    """`history.csv`: one row an epoch, on disk as soon as the epoch has ended."""
+
+    def __init__(self, folder: RunFolder, header: Sequence[str]) -> None:
+        """Args: header: the columns."""
+        self._folder, self._header = folder, header
+        self.rows: list[Sequence[Any]] = []
+
+    def keep(self, *rows: Sequence[Any]) -> None:
+        """Adds rows."""
+        self.rows += rows
+        self._folder.write_csv("history.csv", self._header, self.rows)
+
+
+def end_run(folder: Path) -> None:
+    """Marks a run as complete, and deletes the earlier run that it replaces.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    replaced = [Path(path) for path in _read_marker(folder).get("replaces") or []]
+    with disk_errors(f"the run folder {folder}"):
+        for path in replaced:
+            if (path / _CONFIG).is_file():
+                shutil.rmtree(path)
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        sync_folder(folder)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run folder is complete; versions before 0.2 mark that by `metrics.json` alone."""
+    return (folder / "metrics.json").is_file() and not (folder / UNFINISHED).is_file()
+
+
+def read_run_config(path: str) -> dict[str, Any] | None:
+    """The settings in a run folder; None where there is none yet.
+
+    Raises:
+        UserError: `config.json` is damaged.
+    """
+    file = Path(path) / _CONFIG
+    found = read_json(file) if file.is_file() and file.stat().st_size else None
+    return found if isinstance(found, dict) else None
+
+
+def find_unfinished(mode: str) -> str | None:
+    """The latest unfinished run of a mode in the folder `runs`."""
+    markers = sorted(Path("runs").glob(f"*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = ((str(marker.parent), read_run_config(str(marker.parent))) for marker in markers)
+    return next((path for path, config in runs if config and config.get("mode") == mode), None)
+
+
+def name_run(mode: str, data: str, backbone: str) -> str:
+    """`runs/MODE-DATA-BACKBONE-TIME`, with a number behind it if that name is taken (two runs in one second)."""
+    stem = os.path.join("runs", f"{mode}-{data}-{backbone}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path, number = stem, 2
+    while os.path.exists(path):
+        path, number = f"{stem}-{number}", number + 1
+    return path
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder was made by a run, and may therefore be replaced by another."""
+    return all((folder / name).is_file() for name in (_CONFIG, "run.flags"))
+
+
+def _is_same_run(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds an unfinished run of these settings."""
+    if has_ended(folder) or not _is_run(folder):
+        return not _is_run(folder) and (folder / UNFINISHED).is_file()  # killed while it was made
+    return not _find_differences(read_run_config(str(folder)) or {}, config)
+
+
+def _find_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Flags that differ between two configurations, with both values."""
+    found = []
+    for group, settings in json.loads(json.dumps(now)).items():  # tuples as JSON holds them
+        before = earlier.get(group)
+        if not isinstance(settings, dict):
+            found += [] if before == settings else [f"--{group}: {before} there, {settings} here"]
+            continue
+        known = before if isinstance(before, dict) else {}
+        found += [
+            f"--{name}: {known[name]} there, {value} here"
+            for name, value in settings.items()
+            if name not in _HOW_STARTED and name in known and known[name] != value
+        ]
+    return found
+
+
+def _put_aside(folder: Path, *, overwrite: bool, config: Mapping[str, Any]) -> list[str]:
+    """Renames an earlier run's folder, so that nothing is lost before the new run has ended.
+
+    Returns:
+        The folders that the new run replaces.
+
+    Raises:
+        UserError: the folder is not to be replaced, or is no run's.
+    """
+    if not (overwrite and _is_run(folder)):
+        if _is_run(folder) and not has_ended(folder):
+            differences = "; ".join(_find_differences(read_run_config(str(folder)) or {}, config)[:3])
+            raise UserError(
+                f"the run folder {folder} exists already. It holds an unfinished run with other settings "
+                f"({differences}). Repeat its command to continue it, replace it with --overwrite, or give another "
+                "--run_dir."
+            )
+        raise UserError(
+            f"the run folder {folder} exists already. Give another --run_dir, or --overwrite to replace an earlier run."
+        )
+    earlier = list(_read_marker(folder).get("replaces") or [])
+    target, number = folder.with_name(f"{folder.name}.replaced"), 2
+    while target.exists():
+        target, number = folder.with_name(f"{folder.name}.replaced-{number}"), number + 1
+    with disk_errors(f"the run folder {folder}"):
+        os.rename(folder, target)
+    return [*earlier, str(target.absolute())]
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_json(folder / UNFINISHED)
+    except UserError:  # there is none, or it is damaged
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_not_running(folder: Path) -> None:
+    """Raises: UserError: a process of this machine is at work in the folder."""
+    process = _read_marker(folder).get("process")
+    own = _describe_process()
+    if not isinstance(process, dict) or process == own or process.get("host") != own["host"]:
+        return
+    if process.get("started") == _start_time(process.get("id")) is not None:
+        raise UserError(
+            f"the run in {folder} is still going on, in process {process['id']}. Wait for its end, or give another "
+            "--run_dir."
+        )
+
+
+def _describe_process() -> dict[str, Any]:
+    return {"id": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
+
+
+def _start_time(process: Any) -> str | None:
+    """When a process started, in clock ticks since the machine did; None if there is no such process, or no /proc.
+
+    With it a process is told from a later one that got the same number.
+    """
+    try:
+        return Path(f"/proc/{int(process)}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
