@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from tests.conftest import make_image
 from tl_keras.backbones import embed as embed_module
 from tl_keras.backbones.embed import Embedded, embed, embed_tail, hash_weights
 from tl_keras.data.images import make_images
+from tl_keras.errors import UserError
 
 SIZE = 8
 
@@ -47,7 +49,7 @@ class Job:
 
     def __init__(self, tmp_path, contents=CONTENTS, size=SIZE, by_tensorflow=False):
         self.folder, self.contents, self.size = str(tmp_path / "store"), contents, size
-        self.by_tensorflow = by_tensorflow
+        self.by_tensorflow, self.hashed = by_tensorflow, None
         self.lines, self.progress, self.read = [], [], []
 
     def reader(self, positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
@@ -57,7 +59,12 @@ class Job:
 
     def decode_by_tensorflow(self, positions):
         return make_images(
-            self.reader, positions, image_size=self.size, resize="squash", batch_size=embed_module.BATCH_SIZE
+            self.reader,
+            positions,
+            image_size=self.size,
+            resize="squash",
+            batch_size=embed_module.BATCH_SIZE,
+            digests=digests_of(self.hashed or self.contents),
         )
 
     def decode_by_pillow(self, positions):
@@ -67,12 +74,12 @@ class Job:
             images = [Image.open(io.BytesIO(content)) for _, content in self.reader(part)]
             yield part, np.stack([np.array(image.resize((self.size, self.size))) for image in images])
 
-    def run(self, trunk, positions=None, *, flip=None, precision="float32", show_progress=None) -> Embedded:
+    def run(self, trunk, positions=None, *, flip=None, precision="float32", show_progress=None, exact=None) -> Embedded:
         positions = np.arange(len(self.contents)) if positions is None else np.asarray(positions)
         (embedded,) = embed(
             [] if trunk is None else [trunk],
             wanted={0: positions} if flip is None else {0: positions, 1: np.asarray(flip)},
-            digests=digests_of(self.contents),
+            digests=digests_of(self.hashed or self.contents),
             images=self.decode_by_tensorflow if self.by_tensorflow else self.decode_by_pillow,
             address={"backbone": "Toy", "image_shape": [self.size, self.size, 3], "resize": "squash"},
             engine="tensorflow",
@@ -80,6 +87,7 @@ class Job:
             store_dir=self.folder,
             show=self.lines.append,
             show_progress=show_progress or self.progress.append,
+            exact=exact,
         )
         return embedded
 
@@ -255,3 +263,69 @@ def test_a_tail_on_pixels_is_the_whole_network(tmp_path):
     wanted = {0: np.arange(40)}
     vectors = embed_tail(pixels, network, wanted=wanted, show_progress=lambda text: None)
     np.testing.assert_allclose(vectors.read(np.arange(40)), keras_embeddings(network, PIXELS[:40]), atol=1e-5)
+
+
+def test_an_image_that_is_replaced_after_it_was_hashed_does_not_poison_the_store(tmp_path):
+    trunk, job = build_trunk(), Job(tmp_path, CONTENTS[:10], by_tensorflow=True)
+    job.hashed = CONTENTS[:10]
+    job.contents = [CONTENTS[9], *CONTENTS[1:10]]  # the file of the first was replaced since
+    assert job.run(trunk).broken == [0]
+    again = Job(tmp_path, CONTENTS[:10], by_tensorflow=True)
+    embedded = again.run(trunk)
+    assert (embedded.computed, embedded.broken) == (1, [])
+    np.testing.assert_allclose(embedded.read(np.arange(10)), keras_embeddings(trunk, PIXELS[:10]), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_no_numbers_are_never_kept(tmp_path, value):
+    trunk = build_trunk()
+    trunk.get_layer("conv").bias.assign([value, 0, 0, 0])
+    with pytest.raises(UserError) as error:
+        Job(tmp_path).run(trunk)
+    assert str(error.value) == (
+        "the backbone gave NaN or infinity for an image, in float32. Nothing of that batch is kept. Check that "
+        "--weights fit the network."
+    )
+
+
+class Rounding:
+    """An engine that rounds as bfloat16 does, on machines that have no such instructions as well."""
+
+    batch_size = 32
+
+    def __init__(self, trunk: keras.Model, precision: str):
+        self.trunk, self.precision = trunk, precision
+
+    def at(self, precision: str) -> Rounding:
+        return Rounding(self.trunk, precision)
+
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        embeddings = self.trunk(images.astype(np.float32)).numpy()
+        return [embeddings if self.precision == "float32" else embeddings.astype(ml_dtypes.bfloat16).astype("f4")]
+
+
+def test_what_is_evaluated_is_embedded_in_float32(tmp_path, monkeypatch):
+    def build(choice, trunk, *, batch_size):
+        return Rounding(trunk, choice.precision)
+
+    monkeypatch.setattr(embed_module, "build_engine", build)
+    trunk, job = build_trunk(), Job(tmp_path)
+    exact = np.arange(30, 80)
+    embedded = job.run(trunk, precision="bfloat16", exact=exact)
+    assert (embedded.computed, embedded.choice.precision, embedded.evaluated_precision) == (80, "bfloat16", "float32")
+    expected = keras_embeddings(trunk, PIXELS)
+    rounded = expected.astype(ml_dtypes.bfloat16).astype(np.float32)
+    order = np.random.default_rng(0).permutation(80)
+    for positions in (order, order[order < 30], order[order >= 30]):
+        wanted = np.where((positions >= 30)[:, np.newaxis], expected[positions], rounded[positions])
+        np.testing.assert_allclose(embedded.read(positions), wanted, atol=1e-5, rtol=1e-5)
+    assert np.abs(embedded.read(np.arange(30)) - expected[:30]).max() > 1e-4
+    assert Job(tmp_path).run(trunk, precision="bfloat16", exact=exact).computed == 0
+    assert "; val and test in float32)" in job.lines[0]
+
+
+def test_few_images_give_the_same_bits_as_many(tmp_path):
+    trunk = build_trunk(pooled=False)
+    many = Job(tmp_path / "many").run(trunk).read(np.arange(3))
+    few = Job(tmp_path / "few", CONTENTS[:3]).run(trunk).read(np.arange(3))
+    np.testing.assert_array_equal(few, many)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import signal
 import sqlite3
@@ -14,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tl_keras.backbones.store import EmbeddingStore, check_space, list_stores, make_folder
+from tl_keras.backbones import store as store_module
+from tl_keras.backbones.store import EmbeddingStore, check_space, list_stores, make_folder, stored_bytes
 from tl_keras.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,6 +132,7 @@ def test_a_batch_is_written_whole_or_not_at_all(store, monkeypatch):
 WRITER = """
 import sys, time
 import numpy as np
+from tl_keras.backbones import store as store_module
 from tl_keras.backbones.store import EmbeddingStore
 folder, first, count, wait = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 print("ready", flush=True)
@@ -238,7 +241,7 @@ def test_a_store_that_was_damaged_inside_is_named(store):
     store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     store.close()
     content = bytearray(store.path.read_bytes())
-    content[3 * 16384 :] = b"\xff" * (len(content) - 3 * 16384)
+    content[3 * 65536 :] = b"\xff" * (len(content) - 3 * 65536)
     store.path.write_bytes(content)
     damaged = EmbeddingStore(str(store.path.parent), ADDRESS)
     text = error_of(damaged.read, keys(*range(200)))
@@ -265,12 +268,12 @@ def test_a_store_that_another_process_holds_is_named(store, monkeypatch):
     store.write(keys(1), vectors(1))
 
 
-@pytest.mark.parametrize(("free", "fits"), [(439, False), (441, True)])
+@pytest.mark.parametrize(("free", "fits"), [(425, False), (427, True)])
 def test_space_is_compared_before_anything_is_computed(tmp_path, monkeypatch, free, fits):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free * 1e6)))
-    # 100,000 x 2,000 bytes with 15 % on top, and 200 MiB to spare: 439.7 MB
-    arguments = {"count": 100_000, "bytes_each": 2000}
+    # 31 rows of 2,000 bytes share a page of 64 KiB; with keys, and 200 MiB to spare, 100,000 of them need 425.9 MB
+    arguments = {"needs": [(60_000, 2000), (40_000, 2000)]}
     if fits:
         check_space(str(tmp_path / "not" / "yet"), **arguments)
         return
@@ -279,10 +282,43 @@ def test_space_is_compared_before_anything_is_computed(tmp_path, monkeypatch, fr
     assert "--store_dir" in text
 
 
+@pytest.mark.parametrize("dim", [128, 512, 1024, 1280, 1536, 2048, 2304, 2560, 4096, 14 * 14 * 256, 14 * 14 * 1024])
+def test_the_need_is_what_the_file_takes(store, dim):
+    """Vectors of every row of the zoo, and feature maps."""
+    count = 60_000_000 // (4 * dim)
+    for start in range(0, count, 500):
+        digests = [hashlib.sha256(str(one).encode()).digest() for one in range(start, min(start + 500, count))]
+        store.write([digest + b"\0" for digest in digests], np.ones((len(digests), dim), np.float32))
+    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    taken = store.path.stat().st_size
+    need = count * stored_bytes(4 * dim)
+    assert taken - 10 * 65536 <= need <= 1.12 * taken  # the file has some pages of its own
+    assert taken < 1.35 * count * 4 * dim  # half of a file with pages of 16 kB was empty at 2,048 numbers
+
+
+def test_a_store_on_a_network_disk_does_without_the_write_ahead_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "is_on_network", lambda path: True)
+    store = EmbeddingStore(str(tmp_path), ADDRESS)
+    store.write(keys(1, 2), vectors(1, 2))
+    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert not list(tmp_path.glob("*-wal"))
+    np.testing.assert_array_equal(EmbeddingStore(str(tmp_path), ADDRESS).read(keys(2)), vectors(2))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("/home/me/cache", True), ("/home/me/local/x", False), ("/", False), ("/mnt/a b/x", False), ("/s3/x", True)],
+)
+def test_a_network_disk_is_told_by_the_type_of_its_file_system(monkeypatch, path, expected):
+    mounts = "dev / ext4 rw 0 0\nhost:/home /home nfs4 rw 0 0\ndev2 /home/me/local xfs rw 0 0\nx /s3 fuse.s3fs rw 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: mounts)
+    assert store_module.is_on_network(Path(path)) is expected
+
+
 def test_a_full_disk_is_no_matter_where_nothing_is_computed(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    check_space(str(tmp_path), count=0, bytes_each=2000)
+    check_space(str(tmp_path), needs=[(0, 2000)])
 
 
 def test_stores_are_listed_with_their_logs_the_largest_first(tmp_path):

@@ -13,11 +13,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tl_keras.backbones.engines import Choice, PixelEngine, TensorFlowEngine, build_engine, choose_engine
+from tl_keras.backbones.engines import BATCH_SIZE, Choice, PixelEngine, TensorFlowEngine, build_engine, choose_engine
 from tl_keras.backbones.store import EmbeddingStore, check_space, make_folder
+from tl_keras.errors import UserError
 
 VIEWS = ("", "flip")  # as the image is, mirrored
-BATCH_SIZE = 32  # of the trunk, whatever the batch of training
+_ROUGH = ("bfloat16", "float16")
 _NO_TRUNK = Choice("tensorflow", "float32", "the whole network is trained")
 
 ImageStream = Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
@@ -34,6 +35,8 @@ class Embedded:
         computed: how many went through the trunk now; the rest came from the store.
         seconds: what that took.
         choice: the engine that ran the trunk, and its precision.
+        exact: positions whose embeddings are float32 although the others are not, bool `(n,)`; None: there are none.
+        exact_store: where those are.
     """
 
     store: EmbeddingStore
@@ -42,11 +45,19 @@ class Embedded:
     computed: int
     seconds: float
     choice: Choice
+    exact: np.ndarray | None = None
+    exact_store: EmbeddingStore | None = None
+
+    @property
+    def evaluated_precision(self) -> str:
+        """The precision of the embeddings that figures are measured on."""
+        return self.choice.precision if self.exact is None else "float32"
 
     @property
     def name(self) -> str:
         """What tells these embeddings from those of another network, size, cut, precision or engine."""
-        return self.store.path.name
+        names = [store.path.name for store in (self.store, self.exact_store) if store]
+        return " ".join(names)
 
     def read(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """Reads embeddings.
@@ -59,7 +70,19 @@ class Embedded:
             `(b, ...)`: float32, bfloat16 or, for pixels, uint8.
         """
         views = np.zeros(len(positions), np.int64) if views is None else views
-        return self.store.read([_key(self.digests[p], int(v)) for p, v in zip(positions, views, strict=True)])
+        keys = [_key(self.digests[p], int(v)) for p, v in zip(positions, views, strict=True)]
+        if self.exact is None or self.exact_store is None:
+            return self.store.read(keys)
+        exact = self.exact[positions]
+        if exact.all() or not exact.any():
+            return (self.exact_store if exact.all() else self.store).read(keys)
+        parts = [
+            store.read([key for key, one in zip(keys, own, strict=True) if one]).astype(np.float32)
+            for store, own in ((self.store, ~exact), (self.exact_store, exact))
+        ]
+        mixed = np.empty((len(keys), *parts[0].shape[1:]), np.float32)
+        mixed[~exact], mixed[exact] = parts
+        return mixed
 
 
 def embed(
@@ -74,6 +97,7 @@ def embed(
     store_dir: str,
     show: Callable[[str], None],
     show_progress: Callable[[str], None],
+    exact: np.ndarray | None = None,
 ) -> list[Embedded]:
     """Sends through the trunk what the store does not have yet.
 
@@ -90,6 +114,8 @@ def embed(
         store_dir: the folder of stores.
         show: shows a line.
         show_progress: shows how far it is.
+        exact: positions of images that are evaluated, int `(m,)`: in float32 whatever the precision of the others, so
+            that what is measured is what is served.
 
     Returns:
         The embeddings, for each trunk in order. Interrupted or killed, the store keeps what was complete.
@@ -104,36 +130,118 @@ def embed(
     choice, runner = _choose_engine(
         trunk, wanted[0], images, engine=engine, precision=precision, store_dir=Path(store_dir), addresses=addresses
     )
-    stores = [EmbeddingStore(store_dir, {**one, **choice.address()}) for one in addresses]
-    missing = {view: _missing(stores, digests, positions, view) for view, positions in wanted.items()}
-    total = sum(len(positions) for positions in missing.values())
-    bytes_each = sum(_embedding_bytes(one, choice.precision) for one in trunks) or int(np.prod(address["image_shape"]))
-    check_space(store_dir, count=total, bytes_each=bytes_each)
+    rough, precise = _divide(wanted, exact if choice.precision in _ROUGH else None)
+    passes = [_Pass(choice, rough, addresses, store_dir, digests)]
+    if precise:
+        passes.append(_Pass(dataclasses.replace(choice, precision="float32"), precise, addresses, store_dir, digests))
+    total = sum(one.count for one in passes)
+    sizes = [sum(_embedding_bytes(trunk, one.choice.precision) for trunk in trunks) for one in passes]
+    sizes = sizes if trunks else [int(np.prod(address["image_shape"]))]
+    check_space(store_dir, needs=[(one.count, size) for one, size in zip(passes, sizes, strict=True)])
     show(
-        f"trunk: {', '.join(one['cut'] for one in addresses)}, {choice.engine}, {choice.precision} ({choice.reason}); "
-        f"{total:,} images to compute, {sum(map(len, wanted.values())) - total:,} in the store, "
-        f"{total * bytes_each / 1e6:,.0f} MB to write"
+        f"trunk: {', '.join(one['cut'] for one in addresses)}, {choice.engine}, {choice.precision} ({choice.reason}"
+        f"{'; val and test in float32' if precise else ''}); {total:,} images to compute, "
+        f"{sum(map(len, wanted.values())) - total:,} in the store, "
+        f"{sum(one.count * size for one, size in zip(passes, sizes, strict=True)) / 1e6:,.0f} MB to write"
     )
     done, computing_since = 0, time.perf_counter()
-    for view, positions in missing.items():
-        for arrived, pixels in images(positions) if len(positions) else ():
-            runner = runner or build_engine(choice, trunk, batch_size=min(BATCH_SIZE, len(positions)))
-            pixels = pixels[:, :, ::-1] if VIEWS[view] == "flip" else pixels
-            for part in _parts(len(pixels), getattr(runner, "batch_size", BATCH_SIZE)):
-                keys = [_key(digests[position], view) for position in arrived[part]]
-                for store, embeddings in zip(stores, runner.run(pixels[part]), strict=True):
-                    store.write(keys, _as_stored(embeddings, choice.precision))
-            done += len(arrived)
-            rate = done / (time.perf_counter() - computing_since)
-            show_progress(
-                f"trunk: {done:,}/{total:,} images, {rate:,.0f} images/s, {(total - done) / rate:,.0f} s left"
-            )
-    broken = sorted({
-        int(positions[index])
-        for view, positions in wanted.items()
-        for index in stores[-1].missing([_key(digests[position], view) for position in positions])
-    })
-    return [Embedded(store, digests, broken, done, time.perf_counter() - start, choice) for store in stores]
+    for one in passes:
+        for view, positions in one.missing.items():
+            for arrived, pixels in images(positions) if len(positions) else ():
+                runner = _take_runner(runner, one.choice, trunk)
+                one.run(runner, view, arrived, pixels)
+                done += len(arrived)
+                rate = done / (time.perf_counter() - computing_since)
+                show_progress(
+                    f"trunk: {done:,}/{total:,} images, {rate:,.0f} images/s, {(total - done) / rate:,.0f} s left"
+                )
+    broken = sorted(set().union(*(one.find_missing() for one in passes)))
+    seconds = time.perf_counter() - start
+    found = [Embedded(store, digests, broken, done, seconds, choice) for store in passes[0].stores]
+    if not precise:
+        return found
+    is_exact = np.zeros(len(digests), bool)
+    is_exact[exact] = True
+    return [
+        dataclasses.replace(one, exact=is_exact, exact_store=store)
+        for one, store in zip(found, passes[1].stores, strict=True)
+    ]
+
+
+class _Pass:
+    """What one engine computes at one precision.
+
+    Attributes:
+        choice: the engine.
+        stores: one for each trunk.
+        missing: view → positions that a store lacks, int `(m,)`.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        wanted: Mapping[int, np.ndarray],
+        addresses: Sequence[dict[str, Any]],
+        store_dir: str,
+        digests: np.ndarray,
+    ) -> None:
+        self.choice, self._wanted, self._digests = choice, wanted, digests
+        self.stores = [EmbeddingStore(store_dir, {**one, **choice.address()}) for one in addresses]
+        self.missing = {view: _missing(self.stores, digests, positions, view) for view, positions in wanted.items()}
+
+    @property
+    def count(self) -> int:
+        """Images to compute."""
+        return sum(map(len, self.missing.values()))
+
+    def run(self, runner: Any, view: int, positions: np.ndarray, pixels: np.ndarray) -> None:
+        """Embeds a batch of images, uint8 `(b, h, w, 3)`, and keeps the embeddings.
+
+        Raises:
+            UserError: an embedding is NaN or infinite, or the disk is full.
+        """
+        pixels = pixels[:, :, ::-1] if VIEWS[view] == "flip" else pixels
+        for part in _parts(len(pixels), getattr(runner, "batch_size", BATCH_SIZE)):
+            keys = [_key(self._digests[position], view) for position in positions[part]]
+            for store, embeddings in zip(self.stores, runner.run(pixels[part]), strict=True):
+                _check_finite(embeddings, self.choice.precision)
+                store.write(keys, _as_stored(embeddings, self.choice.precision))
+
+    def find_missing(self) -> set[int]:
+        """Positions that did not arrive, because they can't be decoded."""
+        return {
+            int(positions[index])
+            for view, positions in self._wanted.items()
+            for index in self.stores[-1].missing([_key(self._digests[position], view) for position in positions])
+        }
+
+
+def _divide(
+    wanted: Mapping[int, np.ndarray], exact: np.ndarray | None
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Images that may be computed in a lower precision, and images in float32, of which there may be none."""
+    if exact is None or not len(exact):
+        return dict(wanted), {}
+    rough = {view: np.setdiff1d(positions, exact) for view, positions in wanted.items()}
+    precise = {view: np.intersect1d(positions, exact) for view, positions in wanted.items()}
+    return rough, precise
+
+
+def _take_runner(runner: Any, choice: Choice, trunk: keras.Model | None) -> Any:
+    """The engine at the precision of `choice`; it is built once, always for the same batch: its bits depend on that."""
+    if runner is None:
+        return build_engine(choice, trunk, batch_size=BATCH_SIZE)
+    if getattr(runner, "precision", choice.precision) != choice.precision:
+        return runner.at(choice.precision)
+    return runner
+
+
+def _check_finite(embeddings: np.ndarray, precision: str) -> None:
+    if embeddings.dtype.kind == "f" and not np.isfinite(embeddings).all():
+        advice = "Check that --weights fit the network" if precision == "float32" else "Use --precision=float32"
+        raise UserError(
+            f"the backbone gave NaN or infinity for an image, in {precision}. Nothing of that batch is kept. {advice}."
+        )
 
 
 def embed_tail(
@@ -159,21 +267,24 @@ def embed_tail(
     """
     start, done = time.perf_counter(), 0
     choice = Choice("tensorflow", "float32", "")
-    address = {"backbone": "tail", "behind": embedded.store.path.name, **_identify(tail), **choice.address()}
+    address = {"backbone": "tail", "behind": embedded.name, **_identify(tail), **choice.address()}
     store = EmbeddingStore(str(embedded.store.path.parent), address)
     engine = None
     lacking = {view: _missing([store], embedded.digests, positions, view) for view, positions in wanted.items()}
     bytes_each = 4 * int(tail.output_shape[1])
-    check_space(str(store.path.parent), count=sum(map(len, lacking.values())), bytes_each=bytes_each)
+    check_space(str(store.path.parent), needs=[(sum(map(len, lacking.values())), bytes_each)])
     for view, missing in lacking.items():
         for part in _parts(len(missing), BATCH_SIZE):
             maps = embedded.read(missing[part], np.full(len(missing[part]), view))
             maps = maps if maps.dtype == np.uint8 else maps.astype(np.float32)
-            engine = engine or TensorFlowEngine(tail, batch_size=len(maps), precision="float32", dtype=maps.dtype)
-            store.write([_key(embedded.digests[p], view) for p in missing[part]], engine.run(maps)[0])
+            engine = engine or TensorFlowEngine(tail, batch_size=BATCH_SIZE, precision="float32", dtype=maps.dtype)
+            (vectors,) = engine.run(maps)
+            _check_finite(vectors, "float32")
+            store.write([_key(embedded.digests[p], view) for p in missing[part]], vectors)
             done += len(maps)
             show_progress(f"head first: {done:,}/{len(missing):,} embeddings")
-    return dataclasses.replace(embedded, store=store, computed=done, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return dataclasses.replace(embedded, store=store, computed=done, seconds=seconds, exact=None, exact_store=None)
 
 
 def hash_weights(model: keras.Model) -> str:

@@ -23,6 +23,7 @@ from tensorflow.python.framework.convert_to_constants import (  # the documented
 from tl_keras.errors import UserError
 from tl_keras.run import write_atomically
 
+BATCH_SIZE = 32  # of the trunk, whatever the batch of training
 FASTER_AT_LEAST = 1.3  # benchmarks/trunk.py, precision: below that, bfloat16's loss of accuracy buys nothing
 COSINE_AT_LEAST = 0.995  # at 0.990 (MobileNetV2) a probe lost 1 to 2 points when served in float32
 # A trunk that is done sooner is not worth a comparison. TensorFlow takes ten seconds to build and optimise its graph.
@@ -71,7 +72,7 @@ class TensorFlowEngine:
             precision: `float32`, `bfloat16` (on the CPU by oneDNN) or `float16` (GPU).
             dtype: of what it is given: uint8 for images, float32 for feature maps.
         """
-        self.batch_size = batch_size
+        self.batch_size, self.precision = batch_size, precision
         frozen = freeze(trunk, batch_size=batch_size, dtype=dtype)
         self._graph = tf.Graph()
         with self._graph.as_default():
@@ -82,6 +83,7 @@ class TensorFlowEngine:
     def at(self, precision: str) -> TensorFlowEngine:
         """Returns an engine of the same frozen graph at another precision: freezing takes seconds."""
         engine = copy.copy(self)
+        engine.precision = precision
         engine._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
         return engine
 
@@ -112,7 +114,7 @@ class OpenVinoEngine:
         Raises:
             UserError: OpenVINO does not convert this network.
         """
-        self.batch_size = batch_size
+        self.batch_size, self.precision = batch_size, precision
         self._part = min(_OPENVINO_BATCH, batch_size)
         self._shapes = [tuple(shape[1:]) for shape in _as_list(trunk.output_shape)]
         self._name = trunk.name
@@ -130,6 +132,7 @@ class OpenVinoEngine:
     def at(self, precision: str) -> OpenVinoEngine:
         """Returns an engine of the same converted trunk at another precision."""
         engine = copy.copy(self)
+        engine.precision = precision
         with _openvino_errors(self._name):
             engine._compile(precision)
         return engine
@@ -350,10 +353,11 @@ class _Timed:
 def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np.ndarray, count: int) -> _Timed:
     """Float32 or, where it is faster and true to it, bfloat16; of one engine."""
     wanted = "float32" if precision == "auto" else precision
-    sample = sample[:_OPENVINO_SAMPLE] if name == "openvino" else sample
-    exact = build_engine(Choice(name, wanted, ""), trunk, batch_size=len(sample))
-    exact_embeddings, exact_seconds = _time(exact, sample)
-    timed = _Timed(name, wanted, exact, exact_seconds, len(sample), "")
+    # an engine always has the same batch, however few images there are: its bits must not depend on their number
+    size = _OPENVINO_SAMPLE if name == "openvino" else BATCH_SIZE
+    exact = build_engine(Choice(name, wanted, ""), trunk, batch_size=size)
+    exact_embeddings, exact_seconds = _time(exact, sample[:size])
+    timed = _Timed(name, wanted, exact, exact_seconds, size, "")
     if precision != "auto":
         return timed
     if timed.seconds_for(count) < _WORTH_SECONDS["bfloat16"]:
@@ -362,12 +366,12 @@ def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np
     if not has_bfloat16():
         return dataclasses.replace(timed, note="this CPU has no bfloat16 instructions")
     fast = exact.at("bfloat16")  # type: ignore[union-attr]
-    fast_embeddings, fast_seconds = _time(fast, sample)
+    fast_embeddings, fast_seconds = _time(fast, sample[:size])
     faster = exact_seconds / fast_seconds
     cosine = min(mean_cosine(*pair) for pair in zip(exact_embeddings, fast_embeddings, strict=True))
     saw = f"bfloat16 is {faster:.2f} times as fast, mean cosine to float32 {cosine:.4f}"
     if faster >= FASTER_AT_LEAST and cosine >= COSINE_AT_LEAST:
-        return _Timed(name, "bfloat16", fast, fast_seconds, len(sample), saw)
+        return _Timed(name, "bfloat16", fast, fast_seconds, size, saw)
     return dataclasses.replace(timed, note=f"{saw}; needed: {FASTER_AT_LEAST} and {COSINE_AT_LEAST}")
 
 

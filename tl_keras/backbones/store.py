@@ -27,10 +27,17 @@ from tl_keras.run import disk_errors, existing_parent
 
 _LOCK_SECONDS = 120.0
 _LOCK_PAUSE_SECONDS = 0.02
-_PAGE_BYTES = 16384  # an embedding of 1,280 numbers in one page
+# SQLite's largest: what does not share its page wastes the rest of it, half of a 16 kB page at 2,048 numbers
+_PAGE_BYTES = 65536
 _QUERY_KEYS = 500  # SQLite's oldest limit on parameters is 999
 _SPARE_BYTES = 200 << 20
-_WRITE_OVERHEAD = 1.15  # pages, keys and the write-ahead log
+_ROW_BYTES = 64  # key, type, shape, and what SQLite keeps of each
+_KEY_BYTES = 48  # once more in the index, whose pages are two thirds full
+# types of file systems that other machines write to as well: SQLite's write-ahead log does not work there
+_NETWORK = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "glusterfs", "ocfs2", "gfs2"),
+    *("9p", "orangefs", "pvfs2", "fuse"),
+)
 
 
 class EmbeddingStore:
@@ -58,7 +65,6 @@ class EmbeddingStore:
             self._close = weakref.finalize(self, self._connection.close)  # whoever forgets the store closes it too
             self._connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             self._start_log()
-            self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("CREATE TABLE IF NOT EXISTS address (text TEXT)")
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, dtype TEXT, shape TEXT, content BLOB)"
@@ -134,7 +140,16 @@ class EmbeddingStore:
         return np.frombuffer(content, _numpy_dtype(dtype)).reshape(len(keys), *json.loads(shape))
 
     def _start_log(self) -> None:
-        """Switches to the write-ahead log: the one thing for which SQLite itself does not wait where others do it."""
+        """Switches to the write-ahead log: the one thing for which SQLite itself does not wait where others do it.
+
+        That log needs memory which all processes share. On a network disk it would damage the file
+        (https://www.sqlite.org/wal.html); SQLite's older journal, which relies on locks alone, takes its place there.
+        """
+        if is_on_network(self.path.parent):
+            self._connection.execute("PRAGMA journal_mode=DELETE")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            return
+        self._connection.execute("PRAGMA synchronous=NORMAL")
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
@@ -165,13 +180,18 @@ def make_folder(folder: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_space(folder: str, *, count: int, bytes_each: int) -> None:
+def check_space(folder: str, *, needs: Sequence[tuple[int, int]]) -> None:
     """Compares what the store is going to need with what is free, before anything is computed.
+
+    Args:
+        folder: the folder of all stores.
+        needs: number of embeddings, and bytes of each, of one store or several.
 
     Raises:
         UserError: it will not fit.
     """
-    need = int(count * bytes_each * _WRITE_OVERHEAD) + (_SPARE_BYTES if count else 0)
+    count = sum(number for number, _ in needs)
+    need = sum(number * stored_bytes(size) for number, size in needs) + (_SPARE_BYTES if count else 0)
     free = shutil.disk_usage(existing_parent(folder)).free
     if need > free:
         raise UserError(
@@ -179,6 +199,35 @@ def check_space(folder: str, *, count: int, bytes_each: int) -> None:
             "free. Give a --store_dir on a larger disk, clear old stores (--mode=doctor lists them), or train less of "
             "the backbone."
         )
+
+
+def stored_bytes(size: int) -> int:
+    """What an embedding of `size` bytes takes in the file, its share of pages that are not full included.
+
+    As SQLite lays rows out (https://www.sqlite.org/fileformat2.html, "B-tree Pages" and "Cell Payload Overflow Pages"):
+    several rows share a page, and the end of a row that is larger than a page has pages of its own.
+    """
+    payload, usable = size + _ROW_BYTES, _PAGE_BYTES
+    if payload <= usable - 35:
+        return _PAGE_BYTES // ((usable - 8) // payload) + _KEY_BYTES
+    least = (usable - 12) * 32 // 255 - 23
+    inside = least + (payload - least) % (usable - 4)
+    inside = inside if inside <= usable - 35 else least
+    overflow = -(-(payload - inside) // (usable - 4))
+    return _PAGE_BYTES * overflow + _PAGE_BYTES // max(1, (usable - 8) // (inside + _ROW_BYTES)) + _KEY_BYTES
+
+
+def is_on_network(path: Path) -> bool:
+    """Whether a path is on a file system that other machines may write to, as Linux names its type."""
+    try:
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    mounts = [line.split(" ")[1:3] for line in lines]
+    real = os.path.realpath(path)
+    own = [(place, kind) for place, kind in mounts if os.path.commonpath([place, real]) == place]
+    kind = max(own, key=lambda mount: len(mount[0]), default=("", ""))[1]
+    return kind.partition(".")[0] in _NETWORK
 
 
 def list_stores(folder: str) -> list[tuple[Path, int]]:

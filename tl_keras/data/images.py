@@ -9,6 +9,7 @@ byte; EXIF orientation is honoured in JPEG, PNG and WebP.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -131,6 +132,7 @@ def make_images(
     image_size: int,
     resize: str,
     batch_size: int,
+    digests: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Streams decoded images in batches, beside whatever consumes them; what can't be decoded is left out.
 
@@ -140,6 +142,8 @@ def make_images(
         image_size: see `decode`.
         resize: see `decode`.
         batch_size: of every batch but the last.
+        digests: SHA-256 that each image's bytes must have, `(n,)` of 32 bytes, by position; other bytes are left out.
+            None: any will do.
 
     Yields:
         Positions, int64 `(b,)`, and images, uint8 `(b, image_size, image_size, 3)`.
@@ -154,6 +158,8 @@ def make_images(
         found: list[tuple[int, bytes]] = []
         try:
             for item in read(positions):
+                if digests is not None and hashlib.sha256(item[1]).digest() != digests[item[0]].tobytes():
+                    continue  # the file was replaced after it was hashed: its embedding must not get the old key
                 found.append(item)
                 if len(found) == _READ_CHUNK:
                     yield _as_arrays(found)

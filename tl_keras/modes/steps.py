@@ -15,7 +15,8 @@ from tl_keras.audit.duplicates import Images
 from tl_keras.audit.examine import Audit, describe_data, describe_origin
 from tl_keras.audit.files import inspect_file
 from tl_keras.audit.findings import FINDINGS_HEADER, Finding
-from tl_keras.backbones.embed import BATCH_SIZE, Embedded, embed
+from tl_keras.backbones.embed import Embedded, embed
+from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
 from tl_keras.classifier import Classifier, load_trained
 from tl_keras.config import BackboneConfig, Config, default_store_dir, from_dict, is_run, parse_kwargs
@@ -135,7 +136,14 @@ class Job:
             trunks,
             wanted=wanted_views(self.examples, mirrored=mirrored),
             digests=self.examples.digests,
-            images=functools.partial(make_images, read, image_size=image_size, resize=resize, batch_size=BATCH_SIZE),
+            images=functools.partial(
+                make_images,
+                read,
+                image_size=image_size,
+                resize=resize,
+                batch_size=BATCH_SIZE,
+                digests=self.examples.digests,
+            ),
             address={
                 "backbone": preset.name,
                 "image_shape": [image_size, image_size, 3],
@@ -147,6 +155,7 @@ class Job:
             store_dir=engine.store_dir or default_store_dir(),
             show=self.screen.line,
             show_progress=self.screen.progress,
+            exact=None if self.embeddings_only else np.flatnonzero(self.examples.splits > 0),
         )
         if found[0].broken:
             reasons = {
@@ -226,7 +235,7 @@ class Job:
             repeat: trains again for the entry `seeds`, once all that was trained before is kept; none: interrupted.
         """
         config, screen, watch, folder = self.config, self.screen, self.watch, self.folder
-        precision = embedded.choice.precision
+        precision = embedded.evaluated_precision
         with watch.stage("evaluation"):
             temperature = self._fit_temperature(logits)
             if temperature != 1:
@@ -249,7 +258,9 @@ class Job:
                 folder.path / "classifier", samples=samples[:_KEPT_SAMPLES], expected=expected[:_KEPT_SAMPLES]
             )
         metrics["interrupted"] = interrupted
-        metrics["environment"] = describe_environment(engine=embedded.choice.engine, precision=precision)
+        metrics["environment"] = describe_environment(
+            engine=embedded.choice.engine, precision=embedded.choice.precision
+        )
         metrics["timing"] = _describe_timing(watch, embedded)
         folder.write_json("metrics.json", metrics)
         for line in describe_evaluation(metrics):
