@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tl_keras.folded import SupportVectors, size_in_bytes
+from tests.contracts.test_probes import smooth
+from tl_keras.folded import NearestNeighbours, SupportVectors, size_in_bytes
 from tl_keras.probes.estimators import PROBES, Recipe, fit_probe
 from tl_keras.probes.fold import fold
 
@@ -20,7 +21,7 @@ OTHERS = RNG.normal(size=(50, 6)).astype(np.float32)
 def compare(name: str, value: float, *, scale: str, fit: np.ndarray = EMBEDDINGS, others: np.ndarray = OTHERS) -> None:
     fitted = fit_probe(name, value, fit, LABELS, Recipe(scale=scale, max_iter=1000, seed=0))
     answer = tf.nn.softmax(fold(fitted, num_classes=3)(others)).numpy()
-    np.testing.assert_allclose(answer, fitted.estimator.predict_proba(others.astype(np.float64)), atol=1e-9)
+    np.testing.assert_allclose(answer, smooth(fitted, others, answer.shape[1]), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "rbf_svm", "ridge"])
@@ -62,7 +63,15 @@ def test_all_of_train_may_vote():
     compare("knn", 42.0, scale="none")
     fitted = fit_probe("knn", 42.0, EMBEDDINGS, LABELS, Recipe(scale="none", max_iter=1000, seed=0))
     shares = tf.nn.softmax(fold(fitted, num_classes=3)(OTHERS[:2])).numpy()
-    np.testing.assert_allclose(shares, [[30 / 42, 8 / 42, 4 / 42]] * 2)
+    np.testing.assert_allclose(shares, [[(votes + 1 / 3) / 43 for votes in (30, 8, 4)]] * 2)
+
+
+def test_a_layer_that_was_saved_without_smoothing_answers_as_it_did():
+    config = {"name": "logits", "count": 4, "dim": 2, "unit": False, "num_classes": 3, "k": 4}
+    layer = NearestNeighbours.from_config(config)
+    layer.spread.assign(np.ones(2))
+    shares = tf.nn.softmax(layer(np.zeros((1, 2), np.float32))).numpy()
+    np.testing.assert_allclose(shares, [[1, 0, 0]], atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.01, 1.0, 1e4])

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import difflib
 import io
+import json
 import math
 import os
 import re
@@ -138,7 +139,8 @@ class BackboneConfig:
     image_size: int | None = _setting(None, "pixels a side (the network's own)", _SPLIT, minimum=1, maximum=4096)
     resize: str = _setting(
         "crop",
-        "crop: shortest side, then centre crop; squash: both sides; pad: longest side, then black borders",
+        "crop: shortest side, then centre crop; squash: both sides; pad: longest side, then black borders (with "
+        "--weights=RUN that run's)",
         _SPLIT,
         choices=("crop", "squash", "pad"),
     )
@@ -282,17 +284,17 @@ class RunConfig:
     overwrite: bool = _setting(
         False, "replace the run folder of an earlier run, which is kept until the new run is complete", _RUN
     )
-    resume: bool = _setting(
-        False,
-        "continue an unfinished run, with its own settings: that of --run_dir, or the latest in the folder runs",
-        _RUN,
-    )
     export: bool = _setting(True, "export a SavedModel when the run ends", _MAKE)
     export_dir: str = _setting("saved_models", "where exported models land: NAME/VERSION", (*_EXPORT, *_SERVE))
     model_name: str | None = _setting(None, "NAME (from the data set and the backbone)", (*_EXPORT, *_SERVE))
     seed: int = _setting(0, "of everything random", _SPLIT, minimum=0, maximum=2**31 - 1)
     max_pixels: int = _setting(
         50_000_000, "larger images are invalid to the exported model", (*_EXPORT, *_SERVE), minimum=1
+    )
+    resume: bool = _setting(
+        False,
+        "continue an unfinished run, with its own settings: that of --run_dir, or the latest in the folder runs",
+        _RUN,
     )
 
 
@@ -484,6 +486,8 @@ def read_flags(values: flags.FlagValues, *, earlier: Config | None = None) -> Co
             )
             if mode in field.metadata["mode_defaults"] and not follows_run:
                 given[group][field.name] = field.metadata["mode_defaults"][mode]
+            if field.name == "resize" and mode in field.metadata["modes"]:
+                given[group] |= _read_resize(os.path.expanduser(str(values["weights"].value)))
             continue
         if mode not in field.metadata["modes"]:
             used_by = ", ".join(field.metadata["modes"])
@@ -492,6 +496,17 @@ def read_flags(values: flags.FlagValues, *, earlier: Config | None = None) -> Co
     if earlier:
         return _continue(earlier, mode, given)
     return Config(mode=mode, **{name: _GROUPS[name](**values) for name, values in given.items()})
+
+
+def _read_resize(weights: str) -> dict[str, str]:
+    """`resize` as the earlier run has it that `--weights` names: its network knows no other pictures."""
+    for folder in (weights, os.path.join(weights, "classifier")) if is_run(weights) else ():
+        try:
+            with open(os.path.join(folder, "classifier.json"), encoding="utf-8") as file:
+                return {"resize": str(json.load(file)["resize"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # whoever loads the run says what is wrong with it
+    return {}
 
 
 def _continue(earlier: Config, mode: str, given: dict[str, dict[str, Any]]) -> Config:

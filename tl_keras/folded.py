@@ -73,20 +73,34 @@ class NearestNeighbours(_Scaled):
         unit: see `_Scaled`.
         num_classes: classes.
         k: neighbours that vote.
+        smoothing: votes that are spread over all classes before they are counted. Without them a class that got no
+            vote has the logarithm of nearly 0, which outweighs all others where a temperature is fitted. Layers that
+            were saved before version 0.2 have none.
     """
 
-    def __init__(self, *, count: int, dim: int, unit: bool, num_classes: int, k: int, name: str = "logits") -> None:
+    def __init__(
+        self,
+        *,
+        count: int,
+        dim: int,
+        unit: bool,
+        num_classes: int,
+        k: int,
+        smoothing: float = 0.0,
+        name: str = "logits",
+    ) -> None:
         """See the class."""
         super().__init__(count=count, dim=dim, unit=unit, name=name)
-        self._sizes |= {"num_classes": num_classes, "k": k}
+        self._sizes |= {"num_classes": num_classes, "k": k, "smoothing": smoothing}
         self.labels = self._add("labels", (count,), "int32")
 
     def call(self, embeddings: tf.Tensor) -> tf.Tensor:
         """Embeddings, float32 `(b, d)` → logarithms of probabilities, float64 `(b, classes)`."""
         nearest = tf.math.top_k(-self._square_distances(embeddings), self._sizes["k"]).indices
         labels = tf.gather(tf.convert_to_tensor(self.labels), nearest)
-        votes = tf.reduce_mean(tf.one_hot(labels, self._sizes["num_classes"], dtype=tf.float64), axis=1)
-        return tf.math.log(tf.maximum(votes, _TINY))
+        k, num_classes, smoothing = (self._sizes[name] for name in ("k", "num_classes", "smoothing"))
+        votes = tf.reduce_sum(tf.one_hot(labels, num_classes, dtype=tf.float64), axis=1)
+        return tf.math.log(tf.maximum((votes + smoothing / num_classes) / (k + smoothing), _TINY))
 
     def compute_output_shape(self, input_shape: tuple[Any, ...]) -> tuple[Any, ...]:
         """`(b, classes)`."""

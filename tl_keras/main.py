@@ -173,6 +173,7 @@ def _quiet_tensorflow(*, level: str) -> Iterator[None]:
     wrong comes as an exception too; at level 2 each truncated JPEG would write a line.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
     sys.stderr.flush()
@@ -182,6 +183,7 @@ def _quiet_tensorflow(*, level: str) -> Iterator[None]:
         try:
             yield
             _start_devices()
+            _reset_keras()
         except ImportError as error:
             raise UserError(
                 f"TensorFlow can't be imported: {error}. Try: pip install --force-reinstall tensorflow keras."
@@ -200,6 +202,13 @@ def _start_devices() -> None:
     """Lets TensorFlow find its devices now, while its messages about them are caught."""
     if "tensorflow" in sys.modules:
         sys.modules["tensorflow"].config.list_logical_devices()
+
+
+def _reset_keras() -> None:
+    """Undoes what `~/.keras/keras.json` sets for other programs: our networks are float32, channels last."""
+    if "keras" in sys.modules:
+        sys.modules["keras"].config.set_image_data_format("channels_last")
+        sys.modules["keras"].config.set_floatx("float32")
 
 
 def entry_point() -> None:

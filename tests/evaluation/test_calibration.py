@@ -12,7 +12,9 @@ from tl_keras.evaluation.calibration import (
     choose_threshold,
     error_interval,
     expected_calibration_error,
+    fewest_for_threshold,
     fit_temperature,
+    is_supported,
     losses,
     measure_threshold,
     reliability,
@@ -83,9 +85,43 @@ def test_coverage_and_accuracy_by_hand():
     np.testing.assert_allclose(accuracy, [1, 2 / 3, 3 / 4, 3 / 5])
 
 
-@pytest.mark.parametrize(("target", "threshold"), [(1.0, 0.9), (0.7, 0.7), (0.5, 0.6), (0.0, 0.6)])
-def test_the_lowest_threshold_that_reaches_the_target(target, threshold):
-    assert choose_threshold(HAND, LABELS, target_accuracy=target) == pytest.approx(threshold)
+def test_few_images_guarantee_nothing_and_a_target_of_nothing_is_always_met():
+    assert choose_threshold(HAND, LABELS, target_accuracy=0.5) is None
+    assert choose_threshold(HAND, LABELS, target_accuracy=0.0) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("target", "count"), [(0.5, 7), (0.9, 47), (0.95, 99), (0.99, 537)])
+def test_the_fewest_images_that_can_guarantee_a_target(target, count):
+    assert fewest_for_threshold(target) == count
+    sure = np.tile([[0.9, 0.1]], (count, 1))
+    assert choose_threshold(sure, np.zeros(count, int), target_accuracy=target) == pytest.approx(0.9)
+    assert choose_threshold(sure[1:], np.zeros(count - 1, int), target_accuracy=target) is None
+
+
+@pytest.mark.parametrize("count", [100, 300, 1000])
+@pytest.mark.parametrize("shape", ["calibrated", "too sure"])
+def test_a_threshold_keeps_what_it_promises(count, shape):
+    """The lowest threshold at which val itself reaches the target breaks its promise in half of the draws."""
+    random, broken, answered = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        probabilities, labels, true = draw_sure(random, count, shape)
+        threshold = choose_threshold(probabilities, labels, target_accuracy=0.85)
+        if threshold is not None:
+            new, _, share = draw_sure(random, 20_000, shape)
+            answered += 1
+            broken += share[new.max(1) >= threshold].mean() < 0.85
+    assert broken <= 0.05 * 200
+    assert answered > 100 or count < 1000 or shape == "too sure"
+
+
+def test_a_temperature_that_val_says_nothing_about_is_told():
+    logits, labels = draw(400, 5, temperature=3.0)
+    assert is_supported(logits, labels, fit_temperature(logits, labels))
+    few = np.array([[4.0, 0, 0], [0, 4, 0], [0, 0, 4], [4, 0, 0]])
+    assert not is_supported(few, np.array([0, 1, 2, 0]), fit_temperature(few, np.array([0, 1, 2, 0])))
+    votes = np.log(np.maximum(np.eye(3)[[0, 1, 2, 0] * 30], 1e-300))  # nearest neighbours without smoothing
+    labels = np.array([0, 1, 2, 0] * 29 + [1, 1, 1, 1])
+    assert not is_supported(votes, labels, fit_temperature(votes, labels))
 
 
 def test_a_target_out_of_reach():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tl_keras.data.examples import Examples
 from tl_keras.data.sources import Source
 from tl_keras.data.splits import UNUSED
 from tl_keras.errors import UserError
+from tl_keras.evaluation.calibration import measure_threshold
 from tl_keras.evaluation.metrics import measure
 from tl_keras.evaluation.tables import (
     describe_device,
@@ -109,9 +111,13 @@ def test_the_tables_by_hand(folder, tmp_path):
         ("test", NAMES[2], NAMES[0], "1"),
     }
     assert found["test"]["most_confused"] == [{"label": NAMES[2], "predicted": NAMES[0], "count": 1}]
-    assert found["reject"]["threshold"] == pytest.approx(0.6)  # val's 0.6 is right, its 0.5 is not
-    assert found["reject"]["test"]["coverage"] == pytest.approx(2 / 3)
-    assert found["reject"]["test"]["accuracy"] == 1
+    assert found["reject"] == {
+        "target_accuracy": 0.9,
+        "threshold": None,  # two images guarantee nothing
+        "threshold_confidence": 0.95,
+        "val_images": 2,
+        "val_images_needed": 47,
+    }
     assert [float(row["threshold"]) for row in rows(tmp_path / "coverage.csv") if row["split"] == "val"] == [0.6, 0.5]
     assert sum(int(row["n"]) for row in rows(tmp_path / "reliability.csv") if row["split"] == "test") == 3
 
@@ -123,15 +129,17 @@ def test_lines_for_the_screen(folder):
     assert describe_evaluation(found) == [
         f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
         f"most often wrong on test: {NAMES[2]} taken for {NAMES[0]} (1)",
-        "with a threshold of 0.600, at which 1 images of val are right in 90 %, so few that this may be luck: 67 % of "
-        "test are answered, accuracy 1.000 [0.342, 1.000]",
+        "no confidence threshold guarantees an accuracy of 90 %: val has 2 images, and that takes 47 or more",
     ]
-    found["reject"]["val"]["n"] = 30
-    assert ", at which val is right in 90 %: 67 % of test are answered, " in describe_evaluation(found)[-1]
-    found["calibration"]["temperature"] = 20.0
-    assert "20.00, fitted on val, as far as it goes: val says too little to fit it;" in describe_evaluation(found)[0]
-    found["reject"] |= {"threshold": None}
-    assert describe_evaluation(found)[-1] == "no probability on val is high enough to be right in 90 %"
+    found["calibration"] = {"temperature": 1.0, "supported": False, "before": {}}
+    assert describe_evaluation(found)[0] == "calibration: none, because val has too few images to fit a temperature on"
+    del found["reject"]["val_images_needed"]
+    assert describe_evaluation(found)[-1] == "no confidence threshold on val guarantees an accuracy of 90 %"
+    found["reject"] |= {"threshold": 0.6, "test": measure_threshold(PROBABILITIES["test"], np.array([1, 0, 2]), 0.6)}
+    assert describe_evaluation(found)[-1] == (
+        "at confidence ≥ 0.600 (chosen on val for an accuracy of 90 % or more, with 95 % certainty): covers 67 % of "
+        "test, accuracy 1.000 [0.342, 1.000]"
+    )
 
 
 def test_a_source_without_test_has_val_alone(folder, tmp_path):
@@ -141,10 +149,10 @@ def test_a_source_without_test_has_val_alone(folder, tmp_path):
 
 
 def test_a_disk_that_fails_is_one_line(folder, tmp_path, monkeypatch):
-    def fail(self, content):
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match=f"^the disk is full: {tmp_path}/splits.csv could not be written"):
         write_evaluation(folder, examples(), PROBABILITIES, target_accuracy=0.9)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from sklearn.svm import SVC
 from tests.probes.test_search import RECIPE, TRAIN, VAL
 from tl_keras import config
 from tl_keras.errors import UserError
-from tl_keras.probes.estimators import PROBES, RbfKernel, Recipe, check_probe, fit_probe, quiet
+from tl_keras.probes.estimators import PROBES, RbfKernel, Recipe, check_probe, fit_probe, quiet, split_folds
 
 
 def test_the_flag_and_the_table_name_the_same_probes():
@@ -44,13 +44,16 @@ def test_probabilities_are_of_all_classes_and_sum_to_one(name):
     assert fitted.converged
 
 
-def test_calibration_uses_as_many_folds_as_the_smallest_class_has_examples():
-    keep = np.r_[0:60, 60:62]
-    labels = TRAIN[1].copy()
+def test_calibration_has_five_folds_for_all_though_one_class_has_two_examples():
+    labels = TRAIN[1][:62].copy()
     labels[:60] %= 2
     labels[60:62] = 2
-    fitted = fit_probe("ridge", 1.0, TRAIN[0][keep], labels[keep], RECIPE)
-    assert fitted.estimator.cv == 2
+    folds = split_folds(labels)
+    assert len(folds) == 5
+    assert all(set(labels[fitted]) == {0, 1, 2} for fitted, _ in folds)
+    assert sorted(np.concatenate([predicted for _, predicted in folds])) == list(range(62))
+    fitted = fit_probe("ridge", 1.0, TRAIN[0][:62], labels, RECIPE)
+    assert fitted.estimator.predict_proba(TRAIN[0][:5].astype(np.float64)).shape == (5, 3)
 
 
 @pytest.mark.parametrize("name", ["linear_svm", "rbf_svm", "ridge"])

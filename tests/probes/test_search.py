@@ -189,12 +189,12 @@ def test_cross_validation_scores_every_example_as_often_as_the_folds_are_drawn()
     assert other.scores != found.scores
 
 
-def test_a_class_with_few_examples_has_fewer_folds_and_one_with_one_leaves_val():
+def test_a_class_with_few_examples_leaves_the_others_their_folds_and_one_with_one_leaves_val():
     labels = np.array([0] * 20 + [1] * 2, np.int32)
     train = TRAIN[0][: len(labels)], labels
     val = VAL[0][:20], np.zeros(20, np.int32)
     found, _ = choose("knn", train, val, choose_by="cv")
-    assert found.chosen_by.startswith("2-fold cross-validation")
+    assert found.chosen_by.startswith("5-fold cross-validation")
     labels[-1] = 0
     found, _ = choose("knn", train, val, choose_by="cv")
     assert found.chosen_by == "val"

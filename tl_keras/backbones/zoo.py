@@ -294,8 +294,7 @@ def _build_network(
     shape = (image_size, image_size, 3)
     images = keras.Input(shape, dtype="float32", name="images")
     pixels = images if preset.preprocessing == "inside" else Preprocessing(preset.preprocessing)(images)
-    # The name is the table's, never the user's text.
-    constructor = getattr(keras.applications, preset.name, _build_small_conv_net)
+    constructor = _find_constructor(preset)
     with _explain_keras_errors(preset, image_size, kwargs):
         network = constructor(
             include_top=with_top, weights=weights, input_tensor=pixels, input_shape=shape, pooling="avg", **kwargs
@@ -303,6 +302,26 @@ def _build_network(
     _name_layers(network)
     output = network.get_layer(preset.top[-1]).output if with_top else network.outputs[0]
     return keras.Model(images, output, name=preset.name)
+
+
+def _find_constructor(preset: Preset) -> Callable[..., keras.Model]:
+    """What builds the network of a row.
+
+    Raises:
+        UserError: the installed Keras does not have it.
+    """
+    import keras
+
+    if not preset.imagenet:
+        return _build_small_conv_net
+    constructor = getattr(keras.applications, preset.name, None)  # the name is the table's, never the user's text
+    if constructor is None:
+        raise UserError(
+            f"Keras {keras.__version__} has no network {preset.name}. Install another version of Keras, or choose "
+            "another --backbone."
+        )
+    found: Callable[..., keras.Model] = constructor
+    return found
 
 
 def _build_small_conv_net(*, input_tensor: keras.KerasTensor, **_: Any) -> keras.Model:

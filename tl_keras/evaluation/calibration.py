@@ -8,14 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 from scipy.special import log_softmax, softmax
 
 from tl_keras.evaluation.intervals import accuracy_interval
 
+THRESHOLD_CONFIDENCE = 0.95  # with which a threshold keeps what it promises
 BINS = 15  # Guo et al. 2017, section 5
 RELIABILITY = ("low", "high", "n", "confidence", "accuracy", "accuracy_low", "accuracy_high")
 _TEMPERATURES = (1 / 20, 20.0)
+_FEWEST = 20  # the spread part of a label is then less than 5 %
+_LIKELIHOOD_RATIO = 1.92  # half the 95 % quantile of chi-squared with one degree of freedom
 _DRAWS, _TAIL = 1000, 0.025
 _FARTHEST, _HALVINGS = 64.0, 16  # standard errors; the interval is as sharp as 64 / 2^16 of one
 _ROUNDING = 1e-12
@@ -34,6 +37,33 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     Returns:
         What logits are divided by, between 1/20 and 20; the order of the classes stays as it is.
     """
+    nll = _make_nll(logits, labels)
+    bounds = tuple(map(math.log, _TEMPERATURES))
+    found = optimize.minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    return math.exp(float(found.x))
+
+
+def is_supported(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
+    """Whether the examples say how large the temperature is.
+
+    They do if there are twenty or more (of fewer, the part of each label that `fit_temperature` spreads decides), and if
+    the temperature's 95 % interval is bounded on both sides. The interval is that of the likelihood ratio (Wilks 1938): all temperatures whose log-likelihood is less than half
+    the 95 % quantile of chi-squared with one degree of freedom below the best.
+
+    Args:
+        logits: see `fit_temperature`.
+        labels: int `(n,)`.
+        temperature: from `fit_temperature`.
+    """
+    if len(labels) < _FEWEST:
+        return False
+    nll = _make_nll(logits, labels)
+    best = nll(math.log(temperature))
+    return all(len(labels) * (nll(math.log(bound)) - best) > _LIKELIHOOD_RATIO for bound in _TEMPERATURES)
+
+
+def _make_nll(logits: np.ndarray, labels: np.ndarray) -> Callable[[float], float]:
+    """Logarithm of the temperature → mean negative log-likelihood, smoothed as `fit_temperature` says."""
     rows, spread = np.arange(len(labels)), 1 / (len(labels) + 2)
     exact = logits.astype(np.float64)
 
@@ -41,15 +71,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         logs = log_softmax(exact / math.exp(log_temperature), axis=1)
         return float(-(1 - spread) * logs[rows, labels].mean() - spread * logs.mean())
 
-    bounds = tuple(map(math.log, _TEMPERATURES))
-    found = optimize.minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-4})
-    return math.exp(float(found.x))
-
-
-def at_bound(temperature: float) -> bool:
-    """Whether a temperature is as far as `fit_temperature` goes, and would go farther."""
-    low, high = _TEMPERATURES
-    return not low * 1.01 < temperature < high / 1.01
+    return nll
 
 
 def scale(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -132,18 +154,22 @@ def _last(holds: Callable[[float], bool], end: float) -> float:
     return start
 
 
-def describe_calibration(temperature: float, before: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """For `metrics.json`.
+def describe_calibration(
+    temperature: float, before: Mapping[str, tuple[np.ndarray, np.ndarray]], *, supported: bool = True
+) -> dict[str, Any]:
+    """The entry `calibration` of `metrics.json`.
 
     Args:
         temperature: that was fitted on val; 1: none was.
         before: split → probabilities as they were without it, float `(n, classes)`, and labels, int `(n,)`.
+        supported: whether val says how large a temperature should be.
 
     Returns:
-        `temperature`, and for each split in `before` its `ece` and `nll` (nats) without it.
+        `temperature`, `supported`, and for each split in `before` its `ece` and `nll` (nats) without it.
     """
     return {
         "temperature": temperature,
+        "supported": supported,
         "before": {
             split: {"ece": expected_calibration_error(*values), "nll": float(losses(*values).mean())}
             for split, values in before.items()
@@ -207,7 +233,13 @@ def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> tuple
 
 
 def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_accuracy: float) -> float | None:
-    """The lowest threshold of the probability above which val is at least so accurate.
+    """The lowest of some confidence thresholds above which the accuracy on new images is guaranteed.
+
+    Selection with guaranteed risk (Geifman & El-Yaniv 2017, "Selective Classification for Deep Neural Networks",
+    section 3): a binary search over the confidences of val. For each threshold that it tries, the exact binomial bound
+    (Clopper & Pearson 1934) on the accuracy must reach the target, at a confidence level that is shared out between
+    all of them (Bonferroni). With probability `THRESHOLD_CONFIDENCE` over the draw of val, the true accuracy above the
+    threshold is at least the target; this holds for new images that are drawn as val was.
 
     Args:
         probabilities: of val, float `(n, classes)`.
@@ -215,11 +247,45 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_ac
         target_accuracy: 0 to 1.
 
     Returns:
-        The threshold; None where none reaches it.
+        The threshold; None where none is guaranteed, as on a small val.
     """
-    thresholds, _, accuracies = accuracy_by_coverage(probabilities, labels)
-    good = np.flatnonzero(accuracies >= target_accuracy)
-    return float(thresholds[good[-1]]) if len(good) else None
+    confidence = probabilities.max(1).astype(np.float64)
+    order = np.argsort(-confidence, kind="stable")
+    ordered, right = confidence[order], np.cumsum((probabilities.argmax(1) == labels)[order])
+    tries = _count_tries(len(labels))
+    level = (1 - THRESHOLD_CONFIDENCE) / tries
+    fewest, most, found = 0, len(labels), None  # images that are answered: too few is safe, too many may not be
+    for number in range(tries):
+        middle = most if number == 0 else (fewest + most + 1) // 2
+        threshold = float(ordered[middle - 1])
+        count = int(np.searchsorted(-ordered, -threshold, side="right"))  # those of equal confidence are answered too
+        if _least_accuracy(int(right[count - 1]), count, level) >= target_accuracy:
+            fewest, found = count, threshold
+        else:
+            most = middle - 1
+        if fewest >= most:
+            break
+    return found
+
+
+def fewest_for_threshold(target_accuracy: float) -> int:
+    """How many val images, all of them right, a threshold for a target above 0 and below 1 needs."""
+    count, before = 1, 0
+    while count != before:
+        before = count
+        level = (1 - THRESHOLD_CONFIDENCE) / _count_tries(count)
+        count = max(count, math.ceil(math.log(level) / math.log(target_accuracy)))
+    return count
+
+
+def _count_tries(count: int) -> int:
+    """Thresholds that `choose_threshold` may try on so many images."""
+    return max(1, math.ceil(math.log2(count)) + 1)
+
+
+def _least_accuracy(correct: int, count: int, level: float) -> float:
+    """Lower limit of an accuracy, which is wrong with probability `level` at most (Clopper & Pearson 1934)."""
+    return float(stats.beta.ppf(level, correct, count - correct + 1)) if correct else 0.0
 
 
 def measure_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, object]:

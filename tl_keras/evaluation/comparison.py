@@ -14,6 +14,7 @@ from scipy import stats
 from tl_keras.data.splits import evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import accuracy_interval
+from tl_keras.evaluation.leaks import read_digests
 from tl_keras.run import read_csv
 
 _SIGNIFICANT = 0.05
@@ -28,12 +29,14 @@ class Predictions:
         split: `test`, or `val` where the run has none.
         labels: id → label.
         predicted: id → what was predicted.
+        digests: id → SHA-256 of the image; empty if the run does not say.
     """
 
     name: str
     split: str
     labels: dict[str, str]
     predicted: dict[str, str]
+    digests: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
     def correct(self, ids: list[str]) -> np.ndarray:
         """Whether each is predicted rightly, bool `(n,)`."""
@@ -79,17 +82,28 @@ def _read_predictions(path: str, name: str) -> Predictions:
         ) from error
     split = evaluated_split(row[0] for row in rows)
     own = [row for row in rows if row[0] == split]
-    return Predictions(name, split, {row[1]: row[2] for row in own}, {row[1]: row[3] for row in own})
+    try:
+        digests = {one: digest for one, its_split, digest in read_digests(Path(path)) if its_split == split}
+    except UserError:  # a run of an earlier version
+        digests = {}
+    labels, predicted = {row[1]: row[2] for row in own}, {row[1]: row[3] for row in own}
+    return Predictions(name, split, labels, predicted, digests)
 
 
 def find_shared(runs: list[Predictions]) -> list[str]:
-    """The ids that all runs have predicted, in the first one's order.
+    """The ids that all runs have predicted, in the first one's order; each stands for one image in all of them.
 
     Raises:
-        UserError: there are none, or one has another label for an id.
+        UserError: there are none, one has another label for an id, or all ids stand for other images.
     """
     first = runs[0]
-    shared = [one for one in first.labels if all(one in run.labels for run in runs)]
+    named = [one for one in first.labels if all(one in run.labels for run in runs)]
+    shared = [one for one in named if len({run.digests[one] for run in runs if one in run.digests}) < 2]
+    if named and not shared:
+        raise UserError(
+            f"--compare: all {len(named):,} ids that {', '.join(run.name for run in runs)} have in common stand for "
+            "different images: the content of the files differs. Compare runs on the same images."
+        )
     if not shared:
         raise UserError(
             f"--compare: {', '.join(run.name for run in runs)} have no example of {first.split} in common. Compare "
@@ -181,7 +195,10 @@ def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     low_first, high_first = accuracy_interval(a + c, count)
     share_second, share_first = (a + b) / count, (a + c) / count
     product = (a + b) * (c + d) * (a + c) * (b + d)
-    phi = (a * d - b * c) / math.sqrt(product) if product else 0.0
+    covariance = float(a * d - b * c)
+    if covariance > 0:  # the continuity correction by which method 10 differs from method 8
+        covariance = max(0.0, covariance - count / 2)
+    phi = covariance / math.sqrt(product) if product else 0.0
     below, above = share_second - low_second, high_first - share_first
     up, down = high_second - share_second, share_first - low_first
     difference = share_second - share_first

@@ -142,7 +142,11 @@ def compare_without(leaked: np.ndarray, right: np.ndarray) -> tuple[dict[str, An
 
 
 def measure_seen(
-    trained: TrainedOn | None, examples: Examples, probabilities: Mapping[str, np.ndarray]
+    trained: TrainedOn | None,
+    examples: Examples,
+    probabilities: Mapping[str, np.ndarray],
+    *,
+    what: str = "the classifier",
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """What images that the classifier was trained on do to its figures.
 
@@ -150,6 +154,7 @@ def measure_seen(
         trained: what it was fitted on; None: it does not say.
         examples: what is evaluated.
         probabilities: split → float `(n, classes)`.
+        what: was trained, for the warnings.
 
     Returns:
         For `metrics.json` split → figures where there are such images, none where it can't be known; and warnings.
@@ -163,7 +168,7 @@ def measure_seen(
         if leaked.any():
             leaks[split], accuracy = compare_without(leaked, values.argmax(1) == examples.labels(split))
             told.append(
-                f"warning: the classifier was trained on {int(leaked.sum()):,} of the {count:,} {split} images, or on "
+                f"warning: {what} was trained on {int(leaked.sum()):,} of the {count:,} {split} images, or on "
                 f"copies of them; {split} accuracy: {accuracy}"
             )
         chosen = int(trained.chosen_on(examples, split).sum())

@@ -17,9 +17,10 @@ from tl_keras.data.examples import Examples
 from tl_keras.data.splits import evaluated_split
 from tl_keras.evaluation.calibration import (
     RELIABILITY,
+    THRESHOLD_CONFIDENCE,
     accuracy_by_coverage,
-    at_bound,
     choose_threshold,
+    fewest_for_threshold,
     measure_threshold,
     reliability,
 )
@@ -33,7 +34,6 @@ _PREDICTIONS_HEADER = ("id", "split", "label", "predicted", "probability", "labe
 _DIGITS = 6
 _PAIRS, _PAIRS_SHOWN = 50, 3
 _CURVE_POINTS = 200
-_FEW = 30
 _FIGURES = ("precision", "recall", "f1")
 _PER_CLASS_HEADER = (
     *("split", "label", "support", "predicted"),
@@ -94,7 +94,15 @@ def write_evaluation(
     folder.write_csv("coverage.csv", ("split", "threshold", "coverage", "accuracy"), coverage)
     if "val" in probabilities:  # nothing is chosen on test
         reached = choose_threshold(probabilities["val"], examples.labels("val"), target_accuracy=target_accuracy)
-        metrics["reject"] = {"target_accuracy": target_accuracy, "threshold": reached}
+        metrics["reject"] = {
+            "target_accuracy": target_accuracy,
+            "threshold": reached,
+            "threshold_confidence": THRESHOLD_CONFIDENCE,
+            "val_images": len(probabilities["val"]),
+        }
+        needed = fewest_for_threshold(target_accuracy) if 0 < target_accuracy < 1 else None
+        if needed and len(probabilities["val"]) < needed:
+            metrics["reject"]["val_images_needed"] = needed
         if reached is not None:
             for split, values in probabilities.items():
                 metrics["reject"][split] = measure_threshold(values, examples.labels(split), reached)
@@ -108,11 +116,12 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
     calibration = metrics.get("calibration")
     if calibration and calibration["temperature"] != 1:
         before = calibration["before"][split]["ece"]
-        end = ", as far as it goes: val says too little to fit it" if at_bound(calibration["temperature"]) else ""
         lines.append(
-            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val{end}; {split} ece {before:.3f} "
+            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val; {split} ece {before:.3f} "
             f"→ {figures['ece']:.3f}"
         )
+    if calibration and not calibration.get("supported", True):
+        lines.append("calibration: none, because val has too few images to fit a temperature on")
     if figures["most_confused"]:
         pairs = figures["most_confused"][:_PAIRS_SHOWN]
         told = ", ".join(f"{one['label']} taken for {one['predicted']} ({one['count']})" for one in pairs)
@@ -184,19 +193,21 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> list[str]:
     target = f"{100 * reject['target_accuracy']:g} %"
     if reject["threshold"] is None:
-        return [f"no probability on val is high enough to be right in {target}"]
+        needed = reject.get("val_images_needed")
+        if needed:
+            return [
+                f"no confidence threshold guarantees an accuracy of {target}: val has {reject['val_images']:,} images, "
+                f"and that takes {needed:,} or more"
+            ]
+        return [f"no confidence threshold on val guarantees an accuracy of {target}"]
     if accuracy >= reject["target_accuracy"] and "run" not in reject:
         return []
     found = reject[split]
-    reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "none"
-    at = f"at which val is right in {target}"
-    if "val" in reject and reject["val"]["n"] < _FEW:
-        at = f"at which {reject['val']['n']} images of val are right in {target}, so few that this may be luck"
-    if "run" in reject:
-        at = f"which the classifier's run chose for {target}"
+    reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "no accuracy"
+    where = "on val" if "run" not in reject else "by the classifier's run"
     return [
-        f"with a threshold of {reject['threshold']:.3f}, {at}: {100 * found['coverage']:.0f} % of {split} are "
-        f"answered, {reached}"
+        f"at confidence ≥ {reject['threshold']:.3f} (chosen {where} for an accuracy of {target} or more, with "
+        f"{100 * THRESHOLD_CONFIDENCE:g} % certainty): covers {100 * found['coverage']:.0f} % of {split}, {reached}"
     ]
 
 

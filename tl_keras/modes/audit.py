@@ -22,8 +22,9 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
 from tl_keras.evaluation.tables import describe_environment, write_examples
 from tl_keras.modes.inspection import examine_examples, list_images, measure_leaks, read_embeddings
+from tl_keras.modes.lineage import read_config
 from tl_keras.modes.reporting import attempt, report_audit
-from tl_keras.modes.steps import Job, load_backbone, load_job, read_config
+from tl_keras.modes.steps import Job, load_backbone, load_job
 from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
 _JUDGED = {"label", "outlier"}  # by a model, not by what is in the file

@@ -30,7 +30,7 @@ def compare_runs(config: Config, screen: Screen) -> Result:
             )
     left_out = max(len(run.labels) for run in runs) - len(shared)
     if left_out:
-        screen.line(f"note: {left_out:,} examples are not in all of these runs, and left out")
+        screen.line(f"note: {left_out:,} examples are not the same image in all of these runs, and are left out")
     correct = [run.correct(shared) for run in runs]
     rows = []
     for run, right in zip(runs, correct, strict=True):

@@ -34,8 +34,8 @@ from tl_keras.evaluation.tables import (
     write_evaluation,
 )
 from tl_keras.modes.comparing import compare_runs
+from tl_keras.modes.lineage import find_weights, list_training_runs, read_config, trace_weights
 from tl_keras.modes.reporting import Judged, attempt, report
-from tl_keras.modes.steps import find_weights, read_config, trace_weights
 from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
 
 _CORRUPTED_BATCH = 32
@@ -249,8 +249,8 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
     if not (path / "config.json").is_file():
         return None, "note: an exported model does not say which of these images it was trained on; its run folder does"
     config = read_config(path)
-    earlier, began = trace_weights(config.backbone.weights)
-    before = [Path(run) for run, its in earlier if its.training.trainable != "head"]
+    began = trace_weights(config.backbone.weights)[1]
+    before = list_training_runs(config.backbone.weights)
     unknown = f"note: what {began} was trained on, with which the network began, can't be known"
     try:
         found = read_trained_on(path, set(config.probe.refit.split("+")), before)

@@ -19,13 +19,15 @@ from tl_keras.backbones.embed import Embedded, embed
 from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
 from tl_keras.classifier import Classifier, load_trained
-from tl_keras.config import BackboneConfig, Config, default_store_dir, from_dict, is_run, parse_kwargs
+from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, parse_kwargs
 from tl_keras.data.examples import Examples, draw_shots, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
 from tl_keras.data.splits import SPLITS, carve, check_classes, evaluated_split
 from tl_keras.errors import UserError
-from tl_keras.evaluation.calibration import describe_calibration, fit_temperature, scale
+from tl_keras.evaluation.calibration import describe_calibration, fit_temperature, is_supported, scale
+from tl_keras.evaluation.intervals import with_interval
+from tl_keras.evaluation.leaks import TrainedOn, measure_seen
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.report.card import Card, load_card
 from tl_keras.evaluation.slices import Attributes, read_attributes
@@ -33,14 +35,14 @@ from tl_keras.evaluation.tables import describe_device, describe_environment, de
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
 from tl_keras.modes.inspection import examine_examples, fits, list_images, measure_leaks
+from tl_keras.modes.lineage import find_weights, read_lineage
 from tl_keras.modes.reporting import Judged, attempt, report
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run
 
 ReadEmbeddings = Callable[[np.ndarray], np.ndarray]
 _PARITY_IMAGES = {"float32": 16, "bfloat16": 100, "float16": 100}  # enough to see one decision in a hundred
 PREDICT_BATCH = 128
 _KEPT_SAMPLES = 16
-_ANCESTORS = 20  # runs upon runs; a circle must end
 _SAMPLE_BYTES = 64 << 20
 
 
@@ -102,6 +104,7 @@ class Job:
         oddities: what is odd about how files are stored, where someone wants to know.
         attributes: of the examples, where the user gave some.
         embeddings_only: whether labels are not learnt.
+        seen: images that this run or an earlier one of its network is trained on.
         card: what the user says of the classifier.
     """
 
@@ -114,6 +117,7 @@ class Job:
     oddities: list[Finding]
     attributes: Attributes | None = None
     embeddings_only: bool = False
+    seen: TrainedOn | None = None
     card: Card = dataclasses.field(default_factory=lambda: Card({}))
 
     def embed(
@@ -191,7 +195,7 @@ class Job:
             classifier: the network so far.
             logits: of val, `(n, classes)`.
         """
-        temperature = self._fit_temperature({"val": logits})
+        temperature = self._fit_temperature({"val": logits}) or 1.0
         probabilities = {"val": scale(logits, temperature)}
         samples, expected = _sample(self.examples, probabilities, _KEPT_SAMPLES)
         try:
@@ -201,10 +205,13 @@ class Job:
         except UserError as error:
             self.screen.line(f"warning: {error} Training continues")
 
-    def _fit_temperature(self, logits: dict[str, np.ndarray]) -> float:
+    def _fit_temperature(self, logits: dict[str, np.ndarray]) -> float | None:
+        """The temperature; 1 if none is wanted, None if val has too few images to fit one on."""
         if not self.config.evaluation.calibrate or "val" not in logits:
             return 1.0
-        return fit_temperature(logits["val"], self.examples.labels("val"))
+        labels = self.examples.labels("val")
+        temperature = fit_temperature(logits["val"], labels)
+        return temperature if is_supported(logits["val"], labels, temperature) else None
 
     def finish(
         self,
@@ -237,7 +244,8 @@ class Job:
         config, screen, watch, folder = self.config, self.screen, self.watch, self.folder
         precision = embedded.evaluated_precision
         with watch.stage("evaluation"):
-            temperature = self._fit_temperature(logits)
+            fitted = self._fit_temperature(logits)
+            temperature = fitted or 1.0
             if temperature != 1:
                 classifier = classifier.divide_logits(temperature)
             probabilities = {split: scale(values, temperature) for split, values in logits.items()}
@@ -249,9 +257,15 @@ class Job:
                 attributes=self.attributes,
             )
             metrics = evaluation | (more or {})
+            leaks, leaked = measure_seen(
+                self.seen, self.examples, probabilities, what="it or an earlier run of its network"
+            )
+            metrics |= {"leaks": leaks} if leaks else {}
             before = {split: scale(values, 1) for split, values in logits.items()}
             metrics["calibration"] = describe_calibration(
-                temperature, {split: (values, self.examples.labels(split)) for split, values in before.items()}
+                temperature,
+                {split: (values, self.examples.labels(split)) for split, values in before.items()},
+                supported=fitted is not None,
             )
             samples, expected = _sample(self.examples, probabilities, _PARITY_IMAGES[precision])
             classifier.save(
@@ -265,6 +279,8 @@ class Job:
         folder.write_json("metrics.json", metrics)
         for line in describe_evaluation(metrics):
             screen.line(line)
+        for line in leaked:
+            self.warn(line)
 
         exported, status = None, INTERRUPTED if interrupted else int(failed)
         if repeat:
@@ -450,45 +466,18 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
             look=look if config.mode == "audit" or config.evaluation.report else None,
         )
     missing = [] if embeddings_only else _check_classes(examples)
+    lineage = None if embeddings_only else read_lineage(config.backbone.weights, examples)
     origin = describe_origin(data.dataset or "", find_weights(config.backbone.weights), examples.class_names)
     warnings = list(dict.fromkeys([*source.notes, *warnings, *missing, *([origin] if origin else [])]))
+    warnings += lineage.notes if lineage else ()
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS)
     screen.line(f"device: {describe_device()}")
     labels = f"{counts}; {len(examples.class_names):,} classes" if source.class_names else f"{len(source.ids):,} images"
     screen.line(f"data: {source.name}: {labels}")
     for warning in warnings:
         screen.line(warning)
-    return Job(config, screen, watch, folder, examples, warnings, oddities, attributes, embeddings_only, card)
-
-
-def read_config(run_dir: str | Path) -> Config:
-    """How a run was configured.
-
-    Raises:
-        UserError: the folder is no run's, or is damaged.
-    """
-    path = Path(run_dir) / "config.json"
-    try:
-        return from_dict(read_json(path))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's. Give a run folder whose run has ended.") from error
-
-
-def trace_weights(weights: str) -> tuple[list[tuple[str, Config]], str]:
-    """The runs that a network went through, the latest first, and what it began with.
-
-    That is the folder of `--weights`, if it is a run's, that run's own, and so on.
-    """
-    found: list[tuple[str, Config]] = []
-    while len(found) < _ANCESTORS and is_run(weights) and (Path(weights) / "config.json").is_file():
-        found.append((weights, read_config(weights)))
-        weights = found[-1][1].backbone.weights
-    return found, weights
-
-
-def find_weights(weights: str) -> str:
-    """What a network began with: `--weights`, of a run folder that of the run, and so on."""
-    return trace_weights(weights)[1]
+    seen = lineage.seen if lineage else None
+    return Job(config, screen, watch, folder, examples, warnings, oddities, attributes, embeddings_only, seen, card)
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:
@@ -543,5 +532,9 @@ def _describe_timing(watch: Stopwatch, embedded: Embedded) -> dict[str, Any]:
 def _last_line(metrics: dict[str, Any], folder: RunFolder, exported: Exported | None, chosen: str) -> str:
     split = evaluated_split(metrics)
     note = "" if split == "test" else f" ({chosen}there is no test split)"
+    leak = (metrics.get("leaks") or {}).get(split, {})
+    if "accuracy_without" in leak:
+        shown = with_interval(leak["accuracy_without"], leak["accuracy_without_ci95"])
+        note += f" ({shown} without {leak['leaked']:,} images that are training images too)"
     parts = [headline(split, metrics[split]) + note, str(folder.path)]
     return " · ".join([*parts, str(exported.path)] if exported else parts)

@@ -16,6 +16,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
@@ -195,13 +196,31 @@ def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarra
     kernel = [("kernel", RbfKernel())] if name == "rbf_svm" else []
     estimator: Any = Pipeline([("scaler", build_scaler(recipe.scale)), *kernel, ("probe", probe.build(value, recipe))])
     if probe.calibrated:
-        folds = min(_CALIBRATION_FOLDS, int(np.bincount(labels).min()))
-        estimator = CalibratedClassifierCV(estimator, method="sigmoid", cv=folds, ensemble=False, n_jobs=-1)
+        estimator = CalibratedClassifierCV(
+            estimator, method="sigmoid", cv=split_folds(labels), ensemble=False, n_jobs=-1
+        )
     exact = embeddings if name == "logistic_regression" else embeddings.astype(np.float64)  # as the others would
     with quiet(), joblib.parallel_backend("threading"):
         estimator.fit(exact, labels)
     fitted = Fitted(name, value, estimator, embeddings, converged=True)
     return dataclasses.replace(fitted, converged=has_converged(fitted.pipeline[-1], recipe.max_iter))
+
+
+def split_folds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Five stratified folds, as many as the data has examples if these are fewer.
+
+    A class of two images is in two folds, and in the training part of all: its rarity must not make the folds of all
+    other classes fewer, as scikit-learn does where it is given their number.
+
+    Args:
+        labels: int `(n,)`, at least two of each class.
+
+    Returns:
+        Positions that are fitted on and positions that are predicted, of each fold.
+    """
+    number = min(_CALIBRATION_FOLDS, int(np.bincount(labels).max()))
+    with quiet():
+        return list(StratifiedKFold(number).split(np.zeros(len(labels)), labels))
 
 
 def has_converged(estimator: Any, max_iter: int) -> bool:
@@ -214,11 +233,12 @@ def has_converged(estimator: Any, max_iter: int) -> bool:
 def quiet() -> Iterator[None]:
     """Keeps scikit-learn's warnings off the screen.
 
-    Those of convergence, which `has_converged` is asked about, and those of ridge with so small an alpha that its
-    matrix is singular, for which it takes another solver.
+    These are warnings of classes that are smaller than the number of folds, of convergence, which `has_converged` is
+    asked about, and of ridge with so small an alpha that its matrix is singular, for which it takes another solver.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", LinAlgWarning)
         warnings.filterwarnings("ignore", "Singular matrix", UserWarning)
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         yield

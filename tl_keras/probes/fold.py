@@ -11,6 +11,8 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from tl_keras.folded import NearestNeighbours, SupportVectors
 from tl_keras.probes.estimators import PROBES, Fitted
 
+NEIGHBOURS_SMOOTHING = 1.0  # one vote, spread over all classes
+
 
 def fold(fitted: Fitted, *, num_classes: int) -> keras.Model:
     """Turns scikit-learn's probe into a Keras head that gives the same probabilities.
@@ -23,7 +25,8 @@ def fold(fitted: Fitted, *, num_classes: int) -> keras.Model:
         num_classes: classes.
 
     Returns:
-        Embeddings, float32 `(b, dim)` → logits, float64 `(b, num_classes)`, whose softmax is `predict_proba`.
+        Embeddings, float32 `(b, dim)` → logits, float64 `(b, num_classes)`, whose softmax is `predict_proba`; of
+            knn, with `NEIGHBOURS_SMOOTHING` more votes.
     """
     scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
     if list(probe.classes_) != list(range(num_classes)):
@@ -67,7 +70,9 @@ def _fold_neighbours(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
     scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
     count, dim = fitted.embeddings.shape
     unit = isinstance(scaler, Normalizer)
-    layer = NearestNeighbours(count=count, dim=dim, unit=unit, num_classes=num_classes, k=probe.n_neighbors)
+    layer = NearestNeighbours(
+        count=count, dim=dim, unit=unit, num_classes=num_classes, k=probe.n_neighbors, smoothing=NEIGHBOURS_SMOOTHING
+    )
     _assign(layer, scaler, kept=fitted.embeddings, labels=probe._y)  # it has no public name
     return layer
 

@@ -122,7 +122,9 @@ def _make_folds(
     if choose_by == "val" or (choose_by == "auto" and trusted) or rarest < 2:
         return [lambda: _scale(train, val, recipe)], len(train[1]), "val"
     embeddings = np.concatenate([train[0], val[0]])
-    number = min(_FOLDS, rarest)
+    number = min(
+        _FOLDS, int(np.bincount(labels).max())
+    )  # a rare class is not in every fold, but in every training part
     repeats = min(_REPEATS, -(-_SCORED // len(labels)))
     folds = RepeatedStratifiedKFold(n_splits=number, n_repeats=repeats, random_state=recipe.seed)
 
@@ -130,7 +132,8 @@ def _make_folds(
         return lambda: _scale((embeddings[fit], labels[fit]), (embeddings[score], labels[score]), recipe)
 
     times = f", {repeats} times" if repeats > 1 else ""
-    parts = list(folds.split(embeddings, labels))
+    with quiet():
+        parts = list(folds.split(embeddings, labels))
     how = f"{number}-fold cross-validation within train and val{times}"
     fewest = min(len(train[1]), *(len(fit) for fit, _ in parts))
     return [make(*part) for part in parts], fewest, how

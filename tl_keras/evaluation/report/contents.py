@@ -160,6 +160,18 @@ def _describe_seen(leaks: Mapping[str, Any] | None, split: str) -> str:
     return f"It was trained on {leaks[split]['leaked']:,} of these images, or on copies: its figures are too good."
 
 
+def _describe_leak(leak: Mapping[str, Any] | None) -> str:
+    """Evaluated images that are training images as well, a sentence or two; empty where there are none."""
+    if not leak:
+        return ""
+    told = f" But {leak['leaked']:,} of these images are training images of this run or of an earlier one."
+    if "accuracy_without" not in leak:
+        return told
+    low, high = leak["accuracy_without_ci95"]
+    share = f"{100 * leak['accuracy_without']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    return f"{told} Without them the accuracy is {share}."
+
+
 def describe_run(
     config: Mapping[str, Any], metrics: Mapping[str, Any], *, split: str, counts: Mapping[str, int], backbone: str
 ) -> list[str]:
@@ -214,7 +226,7 @@ def describe_run(
         last = f"Of the val images {right} are answered rightly, a little more than of new ones, for choices fit them."
     else:
         chosen = f"What had to be chosen was chosen {where}; test was looked at once, at the end."
-    return [made, chosen, last]
+    return [made, chosen, last + _describe_leak((metrics.get("leaks") or {}).get(split))]
 
 
 def make_command(flags: str) -> str:
