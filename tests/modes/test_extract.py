@@ -259,7 +259,7 @@ def test_an_interruption_leaves_no_metrics_and_no_model(place, monkeypatch):
 
 
 def too_little_memory(monkeypatch):
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
 
 
 def no_pyarrow(monkeypatch):

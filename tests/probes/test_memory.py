@@ -15,7 +15,7 @@ from tl_keras.probes.memory import check_memory
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch, probe):
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 2_000_000_000)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2_000_000_000)
     check_memory(probe, count=1000, dim=512)
     with pytest.raises(UserError) as error:
         check_memory(probe, count=20_000, dim=25_088)
@@ -26,7 +26,7 @@ def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch, probe):
 
 @pytest.mark.parametrize(("cores", "needed"), [(1, "6.4"), (2, "12.8"), (64, "32.0")])
 def test_a_kernel_grows_with_the_square_and_with_the_folds_at_once(monkeypatch, cores, needed):
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 2_000_000_000)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2_000_000_000)
     monkeypatch.setattr(memory.joblib, "cpu_count", lambda: cores)
     check_memory("linear_svm", count=20_000, dim=16)
     with pytest.raises(UserError, match=rf"needs some {re.escape(needed)} GB"):
@@ -34,16 +34,16 @@ def test_a_kernel_grows_with_the_square_and_with_the_folds_at_once(monkeypatch, 
 
 
 def test_a_machine_that_does_not_tell_is_trusted(monkeypatch):
-    monkeypatch.setattr(memory, "_free_bytes", lambda: math.inf)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: math.inf)
     check_memory("rbf_svm", count=10**6, dim=10**6)
 
 
 def test_linux_tells():
-    assert 10**8 < memory._free_bytes() < 10**14
+    assert 10**8 < memory.free_memory_bytes() < 10**14
 
 
 def test_neighbours_that_no_graph_holds_are_refused_on_the_largest_machine(monkeypatch):
-    monkeypatch.setattr(memory, "_free_bytes", lambda: math.inf)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: math.inf)
     check_memory("knn", count=19_000, dim=25_088)
     with pytest.raises(UserError, match=r"2\.0 GB; one graph holds 2 GB\. Read a smaller layer"):
         check_memory("knn", count=20_000, dim=25_088)

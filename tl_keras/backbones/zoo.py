@@ -171,6 +171,7 @@ _KWARG_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 # A connection that is dropped by a firewall would hang for minutes: Keras sets no limit of its own.
 DOWNLOAD_STALL_SECONDS = 20.0
+_SHAPES_SHOWN = 4
 
 
 def find_preset(name: str) -> Preset:
@@ -228,6 +229,9 @@ def build_backbone(
             f"{preset.image_size} pixels a side alone, not {image_size}. Leave out --image_size, or read another layer."
         )
     path = None if weights == "none" else _check_weights(preset, weights)
+    from tl_keras.backbones.capacity import check_width
+
+    check_width(preset.name, kwargs)
     published = None if path or weights == "none" else "imagenet"
     backbone = _build_network(preset, published, image_size, kwargs, with_top=with_top)
     if path:
@@ -420,8 +424,9 @@ def _load_weights_file(backbone: keras.Model, path: pathlib.Path) -> None:
         with _open_weights(path) as (file, config):
             if config is not None:
                 slots = _match_names(backbone, file, config)
-            elif "layers" in file:
-                slots = _match_places(backbone, file)
+            elif _find_models(file):
+                found = [_match_places(backbone, group) for group in _find_models(file)]
+                slots = next(filter(_fits, found), found[0])
             else:
                 slots = _match_order(backbone, file.get("model_weights", file))
             _assign(backbone, slots, path)
@@ -455,12 +460,23 @@ _Outline = list[tuple[str, str, "list[Any] | None"]]
 
 
 def _match_order(backbone: keras.Model, group: h5py.Group) -> list[_Slot]:
-    """The layout up to Keras 2: layers in order, whatever their names; a top's come last."""
+    """The layout up to Keras 2: layers in order, whatever their names; a top's come last.
+
+    If the network lies inside another model, that model has all of its arrays as if it were one layer: those that were
+    trainable come first.
+    """
     saved: list[Arrays] = []
     for layer_name in _read_attribute(group, "layer_names"):
         arrays = [group[layer_name][name] for name in _read_attribute(group[layer_name], "weight_names")]
         saved += [arrays] if arrays else []
     layers = [layer for layer in backbone.layers if layer.weights]
+    trained = [variable for layer in layers for variable in layer.trainable_weights]
+    frozen = [variable for layer in layers for variable in layer.non_trainable_weights]
+    for arrays in saved:
+        for variables in (trained + frozen, [variable for layer in layers for variable in layer.weights]):
+            slot = (backbone.name, variables, arrays)
+            if len(layers) > 1 and _fits([slot]):
+                return [slot]
     saved += [[]] * (len(layers) - len(saved))
     return [
         (layer.name, layer.trainable_weights + layer.non_trainable_weights, arrays)
@@ -481,6 +497,26 @@ def _match_places(backbone: keras.Model, file: h5py.File) -> list[_Slot]:
     """The layout of Keras 3: a layer's place is its class and how many of that class come before it."""
     saved = _read_places(file, _outline_model(backbone))
     return [(layer.name, layer.weights, arrays) for layer, (*_, arrays) in zip(_flatten(backbone), saved, strict=True)]
+
+
+def _find_models(group: h5py.Group) -> list[h5py.Group]:
+    """The file itself and the models inside it, outermost first, in the layout of Keras 3."""
+    import h5py
+
+    found = [group] if "layers" in group else []
+    for place in (group, group.get("layers", {})):
+        for inner in place.values():
+            if isinstance(inner, h5py.Group) and inner is not group and inner.name.rpartition("/")[2] != "layers":
+                found += _find_models(inner)
+    return found
+
+
+def _fits(slots: Sequence[_Slot]) -> bool:
+    """Whether all arrays have the shapes of their variables."""
+    return all(
+        [tuple(one.shape) for one in variables] == [tuple(one.shape) for one in arrays]
+        for _, variables, arrays in slots
+    )
 
 
 def _match_names(backbone: keras.Model, file: h5py.File, config: dict[str, Any]) -> list[_Slot]:
@@ -544,7 +580,8 @@ def _assign(backbone: keras.Model, slots: Sequence[_Slot], path: pathlib.Path) -
 
 
 def _join(shapes: Sequence[tuple[int, ...]]) -> str:
-    return ", ".join(map(str, shapes)) or "none"
+    more = f" and {len(shapes) - _SHAPES_SHOWN} more" if len(shapes) > _SHAPES_SHOWN else ""
+    return (", ".join(map(str, shapes[:_SHAPES_SHOWN])) or "none") + more
 
 
 def _square_imagenet_variance(backbone: keras.Model) -> None:

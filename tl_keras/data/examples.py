@@ -171,7 +171,9 @@ def split_source(
     Raises:
         UserError: one class only, an empty split, a class that train lacks, too few shots.
     """
-    splits = carve(source.ids, source.splits, val_fraction=val_fraction, test_fraction=test_fraction)
+    splits = carve(
+        source.ids, source.splits, val_fraction=val_fraction, test_fraction=test_fraction, labels=source.labels
+    )
     warnings = check_classes(source.labels, splits, source.class_names)
     if shots is not None:
         drawn = [

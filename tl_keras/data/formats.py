@@ -43,8 +43,24 @@ def explain_unreadable(content: bytes) -> str:
     if not content:
         return "empty or unreadable file"
     name = name_format(content)
+    if name == "bmp":
+        return _explain_bmp(content)
     if name in _READABLE:
         return ""
     if name == "unknown":
         return "not an image: JPEG, PNG, GIF, BMP and WebP are read"
     return f"{name} is not read by TensorFlow: {_CONVERT}"
+
+
+def _explain_bmp(content: bytes) -> str:
+    """Why a BMP is not read; empty if it is of a kind that `bmp.decode_bmp` reads."""
+    if len(content) < 54:
+        return "BMP that is cut off"
+    size, bits, compression = (int.from_bytes(content[a:b], "little") for a, b in ((14, 18), (28, 30), (30, 34)))
+    if size < 40:
+        return f"BMP of OS/2 is not read: {_CONVERT}"
+    if compression not in {0, 3, 6}:
+        return f"compressed BMP is not read: {_CONVERT}"
+    if bits not in {1, 4, 8, 16, 24, 32}:
+        return f"BMP of {bits} bits a pixel is not read: {_CONVERT}"
+    return ""

@@ -87,9 +87,11 @@ def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
 
 @tf.autograph.experimental.do_not_convert
 def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Cuts a GIF off behind its first frame; whatever else is left as it is.
+    """Cuts a GIF off behind its first frame, and makes that opaque; other files are left as they are.
 
-    TensorFlow decodes all frames to give the first, and makes the picture as large as the largest of them (TF 2.21).
+    TensorFlow decodes all frames to give the first, and makes the picture as large as the largest of them. Transparent
+    pixels come out black; without the flag they have the colour that the palette gives them, as in PNG and WebP (TF
+    2.21).
 
     Args:
         image_bytes: scalar string.
@@ -99,6 +101,7 @@ def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
     """
 
     def cut(image_bytes: tf.Tensor) -> tf.Tensor:
+        image_bytes = _make_opaque(image_bytes)
         frame = _find_gif_frame(image_bytes)
         flags = _bytes_at(_pad(image_bytes), frame, 10)[9]
         end = _skip_sub_blocks(image_bytes, frame + 11 + _colour_table_bytes(flags))  # one byte tells LZW's code size
@@ -182,20 +185,42 @@ def _colour_table_bytes(flags: tf.Tensor) -> tf.Tensor:
     return tf.where(flags & 0x80 > 0, 3 * tf.bitwise.left_shift(2, flags & 7), 0)
 
 
+def _make_opaque(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Clears the transparency flag in the graphic control extension of a GIF's first frame (GIF89a, section 23)."""
+    control = _walk_gif(image_bytes)[1]
+    flags = _bytes_at(_pad(image_bytes), control, 4)[3]
+    every_byte = tf.constant([bytes([value]) for value in range(256)])
+    flag = tf.gather(every_byte, tf.bitwise.bitwise_and(flags, 0xFE))
+    before = tf.strings.substr(image_bytes, 0, tf.maximum(control, 0) + 3)
+    rest = tf.strings.substr(image_bytes, tf.strings.length(before) + 1, tf.strings.length(image_bytes))
+    opaque = tf.strings.join([before, flag, rest])
+    is_inside = (control >= 0) & (control + 3 < tf.strings.length(image_bytes))
+    return tf.where(is_inside, opaque, image_bytes)
+
+
 def _find_gif_frame(image_bytes: tf.Tensor) -> tf.Tensor:
     """Where a GIF's first image descriptor stands, int32; -1 where none is found."""
+    return _walk_gif(image_bytes)[0]
+
+
+def _walk_gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where a GIF's first image descriptor stands, and the graphic control extension before it; int32, -1: nowhere."""
     padded = _pad(image_bytes)
     first = 13 + _colour_table_bytes(_bytes_at(padded, 0, 13)[10])
 
-    def is_extension(position: tf.Tensor) -> tf.Tensor:
+    def is_extension(position: tf.Tensor, control: tf.Tensor) -> tf.Tensor:
+        del control
         return _bytes_at(padded, position, 1)[0] == 0x21
 
-    def skip(position: tf.Tensor) -> tf.Tensor:
-        return _skip_sub_blocks(image_bytes, position + 2)
+    def skip(position: tf.Tensor, control: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        is_control = _bytes_at(padded, position, 2)[1] == 0xF9
+        return _skip_sub_blocks(image_bytes, position + 2), tf.where(is_control, position, control)
 
-    (position,) = tf.while_loop(is_extension, lambda at: (skip(at),), (first,), maximum_iterations=_MOST_BLOCKS)
+    start = (first, tf.constant(-1))
+    position, control = tf.while_loop(is_extension, skip, start, maximum_iterations=_MOST_BLOCKS)
     is_inside = position < tf.strings.length(image_bytes)
-    return tf.where(is_inside & (_bytes_at(padded, position, 1)[0] == 0x2C), position, -1)
+    is_frame = is_inside & (_bytes_at(padded, position, 1)[0] == 0x2C)
+    return tf.where(is_frame, position, -1), tf.where(is_frame, control, -1)
 
 
 def _skip_sub_blocks(image_bytes: tf.Tensor, start: tf.Tensor) -> tf.Tensor:

@@ -2,8 +2,8 @@
 
 Training, evaluation, prediction and the exported graph all decode here, so that what was measured is what is served.
 
-Decided: the first frame of a GIF; transparency is dropped; colour profiles are ignored; 16-bit images keep their high
-byte; EXIF orientation is honoured in JPEG, PNG and WebP.
+Decided: the first frame of a GIF; transparency is dropped, and the colour under it is kept; colour profiles are
+ignored; 16-bit images keep their high byte; EXIF orientation is honoured in JPEG, PNG and WebP.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import tensorflow as tf
 
+from tl_keras.data.bmp import decode_bmp
 from tl_keras.data.headers import (
     EXIF_SEARCH_BYTES,
     count_pixels,
@@ -25,7 +26,7 @@ from tl_keras.data.headers import (
     run_one,
 )
 
-DECODER_VERSION = 3  # part of every embedding's address: raise it when a pixel changes
+DECODER_VERSION = 4  # part of every embedding's address: raise it when a pixel changes
 _JPEG_RATIOS = (1, 2, 4, 8)  # libjpeg's own scales (libjpeg.txt, "DCT scaling")
 _TOO_LARGE = "image with too many pixels:"
 _READ_CHUNK = 64
@@ -201,7 +202,9 @@ def explain_broken(image_bytes: bytes, *, image_size: int, resize: str, max_pixe
             count = int(re.findall(r"\d+", message.rpartition(_TOO_LARGE)[2])[0])
             size = "no size that can be read" if count == tf.int64.max else f"{count:,} pixels"
             return f"has {size}: more than the {max_pixels:,} that are allowed"
-        return f"can't be decoded: {message.splitlines()[-1][:160]}"
+        reason = message.splitlines()[-1][:160]
+        cut = "the file is cut off or damaged: " if "Invalid JPEG data" in reason else ""
+        return f"can't be decoded: {cut}{reason}"
     return ""
 
 
@@ -224,9 +227,13 @@ def _decode_pixels(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> t
     def decode_channels(channels: int) -> tf.Tensor:
         return tf.io.decode_image(image_bytes, channels=channels, expand_animations=False)[:, :, :3]
 
-    def decode_other() -> tf.Tensor:
+    def decode_by_tensorflow() -> tf.Tensor:
         # of WebP alone TensorFlow wants to be asked for as many channels as there are
         return tf.cond(is_webp_with_alpha(image_bytes), lambda: decode_channels(4), lambda: decode_channels(3))
+
+    def decode_other() -> tf.Tensor:
+        is_bmp = tf.strings.substr(image_bytes, 0, 2) == b"BM"
+        return tf.cond(is_bmp, lambda: decode_bmp(image_bytes), decode_by_tensorflow)
 
     pixels = tf.cond(is_jpeg, lambda: _decode_jpeg(image_bytes, image_size, resize), decode_other)
     return tf.ensure_shape(pixels, (None, None, 3))

@@ -7,11 +7,13 @@ import dataclasses
 import io
 import os
 import posixpath
+import re
 import unicodedata
 from pathlib import Path
 
 from tl_keras.errors import UserError
 
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
@@ -36,16 +38,36 @@ class Table:
         return (self.rows[row][1].get(name) or "").strip()
 
     def ids(self) -> list[str]:
-        """Each row's id: that of the column `id`, if it has all and each once, or else its `path`, tidied."""
+        """Each row's id: the column `id` if it has any, or else its `path`, tidied.
+
+        Raises:
+            UserError: only some rows have an id, or two have the same: ids decide the splits, and taken from the paths
+                for all rows they would move images from train to test.
+        """
         numbers = range(len(self.rows))
-        given = [self.cell(row, "id") for row in numbers]
-        if all(given) and len(set(given)) == len(given) or "path" not in self.names:
-            return [one_spelling(one) for one in given]  # a column of that name may be about something else
-        return [one_spelling(posixpath.normpath(path)) if (path := self.file(row)) else "" for row in numbers]
+        given = [one_spelling(self.cell(row, "id")) for row in numbers]
+        if not any(given) and "path" in self.names:
+            return [one_spelling(posixpath.normpath(path)) if (path := self.file(row)) else "" for row in numbers]
+        lines: dict[str, int] = {}
+        for row, one in enumerate(given):
+            line = self.rows[row][0]
+            if not one:
+                raise UserError(
+                    f"{self.path} line {line} has no id, and other lines have one. Ids decide which split an image "
+                    "belongs to: give every line one, or leave the column out to take the paths."
+                )
+            if one in lines:
+                raise UserError(
+                    f"{self.path}: lines {lines[one]} and {line} both have the id {one}. An id stands for one image: "
+                    "make ids unique. If the column holds something else, such as a patient, rename it, and the paths "
+                    "are taken."
+                )
+            lines[one] = line
+        return given
 
     def file(self, row: int) -> str:
-        """The cell `path`; with Windows' separators turned round where no file has them in its name."""
-        path = self.cell(row, "path")
+        """The cell `path`; `~` is the home folder, and Windows' separators are turned unless a file's name has them."""
+        path = os.path.expanduser(self.cell(row, "path"))
         if "\\" not in path or os.path.exists(self.path.parent / path):
             return path
         return path.replace("\\", "/")
@@ -81,7 +103,8 @@ def read_table(path: Path, *, asked: str) -> Table:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}. Save it as 'CSV UTF-8'.") from error
     header = text.partition("\n")[0].strip()
-    delimiter = max(",;\t", key=header.count)  # Excel writes ';' where ',' is the decimal mark
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    delimiter = max(",;\t", key=unquoted.count)  # Excel writes ';' where ',' is the decimal mark
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         names = [name.strip() for name in reader.fieldnames or []]
@@ -89,6 +112,13 @@ def read_table(path: Path, *, asked: str) -> Table:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:  # a quote that is never closed
         raise UserError(f"{path} line {reader.line_num} is no CSV: {error}. Look for a stray quote.") from error
+    for line, row in rows:
+        extra = [cell for cell in row.pop(None, None) or () if cell.strip()]
+        if extra:
+            raise UserError(
+                f"{path} line {line} has {len(names) + len(extra)} cells, and the header has {len(names)}. A cell "
+                f"with a {_DELIMITERS[delimiter]} in it needs quotes."
+            )
     twice = [name for name in names if name and [one.lower() for one in names].count(name.lower()) > 1]
     if twice:
         raise UserError(f"{path} has columns of one name: {', '.join(twice)}. Rename them.")

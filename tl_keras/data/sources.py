@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tl_keras.config import nearest
-from tl_keras.data.manifests import has_control, one_spelling, read_table
+from tl_keras.data.manifests import Table, has_control, one_spelling, read_table
 from tl_keras.data.splits import SPLIT_NAMES
 from tl_keras.errors import UserError
 from tl_keras.run import map_ahead
@@ -23,6 +24,12 @@ _SUFFIXES = frozenset(
         *("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ico", "svg", "psd", "raw", "dng"),
     )
 )
+# folders that systems make beside photographs: archives of macOS, thumbnails and waste baskets of NAS and Windows
+_OF_SYSTEMS = frozenset(
+    ("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin")
+    + ("system volume information", "lost+found", "thumbs.db", "desktop.ini", "__pycache__")
+)
+_NOTHING = frozenset(("nan", "none", "null", "n/a", "na", "unknown", "unlabelled", "unlabeled"))
 _READERS = 4
 _READ_AHEAD = 64
 _NAMED = 5
@@ -87,14 +94,21 @@ def load_source(
     return _only(source, classes) if classes else source
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Files below a folder that have an image's suffix, in order of name; hidden ones are left out, links are followed.
+def list_images(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
+    """Files below a folder that have an image's suffix, in order of name; links are followed.
+
+    Left out are hidden files, folders that systems make (thumbnails, waste baskets), and folders of runs and exported
+    models.
+
+    Args:
+        folder: where.
+        skipped: counts the suffixes of other files.
 
     Raises:
         UserError: the folder can't be read.
     """
     found: list[Path] = []
-    _walk(folder, {os.path.realpath(folder)}, found)
+    _walk(folder, {os.path.realpath(folder)}, found, Counter() if skipped is None else skipped)
     return sorted(found)
 
 
@@ -114,9 +128,10 @@ def _read_file(path: str) -> bytes:
 def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
     root = Path(text)
     _check_folder(root, "--dataset=folder:")
-    folders = _subfolders(root)
+    folders, skipped = _subfolders(root), Counter[str]()
     by_split = {folder.name: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
-    if by_split and any(map(_subfolders, by_split.values())):  # a class may be called "train": it has no folders
+    has_splits = bool(by_split) and any(map(_subfolders, by_split.values()))  # a class called "train" has no folders
+    if has_splits:
         others = [folder.name for folder in folders if folder.name not in by_split]
         if others:
             raise UserError(
@@ -127,16 +142,18 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
             (path, SPLIT_NAMES[name.lower()], label.name)
             for name, split in sorted(by_split.items())
             for label in _subfolders(split)
-            for path in list_images(label)
+            for path in list_images(label, skipped)
         ]
     else:
-        labelled = [(path, 0, label.name) for label in folders for path in list_images(label)]
-    if not labelled and allow_unlabelled and (images := list_images(root)):
+        _check_no_splits(root, folders)
+        labelled = [(path, 0, label.name) for label in folders for path in list_images(label, skipped)]
+    if not labelled and allow_unlabelled and (images := list_images(root, skipped)):
         ids, paths = (
             [one_spelling(path.relative_to(root).as_posix()) for path in images],
             [str(path) for path in images],
         )
-        return _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
+        source = _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
+        return dataclasses.replace(source, notes=_describe_skipped(skipped))
     if not labelled:
         flat = len(list_images(root))
         if flat:
@@ -147,6 +164,9 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
         raise UserError(
             f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
         )
+    names = {label for _, _, label in labelled}
+    if len(names) == 1 and not has_splits:
+        _check_not_wrapped(root, names.pop())
     ids = [one_spelling(path.relative_to(root).as_posix()) for path, _, _ in labelled]
     empty = sorted({folder.name for folder in folders} - {label for _, _, label in labelled} - set(by_split))
     source = _from_files(
@@ -158,7 +178,74 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
     )
     named = ", ".join(empty[:_NAMED]) + (f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else "")
     note = f"warning: no class is made of the folders without a file that ends as images do (.jpg, .png, ...): {named}"
-    return dataclasses.replace(source, notes=(note,)) if empty else source
+    flat_notes = _describe_flat(by_split) if has_splits else ()
+    notes = (*((note,) if empty else ()), *flat_notes, *_describe_skipped(skipped), *_describe_labels(source))
+    return dataclasses.replace(source, notes=notes)
+
+
+def _check_no_splits(root: Path, folders: Sequence[Path]) -> None:
+    """Finds folders that hold the same classes, and are therefore no classes themselves.
+
+    Raises:
+        UserError: two folders or more have no image of their own, but subfolders of the same names.
+    """
+    inner = {folder.name: {path.name for path in _subfolders(folder)} for folder in folders}
+    inner = {name: found for name, found in inner.items() if found}
+    names = list(inner.values())
+    if len(names) < 2 or any(found != names[0] for found in names[1:]):
+        return
+    if any(path.suffix.lower() in _SUFFIXES for folder in folders for path in _children(folder)):
+        return
+    shown = ", ".join(sorted(inner)[:_NAMED])
+    raise UserError(
+        f"the folders {shown} in {root} all hold the same folders ({', '.join(sorted(names[0])[:_NAMED])}), as splits "
+        "do. If they are splits, rename them train, val and test. If they are classes, list the images with "
+        "--dataset=csv:PATH."
+    )
+
+
+def _check_not_wrapped(root: Path, name: str) -> None:
+    """Raises: UserError: the only class is a folder that holds the classes."""
+    inner = [folder.name for folder in _subfolders(root / name)]
+    if len(inner) >= 2:
+        raise UserError(
+            f"only one class: {name}. It holds {len(inner):,} folders ({', '.join(inner[:_NAMED])}). Did you mean "
+            f"--dataset=folder:{root / name}?"
+        )
+
+
+def _describe_flat(by_split: Mapping[str, Path]) -> tuple[str, ...]:
+    """Images of a split that lie in no class folder, as in data sets whose test labels are secret."""
+    notes = []
+    for folder in sorted(by_split.values()):
+        count = sum(path.suffix.lower() in _SUFFIXES for path in _children(folder))
+        if count:
+            notes.append(
+                f"warning: {count:,} images in {folder} lie in no class folder, and are left out: they have no label. "
+                "Classify them with --mode=predict. A split without class folders is carved from train"
+            )
+    return tuple(notes)
+
+
+def _describe_skipped(skipped: Mapping[str, int]) -> tuple[str, ...]:
+    """Files that are no images by their suffix."""
+    if not skipped:
+        return ()
+    shown = ", ".join(f"{suffix} ({count:,})" for suffix, count in Counter(skipped).most_common(_NAMED))
+    return (f"note: {sum(skipped.values()):,} files with other suffixes are left out: {shown}",)
+
+
+def _describe_labels(source: Source) -> tuple[str, ...]:
+    """Class names that may be slips: some that differ in upper and lower case only, or that stand for nothing."""
+    groups: dict[str, list[str]] = {}
+    for name in source.class_names:
+        groups.setdefault(name.casefold(), []).append(name)
+    alike = [" and ".join(names) for names in groups.values() if len(names) > 1]
+    notes = [f"warning: classes differ in upper and lower case only: {', '.join(alike[:_NAMED])}"] if alike else []
+    empty = [name for name in source.class_names if name.casefold() in _NOTHING]
+    if empty:
+        notes.append(f"warning: the class {', '.join(empty)} may stand for images without a label")
+    return tuple(notes)
 
 
 def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
@@ -167,6 +254,7 @@ def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
     if not ({"path"} if allow_unlabelled else {"path", "label"}) <= table.names.keys():
         raise UserError(f"{manifest} begins with {table.header[:80]!r}. Expected the columns path,label[,split].")
     labelled = not table.rows or "label" in table.names
+    _check_listed_once(table)
     ids, paths, class_of, splits = table.ids(), list[str](), list[str](), list[int]()
     for row, (number, _) in enumerate(table.rows):
         path, label = table.file(row), table.cell(row, "label")
@@ -175,6 +263,10 @@ def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
             raise UserError(f"{manifest} line {number} has no {'label' if path else 'path'}. Fill it in or delete it.")
         if split not in SPLIT_NAMES:
             raise UserError(f"{manifest} line {number}: split {split!r} is not known. Allowed: train, val, test.")
+        if "://" in path:
+            raise UserError(
+                f"{manifest} line {number}: {path} is an address. Nothing is downloaded: give paths of files."
+            )
         paths.append(str(manifest.parent / path))
         class_of.append(one_spelling(label))
         splits.append(SPLIT_NAMES[split])
@@ -187,7 +279,25 @@ def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
             "the manifest's own folder."
         )
     classes = class_of if labelled else None
-    return _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=classes, splits=splits)
+    source = _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=classes, splits=splits)
+    return dataclasses.replace(source, notes=_describe_labels(source))
+
+
+def _check_listed_once(table: Table) -> None:
+    """Raises: UserError: two lines name one file."""
+    seen: dict[str, int] = {}
+    for row, (number, _) in enumerate(table.rows):
+        path = os.path.normpath(table.file(row))
+        if path in seen and table.file(row):
+            first = seen[path]
+            lines = f"lines {table.rows[first][0]} and {number} name {path}"
+            labels = [table.cell(one, "label") for one in (first, row)]
+            if labels[0] != labels[1]:
+                raise UserError(
+                    f"{table.path}: {lines}, once as {labels[0]} and once as {labels[1]}. Keep the right one."
+                )
+            raise UserError(f"{table.path}: {lines}. Delete one of them.")
+        seen[path] = row
 
 
 def _load_digits() -> Source:
@@ -272,23 +382,39 @@ def _only(source: Source, classes: Sequence[str]) -> Source:
     )
 
 
-def _walk(folder: Path, parents: set[str], found: list[Path]) -> None:
+def _walk(folder: Path, parents: set[str], found: list[Path], skipped: Counter[str]) -> None:
     for path in _children(folder):
         if os.path.isdir(path):
             real = os.path.realpath(path)
-            if real not in parents:  # a link to a folder above would never end
-                _walk(path, parents | {real}, found)
+            if real not in parents and not _is_ours(path):  # a link to a folder above would never end
+                _walk(path, parents | {real}, found, skipped)
         elif path.suffix.lower() in _SUFFIXES:
             found.append(path)
+        else:
+            skipped[path.suffix.lower() or "no suffix"] += 1
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder was made by a run or an export, whose plots are no photographs."""
+    is_run = os.path.isfile(folder / "config.json") and os.path.isfile(folder / "run.flags")
+    return is_run or os.path.isfile(folder / "saved_model.pb")
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in _children(folder) if os.path.isdir(path)]
+    return [path for path in _children(folder) if os.path.isdir(path) and not _holds_ours(path)]
+
+
+def _holds_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but runs, or exported models and their versions."""
+    inner = [path for path in _children(folder) if os.path.isdir(path)]
+    return _is_ours(folder) or (bool(inner) and all(map(_holds_ours, inner)))
 
 
 def _children(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(
+            path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in _OF_SYSTEMS
+        )
     except OSError as error:
         raise UserError(f"the folder {folder} can't be read: {error.strerror}. Check its permissions.") from error
 

@@ -10,7 +10,9 @@ import numpy as np
 from tl_keras.errors import UserError
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # what sources call them
+# what sources call them
+SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
+SPLIT_NAMES |= {f"{name}{ending}": split for name, split in SPLIT_NAMES.items() for ending in ("_set", "-set", "set")}
 UNUSED = -1
 DEFAULT_TEST_FRACTION = 0.2
 _NAMED = 5
@@ -27,10 +29,18 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def carve(ids: Sequence[str], given: np.ndarray, *, val_fraction: float, test_fraction: float | None) -> np.ndarray:
+def carve(
+    ids: Sequence[str],
+    given: np.ndarray,
+    *,
+    val_fraction: float,
+    test_fraction: float | None,
+    labels: np.ndarray | None = None,
+) -> np.ndarray:
     """Gives each example its split; what the source lacks is carved from train.
 
-    An example's split is decided by a threshold on a hash of its id: a new image never moves another.
+    An example's split is decided by a threshold on a hash of its id, whatever other images there are. There is one
+    exception: of a class that would have no training image, the image with the largest hash stays in train.
     A source with train and test gets its val from train; one with train and val keeps them, and gets a test only if
     `test_fraction` is given; one with train alone gets both.
 
@@ -39,6 +49,7 @@ def carve(ids: Sequence[str], given: np.ndarray, *, val_fraction: float, test_fr
         given: int8 `(n,)`, index into `SPLITS`, as the source has it.
         val_fraction: share of train that becomes val.
         test_fraction: share of train that becomes test; 0.2 where not given and the source has neither val nor test.
+        labels: int `(n,)`; None: there are no classes to keep in train.
 
     Returns:
         int8 `(n,)`, index into `SPLITS`.
@@ -54,10 +65,16 @@ def carve(ids: Sequence[str], given: np.ndarray, *, val_fraction: float, test_fr
     test_until = 0.0 if test else test_fraction
     val_until = test_until if val else test_until + val_fraction
     splits = given.copy()
+    largest: dict[int, tuple[float, int]] = {}
     for position in np.flatnonzero(given == 0).tolist() if val_until else ():
         fraction = hash_fraction(ids[position])
         if fraction < val_until:
             splits[position] = 2 if fraction < test_until else 1
+        if labels is not None:
+            label = int(labels[position])
+            largest[label] = max(largest.get(label, (-1.0, -1)), (fraction, position))
+    for _, position in largest.values():
+        splits[position] = 0
     return splits
 
 
@@ -121,8 +138,8 @@ def check_classes(labels: np.ndarray, splits: np.ndarray, names: Sequence[str]) 
     missing = _name([names[number] for number in np.flatnonzero(counts[0] == 0).tolist()])
     if missing:
         raise UserError(
-            f"train has no example of {missing}, which val or test has. Add training images of it, or leave it out "
-            "with --classes."
+            f"train has no example of {missing}, which val or test has. Add training images of it, move some of its "
+            "images to train, or leave it out with --classes."
         )
     lines = []
     for number in (1, 2):

@@ -119,9 +119,13 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
     features = builder.info.features
     if keys is None and "image" in features and "label" in features:
         keys = ("image", "label")  # a set with boxes as well, as stanford_dogs, names none
+    if keys is None and "image" in features:
+        labels = [one for one in features if type(features[one]).__name__ == "ClassLabel"]
+        keys = ("image", labels[0]) if len(labels) == 1 else None
     if keys is None or len(keys) != 2 or keys[1] not in features or not hasattr(features[keys[1]], "names"):
         raise UserError(
-            f"--dataset={name} is not a classification set: it has no image with one label. Choose another."
+            f"--dataset={name} is not a classification set: it has no image with one label (its features are "
+            f"{', '.join(features)}). Choose another."
         )
     if type(features[keys[0]]).__name__ != "Image":
         raise UserError(f"--dataset={name} is not a set of images: its input is {type(features[keys[0]]).__name__}.")

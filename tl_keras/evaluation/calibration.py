@@ -46,9 +46,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def is_supported(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
     """Whether the examples say how large the temperature is.
 
-    They do if there are twenty or more (of fewer, the part of each label that `fit_temperature` spreads decides), and if
-    the temperature's 95 % interval is bounded on both sides. The interval is that of the likelihood ratio (Wilks 1938): all temperatures whose log-likelihood is less than half
-    the 95 % quantile of chi-squared with one degree of freedom below the best.
+    They do if there are twenty or more (of fewer, the part of each label that `fit_temperature` spreads decides), and
+    if the temperature's 95 % interval is bounded on both sides. The interval is that of the likelihood ratio (Wilks
+    1938): all temperatures whose log-likelihood is less than half the 95 % quantile of chi-squared with one degree of
+    freedom below the best.
 
     Args:
         logits: see `fit_temperature`.

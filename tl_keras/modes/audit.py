@@ -14,6 +14,8 @@ import numpy as np
 from tl_keras.audit.duplicates import Images
 from tl_keras.audit.examine import Audit, describe_data, predict_stand_in
 from tl_keras.audit.findings import FINDINGS_HEADER, Finding, count
+from tl_keras.backbones.capacity import check_network
+from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.classifier import load_trained
 from tl_keras.config import Config
 from tl_keras.data.manifests import has_control
@@ -51,6 +53,7 @@ def run(config: Config) -> Result:
         )
     with watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone)
+        check_network(backbone, batch_size=BATCH_SIZE, trained=None, exported=False)
     size = int(backbone.input_shape[1])
     job = load_job(config, preset, screen, watch, image_size=size)
     _check_clean(config, job)

@@ -187,7 +187,13 @@ def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
         own = _own_config(path)
         data = dataclasses.replace(own.data, data_dir=config.data.data_dir or own.data.data_dir)
         source = load_source(str(data.dataset), data_dir=data.data_dir, classes=config.data.classes or data.classes)
-        splits = carve(source.ids, source.splits, val_fraction=data.val_fraction, test_fraction=data.test_fraction)
+        splits = carve(
+            source.ids,
+            source.splits,
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            labels=source.labels,
+        )
     else:
         source = load_source(config.data.dataset, data_dir=config.data.data_dir, classes=config.data.classes)
         splits = source.splits.copy()

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
+from tl_keras.backbones.capacity import check_network
 from tl_keras.backbones.cut import read_layer
 from tl_keras.backbones.embed import Embedded
+from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.backbones.zoo import find_preset
 from tl_keras.classifier import Classifier
 from tl_keras.config import Config, ProbeConfig, is_run
@@ -32,7 +37,7 @@ from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_memory
 from tl_keras.probes.search import Labelled, Search, choose_parameter
-from tl_keras.run import Result, Screen, Stopwatch
+from tl_keras.run import Result, Screen, Stopwatch, read_json, write_atomically
 from tl_keras.training.batches import predict_logits
 from tl_keras.training.heads import attach
 
@@ -55,6 +60,7 @@ def run(config: Config) -> Result:
         layers = config.probe.feature_layer or (backbone.operations[-1].name,)
         trunks = [read_layer(backbone, layer, pooling=config.probe.pooling) for layer in layers]
         _check_pooling(trunks, layers, config.probe.pooling)
+        check_network(backbone, batch_size=BATCH_SIZE, trained=None, exported=config.run.export)
     job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
     if not job.embeddings_only:
         _check(config.probe, _draw(job.examples, config), trunks)
@@ -271,11 +277,31 @@ def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train:
 def _fit(job: Job, probe: str, train: Labelled, val: Labelled) -> tuple[Search | None, Fitted]:
     settings, recipe, search, value = job.config.probe, _recipe(job), None, job.config.probe.probe_parameter
     if value is None:
-        search = choose_parameter(
-            probe, train, val, recipe=recipe, choose_by=settings.choose_by, show_progress=job.screen.progress
+        search = _search_once(
+            job.folder.path / "checkpoints" / "search.json",
+            (probe, recipe, settings.choose_by, *train, *val),
+            lambda: choose_parameter(
+                probe, train, val, recipe=recipe, choose_by=settings.choose_by, show_progress=job.screen.progress
+            ),
         )
         value = search.value
     return search, fit_probe(probe, value, *train, recipe)
+
+
+def _search_once(path: Path, inputs: tuple[Any, ...], choose: Callable[[], Search]) -> Search:
+    """Searches, or reads what a process that was interrupted has found from the same inputs."""
+    digest = hashlib.sha256()
+    for value in inputs:
+        digest.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    key = digest.hexdigest()
+    known = read_json(path) if path.is_file() else {}
+    if key in known:
+        found = known[key]
+        return Search(**{**found, "scores": {value: score for value, score in found["scores"]}})
+    search = choose()
+    known[key] = {**dataclasses.asdict(search), "scores": list(search.scores.items())}
+    write_atomically(path, json.dumps(known).encode())
+    return search
 
 
 def _warn_of_convergence(job: Job, fitted: Fitted, search: Search | None) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from tl_keras.backbones.capacity import check_network
 from tl_keras.backbones.cut import TrainablePart, choose_trainable, cut
 from tl_keras.backbones.embed import Embedded, embed_tail
+from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.backbones.zoo import Preset
 from tl_keras.classifier import Classifier
 from tl_keras.config import Config
@@ -41,6 +43,7 @@ def run(config: Config) -> Result:
     with watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone)
         plan = Plan.make(backbone, config)
+        _check_memory(plan, config)
     job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
     _introduce(screen, preset, plan.part, config)
     trainer = Trainer(job, preset)
@@ -298,6 +301,13 @@ class Trained:
             read = self.material.embedded.read
             return predict_logits(self.plan.tail, read, positions, batch_size=self.batch_size)
         return read_embeddings(self.material.embedded, positions)
+
+
+def _check_memory(plan: Plan, config: Config) -> None:
+    """Refuses a network that will not fit in memory."""
+    batch_size = max(BATCH_SIZE, config.training.batch_size) if plan.trunk else config.training.batch_size
+    trained = plan.tail if plan.has_tail else None
+    check_network(plan.backbone, batch_size=batch_size, trained=trained, exported=config.run.export)
 
 
 def _ignore(*shown: Any) -> None:

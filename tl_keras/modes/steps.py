@@ -20,6 +20,7 @@ from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.backbones.zoo import Preset, build_backbone, find_preset
 from tl_keras.classifier import Classifier, load_trained
 from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, parse_kwargs
+from tl_keras.data.depth import DepthCheck
 from tl_keras.data.examples import Examples, draw_shots, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import load_source
@@ -435,7 +436,13 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
         embeddings_only = not source.class_names or "none" in config.probe.probe or config.mode == "audit"
         splits, warnings = source.splits, list[str]()
         if embeddings_only and (source.splits == 0).any():
-            splits = carve(source.ids, source.splits, val_fraction=data.val_fraction, test_fraction=data.test_fraction)
+            splits = carve(
+                source.ids,
+                source.splits,
+                val_fraction=data.val_fraction,
+                test_fraction=data.test_fraction,
+                labels=source.labels if source.class_names else None,
+            )
         elif not embeddings_only:
             splits, warnings = split_source(
                 source,
@@ -454,8 +461,12 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
         )
         oddities = list[Finding]()
 
+        depth, wants_oddities = DepthCheck(), config.mode == "audit" or config.evaluation.report
+
         def look(example_id: str, content: bytes) -> None:
-            oddities.extend(inspect_file(example_id, content, image_size=image_size))
+            depth.look(content)
+            if wants_oddities:
+                oddities.extend(inspect_file(example_id, content, image_size=image_size))
 
         examples = scan(
             source,
@@ -463,13 +474,13 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
             max_broken_fraction=data.max_broken_fraction,
             show_progress=screen.progress,
             report=_reporter(folder),
-            look=look if config.mode == "audit" or config.evaluation.report else None,
+            look=look,
         )
     missing = [] if embeddings_only else _check_classes(examples)
     lineage = None if embeddings_only else read_lineage(config.backbone.weights, examples)
     origin = describe_origin(data.dataset or "", find_weights(config.backbone.weights), examples.class_names)
     warnings = list(dict.fromkeys([*source.notes, *warnings, *missing, *([origin] if origin else [])]))
-    warnings += lineage.notes if lineage else ()
+    warnings += [*depth.notes(), *(lineage.notes if lineage else ())]
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS)
     screen.line(f"device: {describe_device()}")
     labels = f"{counts}; {len(examples.class_names):,} classes" if source.class_names else f"{len(source.ids):,} images"

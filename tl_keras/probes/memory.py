@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 import joblib
 
 from tl_keras.classifier import GRAPH_LIMIT_BYTES
 from tl_keras.errors import UserError
+from tl_keras.run import free_memory_bytes
 
 # Bytes a number of an embedding: float32 as read and as joined, then for each fold that is fitted at the same time what
 # scaling and solver make of it (liblinear keeps 16, ridge solves in float64).
@@ -31,7 +29,7 @@ def check_memory(probe: str, *, count: int, dim: int) -> None:
     need = count * dim * (_BYTES + folds * _BYTES_A_FOLD[probe]) + folds * (
         count**2 * _KERNEL_BYTES if probe == "rbf_svm" else min(count, dim) ** 2 * 16 if probe == "ridge" else 0
     )
-    free = _free_bytes()
+    free = free_memory_bytes()
     advice = "Read a smaller layer (--pooling=avg), take fewer images, or another probe."
     if need > free:
         raise UserError(
@@ -43,19 +41,3 @@ def check_memory(probe: str, *, count: int, dim: int) -> None:
             f"--probe=knn keeps {count:,} embeddings of {dim:,} numbers in the exported model, "
             f"{4 * count * dim / 1e9:.1f} GB; one graph holds 2 GB. {advice}"
         )
-
-
-def _free_bytes() -> float:
-    """Memory that this process can still have, as Linux and its control group tell it; infinite where neither does."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024.0
-    except (OSError, KeyError, ValueError):
-        free = math.inf
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    return free

@@ -26,6 +26,7 @@ from tl_keras.run.folder import (
     name_run,
     read_run_config,
 )
+from tl_keras.run.memory import free_memory_bytes
 from tl_keras.run.threads import map_ahead
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "end_run",
     "existing_parent",
     "find_unfinished",
+    "free_memory_bytes",
     "has_ended",
     "map_ahead",
     "name_run",

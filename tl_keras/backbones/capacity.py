@@ -1,0 +1,70 @@
+"""Whether a network fits in memory, before the kernel ends the process without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from tl_keras.errors import UserError
+from tl_keras.run import free_memory_bytes
+
+# Copies of the weights that are held at once, measured on MobileNetV2 (alpha 1 to 9) and ResNet50: Keras's own, the
+# graph and its constants in Python and in C++, what oneDNN packs; with an export the same once more, and the process
+# that checks it.
+_COPIES, _COPIES_EXPORTED = 10, 20
+_MAPS = 3.5  # of the largest feature map that are held at once in a batch: an operation's input, output and workspace
+_TRAINED_MAPS = 2.0  # of all feature maps in training: values and gradients
+_FLOAT_BYTES = 4
+_WIDEST_PARAMETERS = 3_300_000  # of the networks with --backbone_kwargs=alpha, at alpha=1 without their top
+
+
+def check_width(name: str, kwargs: Mapping[str, float | int | bool]) -> None:
+    """Compares the weights of a widened network with the free memory, before Keras allocates them.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    width = float(kwargs.get("alpha", 1)) ** 2 * float(kwargs.get("depth_multiplier", 1))
+    need, free = width * _WIDEST_PARAMETERS * _FLOAT_BYTES * 2, free_memory_bytes()
+    if width > 1 and need > free:
+        settings = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+        raise UserError(
+            f"{name} with {settings} has some {need / 2 / 1e9:,.0f} GB of weights, and {free / 1e9:.1f} GB of memory "
+            "are free. Give smaller --backbone_kwargs."
+        )
+
+
+def check_network(backbone: keras.Model, *, batch_size: int, trained: keras.Model | None, exported: bool) -> None:
+    """Compares what a network will take with the free memory, before anything is computed.
+
+    Args:
+        backbone: images `(batch, h, w, 3)` → embeddings; its weights are in memory already.
+        batch_size: images at once where the backbone is frozen.
+        trained: the part that is trained, with its training batch as large as `batch_size`; None: nothing of it is.
+        exported: whether the classifier is exported in the end.
+
+    Raises:
+        UserError: it will not fit.
+    """
+    weights = sum(int(np.prod(weight.shape)) for weight in backbone.weights) * _FLOAT_BYTES
+    maps = _map_bytes(backbone)
+    need = weights * ((_COPIES_EXPORTED if exported else _COPIES) - 1) + batch_size * max(maps, default=0) * _MAPS
+    if trained is not None:
+        need += batch_size * sum(_map_bytes(trained)) * _TRAINED_MAPS
+    free = free_memory_bytes()
+    if need > free:
+        ways = "Choose a smaller --backbone or --image_size"
+        ways += ", or a smaller --batch_size" if trained is not None else ""
+        raise UserError(
+            f"{backbone.name} needs some {need / 1e9:.1f} GB of memory here ({weights / 1e9:.1f} GB of weights, which "
+            f"are held several times, and feature maps of up to {max(maps, default=0) / 1e6:,.0f} MB an image), and "
+            f"{free / 1e9:.1f} GB are free. {ways}{', or leave the export out with --noexport' if exported else ''}."
+        )
+
+
+def _map_bytes(network: keras.Model) -> list[int]:
+    """What each layer's output takes for one image."""
+    outputs = [tensor for operation in network.operations for tensor in keras.tree.flatten(operation.output)]
+    return [int(np.prod([side or 1 for side in tensor.shape[1:]])) * _FLOAT_BYTES for tensor in outputs]
