@@ -41,6 +41,11 @@ def invalid(message: str) -> RequestError:
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
+def precondition(message: str) -> RequestError:
+    """A request that the model is not made for."""
+    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
 def not_found(message: str) -> RequestError:
     """A model or version that is not there: 404."""
     return RequestError(grpc.StatusCode.NOT_FOUND, message)
@@ -49,3 +54,24 @@ def not_found(message: str) -> RequestError:
 def code_of(number: int) -> grpc.StatusCode:
     """GRPC's code for TensorFlow's number: they count alike."""
     return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
+
+
+def forget(error: BaseException) -> None:
+    """Drops the tracebacks of an error that is answered, and of those that it came from.
+
+    A traceback holds the frames that the error passed, a frame its task, and the task the error: in this cycle a
+    request's whole body would stay until Python looks for cycles, which may be never.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            found.__traceback__ = None
+            waiting += [found.__cause__, found.__context__]
+
+
+def expired(what: str) -> RequestError:
+    """The deadline passed: 504."""
+    return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed before {what}")

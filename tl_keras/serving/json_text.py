@@ -1,0 +1,384 @@
+"""A JSON text that is read in parts: what is not needed is checked and skipped, what is large is cut into slices.
+
+Python's JSON parser holds the interpreter's lock and builds an object for each value, 24 times the size of the text for
+`[{},{},…]`. So it never gets more than a slice, or a value that was counted first.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tl_keras.serving.errors import RequestError, invalid
+
+SLICE_BYTES = 1 << 18  # parsed at once: a few milliseconds
+MOST_VALUES = 1 << 16  # of a value that is parsed as a whole although it is larger than a slice
+_MOST_SKIPPED = 1 << 21  # brackets, commas and colons of a value that is only checked
+_MOST_MEMBERS = 1024
+_OPEN, _CLOSE, _COMMA, _COLON = 1, 2, 3, 4
+_KINDS = np.zeros(256, np.uint8)
+for _characters, _kind in ((b"[{", _OPEN), (b"]}", _CLOSE), (b",", _COMMA), (b":", _COLON)):
+    _KINDS[list(_characters)] = _kind
+_STEPS = np.array([0, 1, -1, 0, 0], np.int8)
+_SPACE = b" \t\r\n"
+_BLANK = re.compile(rb"[ \t\r\n]*")
+_NAMES_OF_NUMBERS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?(?:Infinity|Inf|NaN)', re.DOTALL)
+_TOKEN = re.compile(
+    rb'[ \t\r\n]*(?:([\[\]{},:])|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")'
+    rb"|(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null|-?(?:Infinity|Inf|NaN)))",
+    re.DOTALL,
+)
+_HUGE = re.compile(rb"[0-9.][eE]\+?0*[1-9][0-9]{2}")  # a number that a double may not hold
+_REASONS = {  # Python's messages → rapidjson's (error/en.h), which TF Serving gives its clients
+    "Expecting property name": "Missing a name for object member.",
+    "Illegal trailing comma": "Invalid value.",
+    "Expecting ':'": "Missing a colon after a name of object member.",
+    "Expecting ','": "Missing a comma or ] or } after a value.",
+    "Extra data": "Missing a comma or ] or } after a value.",
+    "Unterminated string": "Missing a closing quotation mark in string.",
+    "Invalid control character": "Invalid encoding in string.",
+    "Invalid \\escape": "Invalid escape character in string.",
+    "Invalid \\uXXXX": "Incorrect hex digit after \\u escape in string.",
+}
+
+
+class Text:
+    """A JSON value inside a request's body, not parsed yet."""
+
+    __slots__ = ("body", "end", "start")
+
+    def __init__(self, body: bytes, start: int, end: int) -> None:
+        """Args: body: the request's; start, end: of the value in it, spaces around it included."""
+        match = _BLANK.match(body, start, end)
+        self.body, self.start, self.end = body, match.end() if match else start, end
+
+    @property
+    def first(self) -> bytes:
+        """The first character: it says what kind of value it is."""
+        return self.body[self.start : self.start + 1] if self.start < self.end else b""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the value may be parsed without counting it first."""
+        return self.end - self.start <= SLICE_BYTES
+
+    def load(self, *, last_wins: bool = False) -> Any:
+        """The value as Python's objects; of two equal keys the first counts.
+
+        Args:
+            last_wins: the last of two equal keys counts.
+
+        Raises:
+            RequestError: it is no JSON, is nested too deeply, or holds more values than any input of a signature.
+        """
+        if not self.is_small and self._count(MOST_VALUES) is None:
+            raise invalid(f"the JSON value at offset {self.start} holds more than {MOST_VALUES} values")
+        try:
+            return _parse(self.body[self.start : self.end], last_wins=last_wins)
+        except _BadTextError as error:
+            raise fail(error.reason, self.start + error.offset) from None
+        except RecursionError:
+            self._check_tokens()
+            message = f"Encountered list at unexpected level: the JSON at offset {self.start} is nested too deeply"
+            raise invalid(message) from None
+
+    def check(self) -> None:
+        """Checks a value that nobody needs.
+
+        Raises:
+            RequestError: it is no JSON.
+        """
+        if self.is_small or self._count(MOST_VALUES) is not None:
+            try:
+                _parse(self.body[self.start : self.end])
+            except _BadTextError as error:
+                raise fail(error.reason, self.start + error.offset) from None
+            except RecursionError:
+                self._check_tokens()
+            return
+        if self._count(_MOST_SKIPPED) is None:
+            raise invalid(f"the JSON value at offset {self.start} holds more than {_MOST_SKIPPED} brackets and commas")
+        self._check_tokens()
+
+    def members(self, *, is_document: bool = False) -> dict[str, Text]:
+        """The members of an object; of two equal keys the first counts, the others are checked.
+
+        Args:
+            is_document: what follows the object does not matter.
+
+        Raises:
+            RequestError: it is no object, or has too many members.
+        """
+        found, keys, after_key = dict[str, Text](), 0, False
+        start = self.start + 1
+        for position, kind in self._cut(b"}", is_document=is_document):
+            if not after_key:
+                if kind == _CLOSE and not keys and self._is_blank(start, position):
+                    return {}
+                if kind != _COLON:
+                    reason = "Missing a name for object member." if self._is_blank(start, position) else ""
+                    raise fail(reason or "Missing a colon after a name of object member.", position)
+                key = self._load_key(start, position)
+                keys += 1
+                if keys > _MOST_MEMBERS:
+                    raise invalid(f"a JSON object holds more than {_MOST_MEMBERS} members")
+            elif kind == _COLON:
+                raise fail("Missing a comma or } after an object member.", position)
+            else:
+                value = Text(self.body, start, position)
+                if found.setdefault(key, value) is not value:
+                    value.check()
+            after_key, start = kind == _COLON, position + 1
+        return found
+
+    def items(self, most: int, message: Callable[[int], RequestError]) -> list[Text]:
+        """The items of a list.
+
+        Args:
+            most: how many it may have.
+            message: makes the error for a list that has more.
+
+        Raises:
+            RequestError: it is no list, or too long.
+        """
+        found, start = list[Text](), self.start + 1
+        for position, kind in self._cut(b"]"):
+            if kind == _CLOSE and not found and self._is_blank(start, position):
+                return []
+            if kind == _COLON:
+                raise fail("Missing a comma or ] after an array element.", position)
+            found.append(Text(self.body, start, position))
+            if len(found) > most:
+                raise message(len(found))
+            start = position + 1
+        return found
+
+    def groups(self) -> Iterator[Text]:
+        """A list's items in groups: several that fit into a slice together, or one of any size; brackets left out.
+
+        Raises:
+            RequestError: the text is no list.
+        """
+        start = self.start + 1
+        for found, kinds, depths in self._scan():
+            ends = np.flatnonzero(depths == 0)
+            stop = int(ends[0]) if len(ends) else len(found)
+            commas = found[:stop][(depths[:stop] == 1) & (kinds[:stop] == _COMMA)]
+            # what lies between the last comma of a block and the first of a later one is a single item
+            for position in sorted({int(commas[0]), int(commas[-1])}) if len(commas) else ():
+                yield Text(self.body, start, position)
+                start = position + 1
+            if len(ends):
+                self._check_end(int(found[stop]), b"]", is_document=False)
+                yield Text(self.body, start, int(found[stop]))
+                return
+        raise self._unfinished()
+
+    def is_at_most(self, levels: int) -> bool:
+        """Whether its lists are nested no deeper than that."""
+        return all(depths.max(initial=0) <= levels for _, _, depths in self._scan())
+
+    def _cut(self, last: bytes, *, is_document: bool = False) -> Iterator[tuple[int, int]]:
+        """Positions and kinds of what divides a list or object: commas and colons, then the bracket that ends it."""
+        for found, kinds, depths in self._scan():
+            ends = np.flatnonzero(depths == 0)
+            stop = int(ends[0]) if len(ends) else len(found)
+            here = (depths[:stop] == 1) & (kinds[:stop] >= _COMMA)
+            yield from zip(found[:stop][here].tolist(), kinds[:stop][here].tolist(), strict=True)
+            if len(ends):
+                position = int(found[stop])
+                self._check_end(position, last, is_document=is_document)
+                yield position, _CLOSE
+                return
+        raise self._unfinished()
+
+    def _check_end(self, position: int, last: bytes, *, is_document: bool) -> None:
+        at_end = is_document or self._is_blank(position + 1, self.end)
+        if self.body[position : position + 1] != last or not at_end:
+            raise fail(f"Missing a comma or {last.decode()} after a value.", position)
+
+    def _unfinished(self) -> RequestError:
+        """The error for a list or object that does not end: rapidjson's depends on what comes last."""
+        end = self.end
+        while end > self.start and self.body[end - 1] in _SPACE:
+            end -= 1
+        last = self.body[end - 1 : end]
+        if last == b"{":
+            return fail("Missing a name for object member.", end)
+        if last in {b"[", b",", b":"}:
+            return fail("Invalid value.", end)
+        return fail("Missing a comma or ] or } after a value.", end)
+
+    def _load_key(self, start: int, end: int) -> str:
+        key = Text(self.body, start, end)
+        if key.first != b'"':
+            raise fail("Missing a name for object member.", key.start)
+        return str(key.load())
+
+    def _is_blank(self, start: int, end: int) -> bool:
+        return _BLANK.fullmatch(self.body, start, end) is not None
+
+    def _count(self, most: int) -> int | None:
+        """How many brackets, commas and colons it has outside of strings; None where there are more than `most`."""
+        total = 0
+        for found, _, _ in self._scan():
+            total += len(found)
+            if total > most:
+                return None
+        return total
+
+    def _scan(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Brackets, commas and colons outside of strings, by blocks: positions, kinds, the depth behind each."""
+        array = np.frombuffer(self.body, np.uint8)
+        in_string = escaped = False
+        depth = 0
+        for start in range(self.start, self.end, SLICE_BYTES):
+            end = min(start + SLICE_BYTES, self.end)
+            if in_string and not escaped and self.body.find(b'"', start, end) < 0 > self.body.find(b"\\", start, end):
+                continue  # a long string's middle
+            block = array[start:end]
+            inside, in_string, escaped = _find_strings(block, in_string, escaped)
+            kinds = np.where(inside, 0, _KINDS[block])
+            found = np.flatnonzero(kinds)
+            kinds = kinds[found]
+            depths = depth + np.cumsum(_STEPS[kinds], dtype=np.int64)
+            if len(depths):
+                depth = int(depths[-1])
+            yield found + start, kinds, depths
+
+    def _check_tokens(self) -> None:
+        """Checks a value token by token, however deeply it is nested."""
+        stack, expected, position = bytearray(), "value", self.start
+        while position < self.end:
+            match = _TOKEN.match(self.body, position, self.end)
+            if match is None:
+                if self._is_blank(position, self.end):
+                    break
+                raise fail("Invalid value.", position)
+            position = match.end()
+            expected = _advance(match, expected, stack)
+            if expected == "end":
+                break
+        if expected != "end" or not self._is_blank(position, self.end):
+            raise (
+                self._unfinished() if expected != "end" else fail("Missing a comma or ] or } after a value.", position)
+            )
+
+
+def fail(reason: str, offset: int) -> RequestError:
+    """A parse error in TF Serving's words."""
+    return invalid(f"JSON Parse error: {reason} at offset: {offset}")
+
+
+class _BadTextError(Exception):
+    """A text that is no JSON: rapidjson's reason, and where."""
+
+    def __init__(self, reason: str, offset: int) -> None:
+        super().__init__(reason)
+        self.reason, self.offset = reason, offset
+
+
+def _find_strings(block: np.ndarray, in_string: bool, escaped: bool) -> tuple[np.ndarray, bool, bool]:
+    """Which characters are in strings, and for the next block: whether it begins in one, behind a backslash."""
+    quotes = block == 0x22
+    backslashes = np.flatnonzero(block == 0x5C)
+    if escaped:
+        quotes[0] = False
+        backslashes = backslashes[backslashes > 0]
+    escaped = False
+    if len(backslashes):
+        # in a run of backslashes the first, third, … escapes what follows it
+        begins = np.diff(backslashes, prepend=-2) != 1
+        offsets = backslashes - np.maximum.accumulate(np.where(begins, backslashes, 0))
+        escapes = backslashes[offsets % 2 == 0] + 1
+        escaped = bool(escapes[-1] == len(block))
+        quotes[escapes[:-1] if escaped else escapes] = False
+    inside = (np.cumsum(quotes, dtype=np.uint8) & 1).astype(bool) ^ in_string
+    return inside, bool(inside[-1]), escaped
+
+
+def _advance(match: re.Match[bytes], expected: str, stack: bytearray) -> str:
+    """What may follow a token.
+
+    Raises:
+        RequestError: the token is not what was expected.
+    """
+    token, is_string = match.group(1), match.group(2) is not None
+    opened = stack[-1:] if stack else b""
+    after_value = "more" if stack else "end"
+    if token is None:
+        if expected in {"key", "key or }"} and is_string:
+            return ":"
+        if expected in {"value", "value or ]"}:
+            return after_value
+    elif token in b"[{" and expected in {"value", "value or ]"}:
+        stack += token
+        return "value or ]" if token == b"[" else "key or }"
+    elif token in b"]}" and expected in {"more", "value or ]" if token == b"]" else "key or }"}:
+        if opened == (b"[" if token == b"]" else b"{"):
+            stack.pop()
+            return "more" if stack else "end"
+    elif token == b":" == expected.encode():
+        return "value"
+    elif token == b"," and expected == "more":
+        return "value" if opened == b"[" else "key"
+    raise fail(
+        "Invalid value." if expected.startswith("value") else "Missing a comma or ] or } after a value.", match.end()
+    )
+
+
+def _parse(text: bytes, *, last_wins: bool = False) -> Any:
+    """Python's parser, with rapidjson's names for infinities.
+
+    Raises:
+        _BadTextError: it is no JSON.
+        RecursionError: it is nested too deeply.
+    """
+    may_be_huge = len(text) <= SLICE_BYTES and _HUGE.search(text) is not None
+    decoder = _make_decoder(last_wins, may_be_huge)
+    try:
+        return decoder.decode(text.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        known = next((ours for theirs, ours in _REASONS.items() if error.msg.startswith(theirs)), "Invalid value.")
+        failure = _BadTextError(known, error.pos)
+    except UnicodeDecodeError as error:
+        failure = _BadTextError("the body is not text in UTF-8.", error.start)
+    except (ValueError, OverflowError):  # an integer of thousands of digits, or 1e400
+        failure = _BadTextError("Number too big to be stored in double.", 0)
+    if b"Inf" in text or b"-NaN" in text:
+        replaced = _NAMES_OF_NUMBERS.sub(_as_python_names_it, text)
+        if replaced != text:
+            return _parse(replaced, last_wins=last_wins)
+    raise failure
+
+
+def _as_python_names_it(match: re.Match[bytes]) -> bytes:
+    found = match.group()
+    return {b"Inf": b"Infinity", b"-Inf": b"-Infinity", b"-NaN": b"NaN"}.get(found, found)
+
+
+@functools.cache
+def _make_decoder(last_wins: bool, may_be_huge: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=None if last_wins else _keep_first, parse_float=_parse_float if may_be_huge else None
+    )
+
+
+def _parse_float(text: str) -> float:
+    """Raises: OverflowError: a double does not hold the number."""
+    if math.isinf(value := float(text)):
+        raise OverflowError
+    return value
+
+
+def _keep_first(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = dict(reversed(pairs))
+    return found

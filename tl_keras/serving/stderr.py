@@ -1,0 +1,65 @@
+"""Standard error while images of strangers are decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+# libjpeg and libpng write a line for each broken image (jerror.h); the answer says that it is invalid
+_OF_DECODERS = re.compile(
+    rb"libpng |Corrupt JPEG|Premature end of|Invalid (JPEG|SOS|component|progress|crop|memory|scan)|Bogus |Unsupported "
+    rb"|Input file read error|Empty (input|JPEG)|Not a JPEG|Warning: |Unknown Adobe|Inconsistent progression|Huffman "
+    rb"|Quantization |Arithmetic |Missing Huffman|Sampling factors|Too many color|CCIR601|Fractional sampling|Maximum "
+    rb"|Data precision|Suspension |Caution: |IDCT |DCT |Application transferred|Read (past|failed)|Insufficient memory"
+)
+_MOST_LINES, _SECONDS = 20, 60.0  # of other lines
+
+
+@contextlib.contextmanager
+def drop_decoder_lines() -> Iterator[None]:
+    """Keeps what image decoders write to standard error out of it, and bounds what other C libraries write.
+
+    Without it each client could fill the log. Python's own messages go past this filter.
+    """
+    sys.stderr.flush()
+    saved, earlier = os.dup(2), sys.stderr
+    reading, writing = os.pipe()
+    forwarding = threading.Thread(target=_forward, args=(reading, saved), name="stderr", daemon=True)
+    forwarding.start()
+    with os.fdopen(os.dup(saved), "w", buffering=1) as own:
+        os.dup2(writing, 2)
+        os.close(writing)
+        sys.stderr = own
+        faulthandler.enable(own)  # a crash does not wait for the filter
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            sys.stderr = earlier
+            os.dup2(saved, 2)  # the last writer of the pipe is gone: the thread ends
+            forwarding.join(_SECONDS)
+            os.close(saved)
+
+
+def _forward(reading: int, saved: int) -> None:
+    lines, left, until = 0, _MOST_LINES, time.monotonic() + _SECONDS
+    with os.fdopen(reading, "rb") as pipe:
+        for line in pipe:
+            if _OF_DECODERS.match(line) or not line.strip():
+                continue
+            if time.monotonic() > until:
+                left, until = _MOST_LINES, time.monotonic() + _SECONDS
+                if lines:
+                    os.write(saved, b"(%d more lines like these were left out)\n" % lines)
+                    lines = 0
+            if left:
+                left -= 1
+                os.write(saved, line)
+            else:
+                lines += 1
