@@ -56,18 +56,20 @@ def test_one_output_comes_bare(server, model, photographs):
     assert columns == (200, {"outputs": answer["predictions"]})
 
 
-def test_pixels_may_be_given_nan_among_them(server, model):
-    pixels = np.full((1, 16, 16, 3), 200.0)
-    status, answer = server.ask(
-        f"/v1/models/{model}:predict", {"signature_name": "pixels", "instances": pixels.tolist()}
-    )
-    assert status == 200
-    assert abs(sum(answer["predictions"][0]["probabilities"]) - 1) < 1e-5
-    body = json.dumps({"signature_name": "pixels", "instances": (pixels * np.nan).tolist()}).encode()
+def test_pixels_that_are_not_finite_are_invalid(server, model):
+    pixels = np.full((4, 16, 16, 3), 200.0)
+    pixels[1, 3, 4, 0], pixels[2, 0, 0, 0] = np.nan, -np.inf
+    body = json.dumps({"signature_name": "pixels", "instances": pixels.tolist()}).encode()
     assert b"NaN" in body
-    status, answer = server.ask(f"/v1/models/{model}:predict", body)
-    assert status == 200
-    assert len(answer["predictions"]) == 1  # this network's ReLU makes numbers of them
+    for sent in (body, body.replace(b"-Infinity", b"-1.7976931348623157e308"), body.replace(b"-Infinity", b"-Inf")):
+        status, answer = server.ask(f"/v1/models/{model}:predict", sent)
+        assert status == 200
+        rows = answer["predictions"]
+        assert [row["valid"] for row in rows] == [True, False, False, True]
+        assert [round(sum(row["probabilities"]), 4) for row in rows] == [1, 0, 0, 1]
+        assert rows[1]["labels"] == [""] * 3
+    whole = {"signature_name": "pixels", "instances": [[[[16777216, 200, 1435774380]] * 16] * 16]}
+    assert server.ask(f"/v1/models/{model}:predict", whole)[0] == 200
 
 
 def test_an_image_may_be_the_body(server, model, photographs):
