@@ -285,7 +285,7 @@ def test_messages_of_too_many_fields_are_refused_before_they_are_parsed(channel,
     floats = b"\x2d\0\0\0\0"  # float_val, one by one
     for tensor in (b"\x42\0" * 1_000_000, floats * 400_000, b"\x52" + as_varint(2_000_000) + b"\1" * 2_000_000):
         check_error(predict, make(tensor), INVALID, "the message has more than 65536 fields")
-    check_error(predict, make(b"\x42\0" * 60_000), INVALID, "values")
+    check_error(predict, make(b"\x08\x07" + b"\x42\0" * 60_000), INVALID, "can't hold 60000 values")
     check_error(predict, b"\xff" * 100_000, grpc.StatusCode.INTERNAL, "is no tensorflow.serving.PredictRequest")
     check_error(predict, b"", INVALID, "Missing ModelSpec")
 

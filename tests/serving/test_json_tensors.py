@@ -147,8 +147,9 @@ def test_large_tensors_are_read_in_slices(monkeypatch):
         for text in texts.values():
             np.testing.assert_array_equal(parse(text, a=tf.float32)["a"], values)
             for old, new in (("[", "[[1], "), ("]]]", "]]"), (", ", ",, "), ("1", "true"), ("1", '"1"'), ("]]", "}]")):
-                with pytest.raises(RequestError):
-                    parse(text.replace(old, new, 9), a=tf.float32)
+                if old in text:
+                    with pytest.raises(RequestError):
+                        parse(text.replace(old, new, 9), a=tf.float32)
 
 
 FILLED = 4 << 20
