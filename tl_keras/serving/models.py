@@ -17,7 +17,7 @@ import grpc
 from tl_keras.errors import UserError
 from tl_keras.serving.errors import RequestError, forget, invalid, not_found
 
-_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # of an absolute path
+_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?!//)(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # of an absolute path
 _MOST_RETRIES, _RETRY_SECONDS = 5, 60.0
 START, LOADING, AVAILABLE, UNLOADING, END = "START", "LOADING", "AVAILABLE", "UNLOADING", "END"
 

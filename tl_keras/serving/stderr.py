@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-# libjpeg and libpng write a line for each broken image (jerror.h); the answer says that it is invalid
+# libjpeg (jerror.h), libpng and TensorFlow write a line for each broken image; the answer says that it is invalid
 _OF_DECODERS = re.compile(
-    rb"libpng |Corrupt JPEG|Premature end of|Invalid (JPEG|SOS|component|progress|crop|memory|scan)|Bogus |Unsupported "
-    rb"|Input file read error|Empty (input|JPEG)|Not a JPEG|Warning: |Unknown Adobe|Inconsistent progression|Huffman "
-    rb"|Quantization |Arithmetic |Missing Huffman|Sampling factors|Too many color|CCIR601|Fractional sampling|Maximum "
-    rb"|Data precision|Suspension |Caution: |IDCT |DCT |Application transferred|Read (past|failed)|Insufficient memory"
+    rb"[IWE]\d{4} .*\b(jpeg|png|gif|webp|bmp|decode_image)\w*\.cc:|libpng |Corrupt JPEG|Premature end of|Bogus "
+    rb"|Invalid (JPEG|SOS|component|progress|crop|memory|scan)|Unsupported |Input file read error|Empty (input|JPEG)"
+    rb"|Not a JPEG|Warning: |Unknown Adobe|Inconsistent progression|Huffman |Quantization |Arithmetic |Missing Huffman"
+    rb"|Sampling factors|Too many color|CCIR601|Fractional sampling|Maximum |Data precision|Suspension |Caution: "
+    rb"|IDCT |DCT |Application transferred|Read (past|failed)|Insufficient memory"
 )
 _MOST_LINES, _SECONDS = 20, 60.0  # of other lines
 
