@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -288,6 +289,21 @@ def test_messages_of_too_many_fields_are_refused_before_they_are_parsed(channel,
     check_error(predict, make(b"\x08\x07" + b"\x42\0" * 60_000), INVALID, "can't hold 60000 values")
     check_error(predict, b"\xff" * 100_000, grpc.StatusCode.INTERNAL, "is no tensorflow.serving.PredictRequest")
     check_error(predict, b"", INVALID, "Missing ModelSpec")
+
+
+def test_no_message_stays_in_memory(server, channel, model):
+    """gRPC keeps the error of a call that is refused, with its frames, for as long as Python's collector waits."""
+    predict = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    request = make_request(model, [bytes(2_500_000)], "x").SerializeToString()
+
+    def ask(times: int) -> int:
+        for _ in range(times):
+            check_error(predict, request, PRECONDITION, "not found")
+        lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+    before = ask(5)
+    assert ask(40) < before + 50
 
 
 def as_varint(number: int) -> bytes:

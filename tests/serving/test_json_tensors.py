@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
 import tracemalloc
 
@@ -186,6 +188,30 @@ def test_large_documents_are_refused_before_they_are_objects(kind, dtype):
         assert tracemalloc.get_traced_memory()[1] < 4 * FILLED  # 24 times as much as objects
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["objects", "a long row", "unused", "nested"])
+def test_others_go_on_while_a_large_document_is_read(kind):
+    """Python's parser holds the interpreter's lock: the server stood still for seconds."""
+    head, unit, tail = LARGE[kind]
+    body = head + unit * (4 * FILLED // len(unit)) + tail
+    ticks, stop = [0], threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0.001)
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    before = ticks[0]
+    try:
+        with contextlib.suppress(RequestError):
+            parse_predict(parse_json(body), make_signature(a=tf.float32), most_rows=64)
+        assert ticks[0] - before >= 10
+    finally:
+        stop.set()
+        ticking.join()
 
 
 def test_large_pixels_take_the_memory_of_their_numbers():

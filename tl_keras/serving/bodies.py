@@ -35,7 +35,7 @@ class Held:
         Raises:
             RequestError: so much is not left.
         """
-        self._budget.take(size)
+        self._budget.take(size, held=self._size)
         self._size += size
 
     def give_back(self) -> None:

@@ -27,6 +27,7 @@ from tl_keras.serving.models import Models, Version
 METADATA_FIELD = "signature_def"
 _CLASSIFY_INPUT, _CLASSES, _SCORES = "inputs", "classes", "scores"  # saved_model/signature_constants.h
 _PART = 1 << 16  # numbers that are read at once
+_RESERVE, _SMALL_BYTES = 8, 1 << 20  # an eighth of what all requests may hold is for those of up to a megabyte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,20 @@ class Budget:
     def __init__(self, limits: Limits) -> None:
         """Args: limits: how many there may be."""
         self._left = limits.bytes_in_flight
+        self._reserve = limits.bytes_in_flight // _RESERVE
 
-    def take(self, size: int) -> None:
-        """Takes so many.
+    def take(self, size: int, *, held: int = 0) -> None:
+        """Takes so many for a request; large ones leave some for small ones.
+
+        Args:
+            size: how many.
+            held: how many the request has already.
 
         Raises:
             RequestError: so many are not left.
         """
-        if size > self._left:
+        reserve = self._reserve if held + size > _SMALL_BYTES else 0
+        if size > self._left - reserve:
             raise RequestError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "the server holds as many bytes as it may; try later"
             )

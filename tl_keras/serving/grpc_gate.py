@@ -52,18 +52,23 @@ class Gate:
     def _make_handler(
         self, method: Callable[[Any, Any], Awaitable[Any]], kind: Any
     ) -> Callable[[Any, Any], Awaitable[bytes]]:
+        async def work(context: Any) -> bytes:
+            content = await self._read(context)
+            with self._hold(len(content)):
+                request = await self._workers.run(len(content), parse_message, content, kind)
+                response = await method(request, context)
+                return await self._workers.run(response.ByteSize(), response.SerializeToString)
+
         async def answer(requests: Any, context: Any) -> bytes:
             del requests
             try:
-                content = await self._read(context)
-                with self._hold(len(content)):
-                    request = await self._workers.run(len(content), parse_message, content, kind)
-                    response = await method(request, context)
-                    return await self._workers.run(response.ByteSize(), response.SerializeToString)
+                return await work(context)
             except RequestError as error:
                 forget(error)
-                await context.abort(error.code, error.message)
-                raise
+                failure = error
+            # gRPC keeps what `abort` raises in the context: this frame stays, so no message may be in it
+            await context.abort(failure.code, failure.message)
+            raise failure
 
         return answer
 
