@@ -1,4 +1,4 @@
-"""Bodies of REST requests: within the limits, in time, unpacked."""
+"""Reads and decompresses the bodies of REST requests within the limits."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from tl_keras.serving.errors import RequestError, expired, invalid
 from tl_keras.serving.workers import Workers
 
 _ZLIB_GZIP = 31  # wbits: with gzip's header
-_PART = 1 << 16  # bytes that are unpacked before the limits are looked at
-_MOST_MEMBERS = 1024  # of a gzip file
+_PART = 1 << 16  # number of bytes that are decompressed between checks of the limits
+_MOST_MEMBERS = 1024  # limit for one gzip file
 
 
 class TooLargeError(Exception):
-    """A body above the limit."""
+    """The body is larger than the limit."""
 
 
 class Held:
-    """What one request holds of the budget."""
+    """The share of the budget that one request holds."""
 
     def __init__(self, budget: calls.Budget) -> None:
-        """Args: budget: what all may hold."""
+        """Args: budget: shared by all requests."""
         self._budget, self._size = budget, 0
 
     def take(self, size: int) -> None:
-        """Takes more.
+        """Takes more bytes.
 
         Raises:
-            RequestError: so much is not left.
+            RequestError: not enough is left.
         """
         self._budget.take(size, held=self._size)
         self._size += size
 
     def give_back(self) -> None:
-        """Gives all of it back."""
+        """Returns everything to the budget."""
         self._budget.give_back(self._size)
         self._size = 0
 
 
 async def read_body(request: Request, limits: calls.Limits, held: Held, workers: Workers, deadline: float) -> bytes:
-    """The body, if it is not too large and comes in time; one that was sent by gzip as it was before.
+    """Reads a body, and decompresses it if it is sent with gzip.
 
     Raises:
-        TooLargeError: it is.
-        RequestError: it does not, or is no gzip although it says so.
+        TooLargeError: the body is larger than the limit.
+        RequestError: the body does not arrive in time, or is not valid gzip.
     """
     message = f"the request's body is larger than this server takes ({limits.request_bytes} bytes)"
     declared = request.headers.get("content-length", "")
@@ -62,7 +62,7 @@ async def read_body(request: Request, limits: calls.Limits, held: Held, workers:
         raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's body did not come in time") from None
     if "gzip" not in request.headers.get("content-encoding", "").lower():  # x-gzip too, as in TF Serving
         return body
-    # a small body may stand for a large one
+    # a small body may expand to a large one
     unpacked = await workers.run(
         max(len(body), _PART), unpack, body, most=limits.request_bytes, message=message, deadline=deadline
     )
@@ -82,17 +82,17 @@ async def _collect(request: Request, limits: calls.Limits, held: Held, message: 
 
 
 def unpack(body: bytes, *, most: int, message: str, deadline: float) -> bytes:
-    """What a gzip file holds, which may have several members (RFC 1952, section 2.2).
+    """Decompresses a gzip file, which may have several members (RFC 1952, section 2.2).
 
     Args:
         body: the file.
-        most: how many bytes it may stand for.
-        message: what is said of more.
-        deadline: by `time.monotonic`.
+        most: maximum size of the content, in bytes.
+        message: error message for larger content.
+        deadline: latest time, in seconds of `time.monotonic`.
 
     Raises:
-        TooLargeError: it stands for more.
-        RequestError: it is no gzip, is cut off, fails its check sum, or the deadline passed.
+        TooLargeError: the content is larger.
+        RequestError: the file is not gzip, is truncated, has a wrong checksum, or the deadline passed.
     """
     found, size, members, position = list[bytes](), 0, 1, 0
     inflate = zlib.decompressobj(_ZLIB_GZIP)
@@ -119,5 +119,5 @@ def unpack(body: bytes, *, most: int, message: str, deadline: float) -> bytes:
             raise TooLargeError(message)
         found.append(part)
     if not inflate.eof:
-        raise invalid("Failed to uncompress the gzipped body: it is cut off")
+        raise invalid("Failed to uncompress the gzipped body: the file is truncated")
     return b"".join(found)

@@ -26,8 +26,8 @@ from tl_keras.serving.models import Models, Version
 
 METADATA_FIELD = "signature_def"
 _CLASSIFY_INPUT, _CLASSES, _SCORES = "inputs", "classes", "scores"  # saved_model/signature_constants.h
-_PART = 1 << 16  # numbers that are read at once
-_RESERVE, _SMALL_BYTES = 8, 1 << 20  # an eighth of what all requests may hold is for those of up to a megabyte
+_PART = 1 << 16  # number of values that are read at once
+_RESERVE, _SMALL_BYTES = 8, 1 << 20  # an eighth of the budget is reserved for requests up to this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +99,14 @@ class Budget:
         self._reserve = limits.bytes_in_flight // _RESERVE
 
     def take(self, size: int, *, held: int = 0) -> None:
-        """Takes so many for a request; large ones leave some for small ones.
+        """Takes bytes for a request. Large requests leave a reserve for small ones.
 
         Args:
-            size: how many.
-            held: how many the request has already.
+            size: number of bytes.
+            held: number of bytes that the request already holds.
 
         Raises:
-            RequestError: so many are not left.
+            RequestError: not enough is left.
         """
         reserve = self._reserve if held + size > _SMALL_BYTES else 0
         if size > self._left - reserve:
@@ -225,13 +225,13 @@ def read_input(message: input_pb2.Input, *, limits: Limits) -> list[bytes]:
 
 
 def merge(context: bytes, examples: Sequence[bytes]) -> list[bytes]:
-    """Examples with their context's features; where both have one, the example's counts, as in TF Serving (util.cc).
+    """Merges the context into each example. Features of the example take precedence, as in TF Serving (util.cc).
 
     Args:
-        context: a serialized `tf.train.Example`.
-        examples: serialized, too.
+        context: serialized `tf.train.Example`.
+        examples: serialized `tf.train.Example`s.
     """
-    # one message behind the other is their merger (protobuf's encoding, "Last One Wins")
+    # concatenated messages are merged when they are parsed (protobuf encoding, "Last One Wins")
     return [context + example for example in examples]
 
 
@@ -279,10 +279,10 @@ async def _run_examples(
 
 
 def _find_signature(served: Served, name: str) -> tuple[str, Any]:
-    """The signature of a classify or regress call.
+    """Finds the signature of a classify or regress call.
 
     Raises:
-        RequestError: there is none of that name, or it takes several inputs.
+        RequestError: the signature does not exist, or has several inputs.
     """
     found = name or DEFAULT_SIGNATURE
     if found not in served.graph.signatures:
@@ -319,7 +319,7 @@ def make_array(proto: tensor_pb2.TensorProto, *, limits: Limits) -> np.ndarray:
 
 
 def _read_floats(values: Any, number: int) -> np.ndarray:
-    """Numbers of a message, a part at a time: the whole would hold the interpreter's lock. The last one is repeated."""
+    """Reads numbers in parts, to release the global interpreter lock between them. The last one is repeated."""
     array = np.full(number, values[-1], np.float32)
     for start in range(0, len(values), _PART):
         part = values[start : start + _PART]

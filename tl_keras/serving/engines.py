@@ -23,7 +23,7 @@ from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings, time_run
 
 _PART = 4  # images that one core runs at once (benchmarks/extract.py: the faster of 4 and 32 on five networks)
 _TYPES = {"float32": "f32", "bfloat16": "bf16"}
-DIFFERENCE_AT_MOST = 1e-3  # of a probability, on the images that are compared: as the export allows
+DIFFERENCE_AT_MOST = 1e-3  # largest change of a probability; the export has the same limit
 _COMPARED = 8
 _TIMED_SECONDS = 0.5  # at least
 _CALLERS_THREAD = -1  # tf.ConfigProto: no threads of the session's own
@@ -81,18 +81,18 @@ class OpenVinoGraph:
         return self._graph.run(name, inputs)
 
     def close(self) -> None:
-        """Gives the memory back, the graph's too."""
+        """Releases the memory, including the graph's."""
         self.close_own()
         self._graph.close()
 
     def close_own(self) -> None:
-        """Gives back what is not the graph's."""
+        """Releases everything except the graph."""
         self._decoders.shutdown(wait=True)
         self._session.close()
         self._own, self._compiled = threading.local(), {}
 
     def keeps(self, graph: Graph) -> bool:
-        """Whether it needs the graph: for embeddings."""
+        """Whether it uses the graph (for embeddings)."""
         return graph is self._graph
 
     def _classify(self, image_bytes: np.ndarray) -> dict[str, np.ndarray]:
@@ -241,7 +241,7 @@ def _list(wanted: Choice) -> list[Choice]:
     engines = [wanted.engine]
     if wanted.engine == "auto":
         engines = ["tensorflow", "openvino"] if has_openvino() else ["tensorflow"]
-    # bfloat16 moves probabilities by up to a tenth (MobileNetV2), the export allows a thousandth: only who asks gets it
+    # bfloat16 changes probabilities by up to 0.1 (MobileNetV2), the export allows 0.001: it must be requested
     precision = "float32" if wanted.precision == "auto" else wanted.precision
     return [Choice(engine, precision) for engine in engines]
 
@@ -253,14 +253,14 @@ def _load(choice: Choice, graph: Graph, path: Path, labels: Sequence[str]) -> An
 
 
 def _check_answers(tried: Any, choice: Choice, images: np.ndarray, expected: dict[str, np.ndarray]) -> float:
-    """Compares an engine's answers with the exported graph's.
+    """Compares the answers of an engine with those of the exported graph.
 
     Returns:
         The largest difference of a probability.
 
     Raises:
-        RuntimeError: it does not answer as the graph does. In bfloat16, which somebody asked for, probabilities may
-            differ by any amount that is a number.
+        RuntimeError: the answers differ. Probabilities in bfloat16 may differ by any finite amount, because it was
+            requested explicitly.
     """
     answers = tried.run("serving_default", {IMAGE_INPUT: images})
     if (answers["valid"] != expected["valid"]).any():

@@ -42,7 +42,7 @@ def invalid(message: str) -> RequestError:
 
 
 def precondition(message: str) -> RequestError:
-    """A request that the model is not made for."""
+    """Creates the error for a request that does not suit the model."""
     return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
 
 
@@ -57,10 +57,10 @@ def code_of(number: int) -> grpc.StatusCode:
 
 
 def forget(error: BaseException) -> None:
-    """Drops the tracebacks of an error that is answered, and of those that it came from.
+    """Removes the tracebacks of an error and of its causes, once the error is answered.
 
-    A traceback holds the frames that the error passed, a frame its task, and the task the error: in this cycle a
-    request's whole body would stay until Python looks for cycles, which may be never.
+    A traceback holds frames, a frame its task, and the task the error. This reference cycle would keep the request's
+    body in memory until Python's garbage collector runs, which may be never.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
@@ -73,5 +73,5 @@ def forget(error: BaseException) -> None:
 
 
 def expired(what: str) -> RequestError:
-    """The deadline passed: 504."""
+    """Creates the error for a deadline that passed (504)."""
     return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed before {what}")

@@ -23,7 +23,7 @@ class Graph:
 
     Attributes:
         signatures: name → `SignatureDef`.
-        internal_signatures: those that no client runs; metadata shows them.
+        internal_signatures: signatures that clients cannot run but metadata shows.
     """
 
     def __init__(self, path: Path, *, precision: str) -> None:
@@ -74,7 +74,7 @@ class Graph:
     close_own = close
 
     def keeps(self, graph: Graph) -> bool:
-        """Whether it needs another graph: it does not."""
+        """Whether it uses another graph (never)."""
         return graph is self
 
     def _make_runner(self, signature: Any) -> Any:

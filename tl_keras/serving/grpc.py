@@ -39,9 +39,9 @@ from tl_keras.serving.models import Models, Version
 from tl_keras.serving.reload import read_config
 from tl_keras.serving.workers import Workers
 
-_MOST_RELOADS = 4  # that wait for each other
+_MOST_RELOADS = 4  # limit of concurrent reload requests
 _CONNECTION_STREAMS = 1024
-_PART = 1 << 16  # numbers that are converted at once
+_PART = 1 << 16  # number of values that are converted at once
 _FIELDS = {  # tensor.proto: where numbers of a kind stand
     tf.float32: "float_val",
     tf.float64: "double_val",
@@ -251,7 +251,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
 
 
 class Health:
-    """Tells gRPC's health service whether the models are loaded."""
+    """Reports to gRPC's health service whether the models are loaded."""
 
     def __init__(self, models: Models) -> None:
         """Args: models: what is served."""
@@ -260,7 +260,7 @@ class Health:
         self._told: int | None = None
 
     async def note(self) -> None:
-        """Sets the status of the server as a whole and of its services: NOT_SERVING where a model has no version."""
+        """Updates the status: NOT_SERVING if a model has no loaded version."""
         kinds = health_pb2.HealthCheckResponse
         status = kinds.NOT_SERVING if self._models.find_missing() else kinds.SERVING
         if status == self._told:

@@ -1,4 +1,4 @@
-"""What gRPC calls may cost before they are worked on: how many, how large, of how many fields, in what time."""
+"""Limits for gRPC calls: number, message size, number of fields, and time to arrive."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tl_keras.serving import calls
 from tl_keras.serving.errors import RequestError, expired, forget, invalid
 from tl_keras.serving.workers import Workers
 
-MOST_RPCS = 4096  # at once, those whose message is still on its way among them: such a one holds next to nothing
-_MOST_CALLS = 512  # whose message is there
+MOST_RPCS = 4096  # open calls, including those whose message has not arrived and that need almost no memory
+_MOST_CALLS = 512  # calls whose message has arrived
 _MOST_STREAMS = 256
-_STREAM_SECONDS = 60.0  # older streams make way where there are too many
-_MOST_FIELDS = 1 << 16  # of a message: each becomes an object, an empty string too
+_STREAM_SECONDS = 60.0  # older streams are closed if there are too many
+_MOST_FIELDS = 1 << 16  # limit for one message; even an empty string needs memory
 _UNCHECKED_BYTES = 1 << 16
-_PACKED_BYTES = 16  # of packed integers count as one field: they take up to eight times as much memory
+_PACKED_BYTES = 16  # this many bytes of packed integers count as one field: they expand up to eight times
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 class Gate:
-    """Registers a service's methods so that messages are read within the limits, and parsed beside the event loop."""
+    """Registers services so that messages are read within the limits and parsed beside the event loop."""
 
     def __init__(self, limits: calls.Limits, budget: calls.Budget, workers: Workers) -> None:
-        """Args: limits: what one call may cost; budget: what all may hold; workers: parse messages."""
+        """Args: limits: for one call; budget: shared by all calls; workers: parse messages."""
         self._limits, self._budget, self._workers = limits, budget, workers
         self._open = 0
 
@@ -38,13 +38,13 @@ class Gate:
         """Adds a service.
 
         Args:
-            server: gRPC's.
-            service: its descriptor; all methods take one message and give one.
-            servicer: has a coroutine `method(request, context)` for each.
+            server: the gRPC server.
+            service: descriptor of the service, whose methods are all unary.
+            servicer: has a coroutine `method(request, context)` for each method.
         """
         handlers = {}
         for method in service.methods:
-            # a stream of one message is the same on the wire, and leaves it to us when and how it is read
+            # a stream of one message looks the same on the wire, and lets us control how the message is read
             answer = self._make_handler(getattr(servicer, method.name), method.input_type)
             handlers[method.name] = grpc.stream_unary_rpc_method_handler(answer)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
@@ -66,17 +66,17 @@ class Gate:
             except RequestError as error:
                 forget(error)
                 failure = error
-            # gRPC keeps what `abort` raises in the context: this frame stays, so no message may be in it
+            # gRPC stores the exception of `abort` in the context, with this frame: it must not hold the message
             await context.abort(failure.code, failure.message)
             raise failure
 
         return answer
 
     async def _read(self, context: Any) -> bytes:
-        """A call's message.
+        """Reads the message of a call.
 
         Raises:
-            RequestError: it does not come, or not in time.
+            RequestError: the message does not arrive in time.
         """
         seconds = max(0.0, self._limits.deadline(context.time_remaining()) - time.monotonic())
         try:
@@ -101,14 +101,14 @@ class Gate:
 
 
 class StreamLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Bounds the calls that stay open, as health's `Watch` does: they would take the places of all others."""
+    """Limits calls that stay open, such as `Watch` of the health service, so that they cannot block other calls."""
 
     def __init__(self) -> None:
-        """Starts without a stream."""
+        """Creates the limit, without open streams."""
         self._streams: dict[Any, float] = {}
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Wraps the handler of a call that gives a stream."""
+        """Wraps handlers that return a stream."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler.response_streaming:
             return handler
@@ -148,10 +148,14 @@ class StreamLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def parse_message(content: bytes, kind: Any) -> Any:
-    """A message of a type that its descriptor gives.
+    """Parses a message.
+
+    Args:
+        content: the serialized message.
+        kind: descriptor of its type.
 
     Raises:
-        RequestError: it is none, or has more fields than any request needs.
+        RequestError: the message is invalid, or has too many fields.
     """
     from google.protobuf import message_factory
 
@@ -164,10 +168,10 @@ def parse_message(content: bytes, kind: Any) -> Any:
 
 
 def _check_fields(content: bytes, kind: Any) -> None:
-    """Counts a message's fields, those of messages in it included, without parsing it.
+    """Counts the fields of a message and of nested messages without parsing it.
 
     Raises:
-        RequestError: there are too many.
+        RequestError: there are too many fields.
     """
     left = _MOST_FIELDS
     waiting: list[tuple[int, int, Any]] = [(0, len(content), kind)]
@@ -193,7 +197,7 @@ def _check_fields(content: bytes, kind: Any) -> None:
 
 
 def _read_varint(content: bytes, position: int) -> tuple[int, int]:
-    """A number and where it ends; what is cut off counts as 0, and the parser will refuse it."""
+    """Reads a number and its end. A truncated number counts as 0; the parser will reject it."""
     value = shift = 0
     while position < len(content) and shift < 70:
         byte = content[position]

@@ -1,4 +1,4 @@
-"""Tensors → a JSON answer, as TF Serving writes it (tensorflow_serving/util/json_tensor.cc)."""
+"""Formats tensors as JSON, as TF Serving does (tensorflow_serving/util/json_tensor.cc)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 
 from tl_keras.serving.errors import expired, invalid
 
-_PART = 1 << 14  # values that are written before the deadline is looked at
+_PART = 1 << 14  # number of values that are formatted between checks of the deadline
 
 
 def format_predictions(outputs: Mapping[str, np.ndarray], *, by_row: bool, deadline: float = math.inf) -> bytes:
-    """A predict request's answer: `predictions`, a value or an object a row, or `outputs`, a list an output.
+    """Formats the answer to a predict request: `predictions` with one entry per row, or `outputs` with one per output.
 
     Args:
         outputs: name → array.
-        by_row: whether the request came in row format.
-        deadline: by `time.monotonic`.
+        by_row: whether the request is in row format.
+        deadline: latest time, in seconds of `time.monotonic`.
 
     Raises:
-        RequestError: in row format, outputs that have no rows, or not equally many; or the deadline passed.
+        RequestError: in row format, the outputs have no rows or different numbers of rows; or the deadline passed.
     """
     arrays = dict(sorted(outputs.items()))
     if not by_row:
@@ -50,7 +50,7 @@ def format_predictions(outputs: Mapping[str, np.ndarray], *, by_row: bool, deadl
 
 
 def format_classes(classes: np.ndarray, scores: np.ndarray) -> bytes:
-    """A classify request's answer: for each example its [label, score] pairs.
+    """Formats the answer to a classify request: [label, score] pairs for each example.
 
     Args:
         classes: bytes `(n, k)`.
@@ -62,7 +62,7 @@ def format_classes(classes: np.ndarray, scores: np.ndarray) -> bytes:
 
 
 def _write(name: str, array: np.ndarray, deadline: float) -> Iterator[bytes]:
-    """One output's JSON; of a large one a part after the other, for each value is an object while it is written.
+    """Formats one output. A large one is formatted in parts, because each value is an object meanwhile.
 
     Raises:
         RequestError: the deadline passed.
@@ -84,7 +84,7 @@ def _dump(value: Any) -> bytes:
 
 
 def _as_list(name: str, array: np.ndarray) -> Any:
-    """Nested lists as JSON holds them: shortest decimals, strings or base64."""
+    """Converts an array to nested lists: shortest decimals, strings or base64."""
     if array.dtype == object:
         as_bytes = name.endswith("_bytes")
         return _map(array.tolist(), lambda text: {"b64": base64.b64encode(text).decode()} if as_bytes else _text(text))
@@ -102,6 +102,6 @@ def _text(value: bytes) -> str:
 
 
 def _shortest(value: float) -> float:
-    """A float32's decimals: six digits where they give it back, else nine (WriteDecimal in json_tensor.cc)."""
+    """Rounds to six digits if they identify the float32, otherwise to nine (WriteDecimal in json_tensor.cc)."""
     short = float(f"{value:.6g}")
     return short if np.float32(short) == np.float32(value) else float(f"{value:.9g}")

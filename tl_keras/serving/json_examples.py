@@ -1,4 +1,4 @@
-"""The examples of a classify or regress request in JSON → `tf.train.Example`s."""
+"""Converts the examples of classify and regress requests from JSON to `tf.train.Example`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tensorflow as tf
 from tl_keras.serving.errors import expired, invalid
 from tl_keras.serving.json_tensors import Document, as_leaf, is_base64, name_type
 
-_MOST_VALUES = 4096  # of one example: an image needs one
+_MOST_VALUES = 4096  # limit for one example; an image needs one value
 _LARGEST_SIGNED, _LARGEST = 2**63 - 1, 2**64 - 1
 _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
 
@@ -19,20 +19,18 @@ _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
 def parse_examples(
     document: Document, *, most_rows: int = 1 << 20, deadline: float = math.inf
 ) -> tuple[list[bytes], bytes]:
-    """The examples of a classify or regress request.
+    """Reads the examples of a classify or regress request.
 
     Args:
         document: the request.
-        most_rows: how many examples it may hold.
-        deadline: by `time.monotonic`.
+        most_rows: maximum number of examples.
+        deadline: latest time, in seconds of `time.monotonic`.
 
     Returns:
-        n serialized `tf.train.Example`s, and the context that they all have, serialized: an example behind the context
-        is merged into it, and what both have is the example's.
+        n serialized `tf.train.Example`s, and the serialized context that they share.
 
     Raises:
-        RequestError: there are none, or too many, a feature is of no kind that an example holds, or the deadline
-            passed.
+        RequestError: there are no examples or too many, a feature has an unsupported type, or the deadline passed.
     """
     context = b""
     if "context" in document.members:
@@ -70,7 +68,7 @@ def _make_example(value: Any) -> tf.train.Example:
 
 
 def _encode(name: str) -> str:
-    """Raises: RequestError: a feature's name is no text."""
+    """Raises: RequestError: the name of the feature is not valid Unicode."""
     return str(as_leaf(name, tf.string).decode())
 
 

@@ -1,4 +1,4 @@
-"""JSON requests → tensors, as TF Serving reads them (tensorflow_serving/util/json_tensor.cc)."""
+"""Converts JSON requests to tensors, as TF Serving does (tensorflow_serving/util/json_tensor.cc)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tl_keras.serving.json_answers import format_classes, format_predictions
 from tl_keras.serving.json_text import Text, fail
 
 __all__ = ["Document", "format_classes", "format_predictions", "parse_json", "parse_predict"]
-_SHOWN = 200  # characters of a value in an error message
-_DEEPEST = 8  # lists in lists: no signature has more, and NumPy takes 64
-_PART = 1 << 20  # characters of base64 that are decoded at once
+_SHOWN = 200  # maximum number of characters of a value in an error message
+_DEEPEST = 8  # maximum nesting of lists; no signature has more dimensions
+_PART = 1 << 20  # number of base64 characters that are decoded at once
 _MOST_ROWS = 1 << 20
 _TYPES = {dict: "Object", list: "Array", str: "String", type(None): "Null"}
 _READ_LATER = ("signature_name", "instances", "inputs", "context", "examples")
@@ -31,18 +31,18 @@ _SPACE = b" \t\n\v\f\r"
 
 
 class Document:
-    """A request's JSON object, whose members are parsed when they are asked for.
+    """A request's JSON object. Its members are parsed on demand.
 
     Attributes:
         members: name → value.
-        signature_name: the signature that is asked for; empty for the default.
+        signature_name: name of the requested signature; empty for the default.
     """
 
     def __init__(self, text: Text) -> None:
-        """Reads what the object consists of, and checks the members that no request has.
+        """Splits the object into members, and checks the syntax of unknown ones.
 
         Raises:
-            RequestError: it is no JSON, or no object.
+            RequestError: the text is not JSON, or not an object.
         """
         self.text = text
         if text.first != b"{":
@@ -55,7 +55,7 @@ class Document:
         self.signature_name = self._read_signature_name()
 
     def show(self) -> str:
-        """The beginning of the text, for an error message."""
+        """Returns the beginning of the text, for error messages."""
         shown = self.text.body[self.text.start : self.text.start + _SHOWN].decode("utf-8", "replace")
         return f"{shown}..." if len(self.text.body) - self.text.start > _SHOWN else shown
 
@@ -72,10 +72,10 @@ class Document:
 
 
 def parse_json(body: bytes) -> Document:
-    """A request's JSON object; NaN and Infinity are numbers, and what follows the object does not matter.
+    """Reads a request's JSON object. NaN and Infinity are numbers, and text after the object is ignored.
 
     Raises:
-        RequestError: it is no JSON, or no object.
+        RequestError: the body is not JSON, or not an object.
     """
     text = Text(body, 3 if body.startswith(b"\xef\xbb\xbf") else 0, len(body))
     if not text.first:
@@ -96,16 +96,16 @@ def parse_json(body: bytes) -> Document:
 def parse_predict(
     document: Document, signature: Any, *, most_rows: int = _MOST_ROWS, deadline: float = math.inf
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """The inputs of a predict request.
+    """Reads the inputs of a predict request.
 
     Args:
         document: the request.
-        signature: the `SignatureDef` that it names.
-        most_rows: how many rows it may hold.
-        deadline: by `time.monotonic`.
+        signature: `SignatureDef` of the requested signature.
+        most_rows: maximum number of rows.
+        deadline: latest time, in seconds of `time.monotonic`.
 
     Returns:
-        Input's name → array `(n, ...)`, and whether it came in row format (`instances`).
+        Name of the input → array `(n, ...)`, and whether the request is in row format (`instances`).
 
     Raises:
         RequestError: neither or both of `instances` and `inputs`, values that the signature does not take, or the
@@ -141,7 +141,7 @@ class _Reader:
         self._has_numbers = any(tf.as_dtype(info.dtype) != tf.string for info in infos.values())
 
     def read_rows(self, text: Text) -> dict[str, np.ndarray] | None:
-        """The inputs in row format; None where there is no row."""
+        """Reads inputs in row format; None if there are no rows."""
         rows: list[Any] = text.items(self._most_rows, self._too_many) if self._is_cut(text) else text.load()
         if not rows:
             return None
@@ -164,7 +164,7 @@ class _Reader:
         return {name: _stack(found, tf.as_dtype(self._infos[name].dtype)) for name, found in tensors.items()}
 
     def read_columns(self, text: Text) -> dict[str, np.ndarray]:
-        """The inputs in column format."""
+        """Reads inputs in column format."""
         value = self._open(text)
         if not _is_object(value):
             self._check_is_named(False, "inputs is a plain value/list, but expecting an object")
@@ -184,11 +184,11 @@ class _Reader:
             raise expired("the request's JSON was read")
 
     def _is_cut(self, text: Text) -> bool:
-        """Whether a list is read in parts: what holds strings alone is few values, however long they are."""
+        """Whether a list is read in parts. Lists of strings are not: they are long but have few values."""
         return self._has_numbers and not text.is_small and text.first == b"["
 
     def _open(self, value: Any) -> Any:
-        """Parses a value; of a large one only what it consists of."""
+        """Parses a value; a large one is only split."""
         if not isinstance(value, Text) or self._is_cut(value):
             return value
         if self._has_numbers and not value.is_small and value.first == b"{":
@@ -217,7 +217,7 @@ class _Reader:
         )
 
     def _read_value(self, name: str, value: Any, number: int, earlier: Sequence[np.ndarray]) -> np.ndarray:
-        """One row of an input, of the shape that the first one had."""
+        """Reads one row of an input, and checks that it has the shape of the first row."""
         try:
             array = self._as_array(self._open(value), name, is_row=True)
         except RequestError as error:
@@ -249,13 +249,13 @@ class _Reader:
         return self._read_large(value, dtype, sizes[1:] if is_row else sizes)
 
     def _read_large(self, text: Text, dtype: tf.DType, sizes: Sequence[int], level: int = 0) -> np.ndarray:
-        """A tensor whose text is larger than a slice: its parts are numbers before the next part is parsed.
+        """Reads a tensor whose text is larger than a slice, converting each part before parsing the next.
 
         Args:
             text: the value.
             dtype: of the tensor.
-            sizes: of its dimensions in the signature; -1, or missing: unknown.
-            level: the number of lists that the value is in.
+            sizes: dimensions in the signature; -1 or missing if unknown.
+            level: nesting level of the value.
         """
         if text.first != b"[" or text.is_small:
             return _as_array(text.load(), dtype)
@@ -291,7 +291,7 @@ class _Reader:
 
 
 def _check_text(body: bytes) -> None:
-    """Raises: RequestError: the body is not text at all."""
+    """Raises: RequestError: the body is not text."""
     try:
         body[: 1 << 20].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -304,12 +304,12 @@ def _is_object(value: Any) -> bool:
 
 
 def is_base64(value: Any) -> bool:
-    """Whether a JSON value stands for bytes: `{"b64": "…"}`."""
+    """Whether a JSON value represents bytes: `{"b64": "…"}`."""
     return isinstance(value, dict) and len(value) == 1 and isinstance(value.get("b64"), str)
 
 
 def _stack(rows: list[np.ndarray], dtype: tf.DType) -> np.ndarray:
-    """The rows as one array; NumPy would make a new type of strings."""
+    """Stacks rows. NumPy would change the type of strings."""
     stacked = np.empty((len(rows), *rows[0].shape), object if dtype == tf.string else dtype.as_numpy_dtype)
     for number, row in enumerate(rows):
         stacked[number] = row[()] if not row.ndim else row
@@ -317,7 +317,7 @@ def _stack(rows: list[np.ndarray], dtype: tf.DType) -> np.ndarray:
 
 
 def _as_array(value: Any, dtype: tf.DType) -> np.ndarray:
-    """A dense tensor of nested lists: the first element of each level says how long the level is."""
+    """Converts nested lists to a dense tensor. The first element of each level determines the size of the level."""
     shape: list[int] = []
     level = value
     while isinstance(level, list):
@@ -336,23 +336,23 @@ def _as_array(value: Any, dtype: tf.DType) -> np.ndarray:
 
 
 def _as_numbers(value: list[Any], shape: Sequence[int], dtype: tf.DType) -> np.ndarray | None:
-    """Thousands of pixels at once; None where something is odd and wants a message of its own."""
+    """Converts nested lists of numbers quickly; None if anything needs a specific error message."""
     flat = value
     for size in shape[1:]:
         if set(map(type, flat)) != {list} or set(map(len, flat)) != {size}:
             return None
         flat = list(itertools.chain.from_iterable(flat))
-    if not set(map(type, flat)) <= {int, float}:  # a truth value is neither
+    if not set(map(type, flat)) <= {int, float}:  # excludes booleans
         return None
     try:
-        with np.errstate(over="ignore"):  # beyond float32 is infinite, as in TF Serving
+        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, as in TF Serving
             return np.array(flat, np.float64).astype(dtype.as_numpy_dtype).reshape(shape)
     except OverflowError:
         return None
 
 
 def _collect(value: Any, shape: Sequence[int], level: int, dtype: tf.DType, leaves: list[Any]) -> None:
-    """Adds a nested list's leaves in order."""
+    """Appends the leaves of nested lists in order."""
     if not isinstance(value, list):
         if level != len(shape):
             raise invalid(
@@ -372,7 +372,7 @@ def _collect(value: Any, shape: Sequence[int], level: int, dtype: tf.DType, leav
 
 
 def _differ(shape: Sequence[int], expected: Sequence[int]) -> RequestError:
-    """The error for items of a list that are not alike."""
+    """Creates the error for items of different shapes in one list."""
     if len(shape) != len(expected):
         return invalid(f"Encountered list at unexpected level: {len(shape)} expected < {len(expected) + 1}")
     level = next(at for at in range(len(shape)) if shape[at] != expected[at])
@@ -382,10 +382,10 @@ def _differ(shape: Sequence[int], expected: Sequence[int]) -> RequestError:
 
 
 def as_leaf(value: Any, dtype: tf.DType) -> Any:
-    """One value of a tensor.
+    """Converts one value of a tensor.
 
     Raises:
-        RequestError: it is of another type, or does not fit.
+        RequestError: the value has another type, or is out of range.
     """
     if dtype == tf.string and isinstance(value, str):
         try:
@@ -414,17 +414,17 @@ def _as_float(value: float) -> float:
 
 
 def name_type(value: Any) -> str:
-    """A JSON value's type as TF Serving names it."""
+    """Returns TF Serving's name for the type of a JSON value."""
     if isinstance(value, bool):
         return str(value)
     return _TYPES.get(type(value), "Number")
 
 
 def _decode_base64(value: dict[str, Any]) -> bytes:
-    """The bytes of `{"b64": "…"}`, as Abseil decodes them: white space is skipped, padding may be missing.
+    """Decodes `{"b64": "…"}` as Abseil does: white space is skipped, and padding is optional.
 
     Raises:
-        RequestError: it is another object, or not in the standard alphabet.
+        RequestError: the value is another object, or not standard base64.
     """
     if not is_base64(value):
         raise invalid(f"JSON Value: {_show(value)} not formatted correctly for base64 data")
@@ -435,7 +435,7 @@ def _decode_base64(value: dict[str, Any]) -> bytes:
         raise failure from None
     if len(text) != len(stripped := text.translate(None, _SPACE)):
         text = stripped
-    digits = text.rstrip(b"=.")  # Abseil takes a dot for padding, too
+    digits = text.rstrip(b"=.")  # Abseil accepts dots as padding, too
     missing = -len(digits) % 4
     if missing == 3 or len(text) - len(digits) not in {0, missing} or digits.translate(None, _ALPHABET):
         raise failure
@@ -451,7 +451,7 @@ def _show_shape(shape: Sequence[int]) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value for an error message; what is large is cut before it is written, not after."""
+    """Formats a value for an error message. Large values are truncated first."""
     text = json.dumps(_cut(value))
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 

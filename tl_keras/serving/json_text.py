@@ -1,7 +1,7 @@
-"""A JSON text that is read in parts: what is not needed is checked and skipped, what is large is cut into slices.
+"""Reads large JSON documents in parts: unused members are only checked, large values are parsed in slices.
 
-Python's JSON parser holds the interpreter's lock and builds an object for each value, 24 times the size of the text for
-`[{},{},…]`. So it never gets more than a slice, or a value that was counted first.
+Python's JSON parser holds the global interpreter lock and creates an object for each value. For `[{},{},…]` the objects
+take 24 times the size of the text. The parser therefore gets at most one slice, or a value whose parts were counted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from tl_keras.serving.errors import RequestError, invalid
 
-SLICE_BYTES = 1 << 18  # parsed at once: a few milliseconds
-MOST_VALUES = 1 << 16  # of a value that is parsed as a whole although it is larger than a slice
-_MOST_SKIPPED = 1 << 21  # brackets, commas and colons of a value that is only checked
+SLICE_BYTES = 1 << 18  # parsing a slice takes a few milliseconds
+MOST_VALUES = 1 << 16  # limit for a value that is larger than a slice and parsed as a whole
+_MOST_SKIPPED = 1 << 21  # limit of brackets, commas and colons in an unused member
 _MOST_MEMBERS = 1024
 _OPEN, _CLOSE, _COMMA, _COLON = 1, 2, 3, 4
 _KINDS = np.zeros(256, np.uint8)
@@ -34,8 +34,8 @@ _TOKEN = re.compile(
     rb"|(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null|-?(?:Infinity|Inf|NaN)))",
     re.DOTALL,
 )
-_HUGE = re.compile(rb"[0-9.][eE]\+?0*[1-9][0-9]{2}")  # a number that a double may not hold
-_REASONS = {  # Python's messages → rapidjson's (error/en.h), which TF Serving gives its clients
+_HUGE = re.compile(rb"[0-9.][eE]\+?0*[1-9][0-9]{2}")  # an exponent that may be too large for a double
+_REASONS = {  # Python's messages → rapidjson's (error/en.h), which TF Serving returns
     "Expecting property name": "Missing a name for object member.",
     "Illegal trailing comma": "Invalid value.",
     "Expecting ':'": "Missing a colon after a name of object member.",
@@ -49,33 +49,33 @@ _REASONS = {  # Python's messages → rapidjson's (error/en.h), which TF Serving
 
 
 class Text:
-    """A JSON value inside a request's body, not parsed yet."""
+    """A JSON value in a request's body that is not parsed yet."""
 
     __slots__ = ("body", "end", "start")
 
     def __init__(self, body: bytes, start: int, end: int) -> None:
-        """Args: body: the request's; start, end: of the value in it, spaces around it included."""
+        """Args: body: the request's body; start, end: position of the value, with surrounding white space."""
         match = _BLANK.match(body, start, end)
         self.body, self.start, self.end = body, match.end() if match else start, end
 
     @property
     def first(self) -> bytes:
-        """The first character: it says what kind of value it is."""
+        """The first character, which tells the kind of the value."""
         return self.body[self.start : self.start + 1] if self.start < self.end else b""
 
     @property
     def is_small(self) -> bool:
-        """Whether the value may be parsed without counting it first."""
+        """Whether the value fits into one slice."""
         return self.end - self.start <= SLICE_BYTES
 
     def load(self, *, last_wins: bool = False) -> Any:
-        """The value as Python's objects; of two equal keys the first counts.
+        """Parses the value. If a key is repeated, its first value counts.
 
         Args:
-            last_wins: the last of two equal keys counts.
+            last_wins: the last value of a repeated key counts instead.
 
         Raises:
-            RequestError: it is no JSON, is nested too deeply, or holds more values than any input of a signature.
+            RequestError: the text is not JSON, is nested too deeply, or holds too many values.
         """
         if not self.is_small and self._count(MOST_VALUES) is None:
             raise invalid(f"the JSON value at offset {self.start} holds more than {MOST_VALUES} values")
@@ -89,10 +89,10 @@ class Text:
             raise invalid(message) from None
 
     def check(self) -> None:
-        """Checks a value that nobody needs.
+        """Checks the syntax of an unused value.
 
         Raises:
-            RequestError: it is no JSON.
+            RequestError: the text is not JSON.
         """
         if self.is_small or self._count(MOST_VALUES) is not None:
             try:
@@ -107,13 +107,13 @@ class Text:
         self._check_tokens()
 
     def members(self, *, is_document: bool = False) -> dict[str, Text]:
-        """The members of an object; of two equal keys the first counts, the others are checked.
+        """Splits an object into its members. If a key is repeated, its first value counts and the others are checked.
 
         Args:
-            is_document: what follows the object does not matter.
+            is_document: text after the object is ignored.
 
         Raises:
-            RequestError: it is no object, or has too many members.
+            RequestError: the text is not an object, or has too many members.
         """
         found, keys, after_key = dict[str, Text](), 0, False
         start = self.start + 1
@@ -138,14 +138,14 @@ class Text:
         return found
 
     def items(self, most: int, message: Callable[[int], RequestError]) -> list[Text]:
-        """The items of a list.
+        """Splits a list into its items.
 
         Args:
-            most: how many it may have.
-            message: makes the error for a list that has more.
+            most: maximum number of items.
+            message: creates the error for a longer list.
 
         Raises:
-            RequestError: it is no list, or too long.
+            RequestError: the text is not a list, or is too long.
         """
         found, start = list[Text](), self.start + 1
         for position, kind in self._cut(b"]"):
@@ -160,17 +160,17 @@ class Text:
         return found
 
     def groups(self) -> Iterator[Text]:
-        """A list's items in groups: several that fit into a slice together, or one of any size; brackets left out.
+        """Splits a list into groups of items: several items that fit into a slice, or one of any size.
 
         Raises:
-            RequestError: the text is no list.
+            RequestError: the text is not a list.
         """
         start = self.start + 1
         for found, kinds, depths in self._scan():
             ends = np.flatnonzero(depths == 0)
             stop = int(ends[0]) if len(ends) else len(found)
             commas = found[:stop][(depths[:stop] == 1) & (kinds[:stop] == _COMMA)]
-            # what lies between the last comma of a block and the first of a later one is a single item
+            # the text between the last comma of a block and the first one of a later block is a single item
             for position in sorted({int(commas[0]), int(commas[-1])}) if len(commas) else ():
                 yield Text(self.body, start, position)
                 start = position + 1
@@ -181,11 +181,11 @@ class Text:
         raise self._unfinished()
 
     def is_at_most(self, levels: int) -> bool:
-        """Whether its lists are nested no deeper than that."""
+        """Whether lists and objects are nested at most `levels` deep."""
         return all(depths.max(initial=0) <= levels for _, _, depths in self._scan())
 
     def _cut(self, last: bytes, *, is_document: bool = False) -> Iterator[tuple[int, int]]:
-        """Positions and kinds of what divides a list or object: commas and colons, then the bracket that ends it."""
+        """Finds the commas and colons of a list or object, and its closing bracket: positions and kinds."""
         for found, kinds, depths in self._scan():
             ends = np.flatnonzero(depths == 0)
             stop = int(ends[0]) if len(ends) else len(found)
@@ -204,7 +204,7 @@ class Text:
             raise fail(f"Missing a comma or {last.decode()} after a value.", position)
 
     def _unfinished(self) -> RequestError:
-        """The error for a list or object that does not end: rapidjson's depends on what comes last."""
+        """Creates the error for a list or object without an end. rapidjson's message depends on the last character."""
         end = self.end
         while end > self.start and self.body[end - 1] in _SPACE:
             end -= 1
@@ -225,7 +225,7 @@ class Text:
         return _BLANK.fullmatch(self.body, start, end) is not None
 
     def _count(self, most: int) -> int | None:
-        """How many brackets, commas and colons it has outside of strings; None where there are more than `most`."""
+        """Counts brackets, commas and colons outside strings; None if there are more than `most`."""
         total = 0
         for found, _, _ in self._scan():
             total += len(found)
@@ -234,14 +234,14 @@ class Text:
         return total
 
     def _scan(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Brackets, commas and colons outside of strings, by blocks: positions, kinds, the depth behind each."""
+        """Finds brackets, commas and colons outside strings, block by block: positions, kinds, resulting depths."""
         array = np.frombuffer(self.body, np.uint8)
         in_string = escaped = False
         depth = 0
         for start in range(self.start, self.end, SLICE_BYTES):
             end = min(start + SLICE_BYTES, self.end)
             if in_string and not escaped and self.body.find(b'"', start, end) < 0 > self.body.find(b"\\", start, end):
-                continue  # a long string's middle
+                continue  # the middle of a long string
             block = array[start:end]
             inside, in_string, escaped = _find_strings(block, in_string, escaped)
             kinds = np.where(inside, 0, _KINDS[block])
@@ -253,7 +253,7 @@ class Text:
             yield found + start, kinds, depths
 
     def _check_tokens(self) -> None:
-        """Checks a value token by token, however deeply it is nested."""
+        """Checks a value token by token, without recursion."""
         stack, expected, position = bytearray(), "value", self.start
         while position < self.end:
             match = _TOKEN.match(self.body, position, self.end)
@@ -272,12 +272,12 @@ class Text:
 
 
 def fail(reason: str, offset: int) -> RequestError:
-    """A parse error in TF Serving's words."""
+    """Creates a parse error with TF Serving's wording."""
     return invalid(f"JSON Parse error: {reason} at offset: {offset}")
 
 
 class _BadTextError(Exception):
-    """A text that is no JSON: rapidjson's reason, and where."""
+    """The text is not JSON: rapidjson's reason and the offset."""
 
     def __init__(self, reason: str, offset: int) -> None:
         super().__init__(reason)
@@ -285,7 +285,7 @@ class _BadTextError(Exception):
 
 
 def _find_strings(block: np.ndarray, in_string: bool, escaped: bool) -> tuple[np.ndarray, bool, bool]:
-    """Which characters are in strings, and for the next block: whether it begins in one, behind a backslash."""
+    """Finds the characters inside strings, and whether the next block starts in a string or after a backslash."""
     quotes = block == 0x22
     backslashes = np.flatnonzero(block == 0x5C)
     if escaped:
@@ -293,7 +293,7 @@ def _find_strings(block: np.ndarray, in_string: bool, escaped: bool) -> tuple[np
         backslashes = backslashes[backslashes > 0]
     escaped = False
     if len(backslashes):
-        # in a run of backslashes the first, third, … escapes what follows it
+        # in a run of backslashes the first, third, … one escapes the next character
         begins = np.diff(backslashes, prepend=-2) != 1
         offsets = backslashes - np.maximum.accumulate(np.where(begins, backslashes, 0))
         escapes = backslashes[offsets % 2 == 0] + 1
@@ -304,10 +304,10 @@ def _find_strings(block: np.ndarray, in_string: bool, escaped: bool) -> tuple[np
 
 
 def _advance(match: re.Match[bytes], expected: str, stack: bytearray) -> str:
-    """What may follow a token.
+    """Returns what is expected after a token.
 
     Raises:
-        RequestError: the token is not what was expected.
+        RequestError: the token is unexpected.
     """
     token, is_string = match.group(1), match.group(2) is not None
     opened = stack[-1:] if stack else b""
@@ -334,11 +334,11 @@ def _advance(match: re.Match[bytes], expected: str, stack: bytearray) -> str:
 
 
 def _parse(text: bytes, *, last_wins: bool = False) -> Any:
-    """Python's parser, with rapidjson's names for infinities.
+    """Parses JSON, and accepts rapidjson's names for infinity.
 
     Raises:
-        _BadTextError: it is no JSON.
-        RecursionError: it is nested too deeply.
+        _BadTextError: the text is not JSON.
+        RecursionError: the text is nested too deeply.
     """
     may_be_huge = len(text) <= SLICE_BYTES and _HUGE.search(text) is not None
     decoder = _make_decoder(last_wins, may_be_huge)
@@ -371,7 +371,7 @@ def _make_decoder(last_wins: bool, may_be_huge: bool) -> json.JSONDecoder:
 
 
 def _parse_float(text: str) -> float:
-    """Raises: OverflowError: a double does not hold the number."""
+    """Raises: OverflowError: the number is too large for a double."""
     if math.isinf(value := float(text)):
         raise OverflowError
     return value

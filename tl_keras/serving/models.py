@@ -54,9 +54,9 @@ class Version:
         self.retries, self.retry_at = 0, 0.0
 
     def has_failed(self, path: Path) -> bool:
-        """Whether there is no use in loading what is in a folder now: this one could not be, and nothing has changed.
+        """Whether loading failed and the folder has not changed since.
 
-        What made it fail may pass, so it is tried again a few times, as TF Serving does (`max_num_load_retries`).
+        Temporary failures are possible, so a few retries are allowed, as in TF Serving (`max_num_load_retries`).
         """
         if self.state != END or not self.error or self.path != path or self.stamp != _stamp(path):
             return False
@@ -88,7 +88,7 @@ class Models:
         self._roots = [root.resolve() for root in roots]
         self._entries: dict[str, ModelEntry] = {}
         self._versions: dict[str, dict[int, Version]] = {}
-        self._failed: dict[tuple[str, int], Version] = {}  # what was to replace a version that goes on
+        self._failed: dict[tuple[str, int], Version] = {}  # replacements that could not be loaded
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         self._polling = threading.Lock()
@@ -155,7 +155,7 @@ class Models:
                 self._left.notify_all()
 
     def find_missing(self) -> str:
-        """Why requests can't be answered; empty where every model has a version that is there."""
+        """Returns why requests cannot be answered; empty if every model has a loaded version."""
         with self._lock:
             missing = [name for name in self.names if not self._is_available(name)]
             if missing:
@@ -163,10 +163,10 @@ class Models:
             return "" if self._entries else "no model"
 
     def check_loaded(self, entries: Sequence[ModelEntry]) -> None:
-        """Checks that each model of a list is served from its folder.
+        """Checks that each model is served from its configured folder.
 
         Raises:
-            RequestError: one is not, with the reason.
+            RequestError: a model is not, with the reason.
         """
         with self._lock:
             for entry in entries:
@@ -256,7 +256,7 @@ class Models:
                 self._show(f"unloaded {name}/{number}")
 
     def _load_version(self, name: str, number: int, path: Path) -> None:
-        """Loads a version that is not there; its state is its model's status meanwhile."""
+        """Loads a version that is not loaded yet."""
         version, known = Version(name, number, path), self._versions[name].get(number)
         if known is not None and known.error and known.path == path and known.stamp == version.stamp:
             version.retries = known.retries + 1
@@ -265,10 +265,9 @@ class Models:
         self._load_into(version)
 
     def _replace_version(self, known: Version, path: Path) -> None:
-        """Loads the same number from another folder, or as it was written anew: until it is there, the old one answers.
+        """Loads a version number again, from another folder or because its files changed.
 
-        Loading takes seconds in which requests would find no version; and a folder that is no longer whole must not
-        end what is loaded.
+        The old version answers until the new one is loaded, and stays if loading fails.
         """
         key = (known.model, known.number)
         earlier = self._failed.get(key)
@@ -362,10 +361,10 @@ def _choose_versions(entry: ModelEntry) -> dict[int, Path]:
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int]:
-    """Changes where any file of a version folder is added, grows or is written anew.
+    """Summarizes the files of a version folder. The value changes if any file is added, grows or is rewritten.
 
-    Not every file system counts time finely, hence the sizes and numbers; a copy in place may bring the model first and
-    the rest seconds later.
+    A copy in place may write the model first and the other files seconds later. Sizes and inodes are included because
+    some file systems have coarse timestamps.
     """
     newest = count = size = inodes = 0
     for folder, _, names in os.walk(path):
@@ -380,7 +379,7 @@ def _stamp(path: Path) -> tuple[int, int, int, int]:
 
 
 def _hide_paths(reason: str, version: Version) -> str:
-    """A reason without the folders of the machine: clients read it. The screen shows it whole."""
+    """Removes folder names from an error message for clients. The screen shows the full message."""
     for folder in (version.path, version.path.resolve()):
         reason = reason.replace(str(folder), f"{version.model}/{version.number}")
     return _FOLDERS.sub("", reason)

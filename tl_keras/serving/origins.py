@@ -1,4 +1,4 @@
-"""Which web pages may talk to the server: none but its own, unless others are allowed."""
+"""Decides which web pages may use the server: only its own, unless others are allowed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ANY = "*"
 _METHODS, _HEADERS = "POST, GET", "Content-Type"  # http_rest_api_util.cc, AddCORSHeaders
-_FROM_ELSEWHERE = {"cross-site", "same-site"}  # values of Sec-Fetch-Site, which browsers send and pages can't set
-_SAFE = {"GET", "HEAD", "OPTIONS"}  # what a page asks for by them it can't read
+_FROM_ELSEWHERE = {"cross-site", "same-site"}  # values of Sec-Fetch-Site, a header that web pages cannot set
+_SAFE = {"GET", "HEAD", "OPTIONS"}  # other pages cannot read the answers
 
 
 class OriginCheck:
-    """An ASGI application that answers only those who may ask another one.
+    """ASGI middleware that rejects requests of other web pages.
 
-    A web page can send requests to a server on the reader's machine: by its address, whose answers the browser keeps
-    from the page, or by a name of its own that it lets point there (DNS rebinding), whose answers it would read.
+    A web page can send requests to a server on the visitor's own machine. If it uses the address, the browser hides
+    the answers from the page. If it points its own domain at the address (DNS rebinding), it could read them.
     """
 
     def __init__(self, app: ASGIApp, *, host: str, allowed: Sequence[str]) -> None:
-        """Args: app: what is asked; host: where the server listens; allowed: origins of pages that may ask, or `*`."""
+        """Args: app: application to protect; host: address of the server; allowed: origins of pages, or `*`."""
         self._app, self._allowed = app, set(allowed)
         self._names = {host.lower(), *(urllib.parse.urlsplit(origin).hostname for origin in allowed)}
         self._checks_host = is_loopback(host) and ANY not in self._allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request."""
+        """Handles a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -56,22 +56,22 @@ class OriginCheck:
         await self._app(scope, receive, send_granted if granted else send)
 
     def _find_reason(self, method: str, headers: Headers) -> str:
-        """Why a request is refused; empty where it is not."""
+        """Returns the reason for rejecting a request; empty if it is accepted."""
         for host in headers.getlist("host") if self._checks_host else ():
             name = _read_host(host)
-            # no page on the internet has a name without a dot, which containers have
+            # names without a dot belong to containers, not to pages on the internet
             if "." in name and name not in self._names and not is_loopback(name):
                 return (
-                    f"this server listens on this machine only and does not answer to the Host {host[:100]}. Use "
-                    "localhost, or start it with --cors=ORIGIN, or with another --host"
+                    f"this server is for this machine only and does not answer to the Host {host[:100]}. Use "
+                    "localhost, or start the server with --cors=ORIGIN or another --host"
                 )
         origin = headers.get("origin", "")
         if method in _SAFE or headers.get("sec-fetch-site", "") not in _FROM_ELSEWHERE or self._grant(origin):
             return ""
-        return f"web pages of {origin[:100] or 'another site'} may not ask this server. Start it with --cors=ORIGIN"
+        return f"web pages of {origin[:100] or 'another site'} may not use this server. Start it with --cors=ORIGIN"
 
     def _grant(self, origin: str) -> dict[str, str]:
-        """The headers by which a browser lets a page read the answer; none where it may not."""
+        """Returns the headers that allow a page to read the answer; empty if it is not allowed."""
         if not origin or not {ANY, origin} & self._allowed:
             return {}
         found = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Allow-Headers": _HEADERS}
@@ -81,7 +81,7 @@ class OriginCheck:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own, which no other can reach."""
+    """Whether a name or address is on the loopback interface."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -91,7 +91,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _read_host(header: str) -> str:
-    """The name in a Host header, without its port."""
+    """Returns the name in a Host header, without the port."""
     name = header.strip().lower()
     if name.startswith("["):
         return name[1:].partition("]")[0]

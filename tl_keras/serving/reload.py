@@ -18,7 +18,7 @@ def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[Model
     """The models of a list.
 
     Raises:
-        RequestError: it is no list, or an entry has no name or folder, or is of another platform.
+        RequestError: it is no list, or an entry has no name, no folder or another platform.
     """
     if config.WhichOneof("config") != "model_config_list":
         raise invalid(
@@ -38,7 +38,7 @@ def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[Model
 
 
 def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
-    """Raises: RequestError: the model is none of TensorFlow's."""
+    """Raises: RequestError: the platform is not TensorFlow."""
     if config.model_platform not in {"", _PLATFORM} or config.model_type == model_server_config_pb2.OTHER:
         platform = config.model_platform or "OTHER"
         raise invalid(

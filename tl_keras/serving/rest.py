@@ -46,8 +46,8 @@ _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
 )
 _TOO_LARGE, _GONE = 413, 499
-_GRACE_SECONDS = 0.5  # in which whoever works on a request says itself that it is late
-_WRITTEN_BYTES = 16  # about so many does a value of an answer take
+_GRACE_SECONDS = 0.5  # after the deadline, so that the step in progress can report it first
+_WRITTEN_BYTES = 16  # approximate size of one value in an answer
 
 
 def build_app(
@@ -67,9 +67,9 @@ def build_app(
         metrics: counts requests.
         limits: what one request may cost.
         budget: what all may hold.
-        workers: parse requests and write answers.
-        host: where the server listens.
-        cors: origins of web pages that may use it.
+        workers: threads that parse requests and format answers.
+        host: address that the server listens on.
+        cors: origins of other web pages that may use the server.
     """
     api = _Api(models, metrics, limits, budget, workers)
     app = Starlette(
@@ -81,7 +81,7 @@ def build_app(
             Route(PATH, api.show_metrics, methods=["GET"]),
         ]
     )
-    app.router.default = api.answer_any  # a route's pattern would not match every path
+    app.router.default = api.answer_any  # a route pattern would not match line breaks
     return OriginCheck(app, host=host, allowed=cors)
 
 
@@ -97,14 +97,14 @@ class _Call:
     workers: Workers
 
     async def read(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Runs what takes long for a large body beside the event loop."""
+        """Runs a function on the body, beside the event loop if the body is large."""
         return await self.workers.run(len(self.body), function, *arguments, **named)
 
     async def read_document(self) -> Document:
-        """The JSON object in the body.
+        """Reads the JSON object in the body.
 
         Raises:
-            RequestError: it is none.
+            RequestError: the body is not a JSON object.
         """
         try:
             document: Document = await self.read(parse_json, self.body)
@@ -128,7 +128,7 @@ class _Api:
         self._workers = workers
 
     async def answer_any(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Any address that is not one of ours."""
+        """Handles all other addresses."""
         if scope["type"] == "http":
             response = await self.answer(Request(scope, receive, send))
             await response(scope, receive, send)
@@ -152,12 +152,12 @@ class _Api:
         return _fail(400, f"Malformed request: {request.method} {path}")
 
     async def tell_health(self, _: Request) -> Response:
-        """Whether requests will be answered: every model has a version, and there is one."""
+        """Readiness: whether every model has a loaded version."""
         reason = self._models.find_missing()
         return Response(f"{reason or 'ok'}\n", 503 if reason else 200)
 
     async def tell_life(self, _: Request) -> Response:
-        """Whether the process answers at all, whatever it has loaded."""
+        """Liveness: the process answers, whatever is loaded."""
         return Response("ok\n")
 
     async def list_models(self, request: Request) -> Response:
@@ -260,11 +260,11 @@ _VERBS: dict[str, Callable[[_Call], Coroutine[Any, Any, bytes]]] = {
 
 
 async def _answer_unless_gone(request: Request, work: Coroutine[Any, Any, bytes], deadline: float) -> bytes:
-    """The answer, unless the client hangs up first, or the deadline passes: then nothing more is done for it.
+    """Waits for the answer; stops the work if the client disconnects or the deadline passes.
 
     Raises:
-        ClientDisconnect: it did.
-        RequestError: the deadline passed, or the request can't be answered.
+        ClientDisconnect: the client disconnected.
+        RequestError: the deadline passed, or the request cannot be answered.
     """
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_wait_until_gone(request))
     done = set[Any]()
@@ -279,7 +279,7 @@ async def _answer_unless_gone(request: Request, work: Coroutine[Any, Any, bytes]
     finally:
         answering.cancel()
         leaving.cancel()
-        # else the task, its error, the error's traceback and this frame hold each other, and the body with them
+        # breaks the reference cycle of task, error, traceback and frame, which would keep the body in memory
         del answering, leaving, done
 
 

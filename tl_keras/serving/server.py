@@ -51,7 +51,7 @@ class Address:
         host: a name or number.
         port: of REST; 0: any that is free.
         grpc_port: of gRPC; 0: any that is free.
-        cors: origins of web pages that may use REST; `*`: all.
+        cors: origins of other web pages that may use REST; `*` for any.
     """
 
     host: str
@@ -124,7 +124,7 @@ def serve(
         models.configure(entries, check_labels=False)
     except RequestError as error:
         raise UserError(f"these models can't be served: {error.message}. Check names and paths.") from error
-    # It listens once models are loaded: until then clients are refused, who would else wait for an answer.
+    # The socket listens once models are loaded. Until then connections are refused instead of left waiting.
     with _bind(address.host, address.port, "port") as bound:
         with _bind(address.host, address.grpc_port, "grpc_port"):
             pass  # it is free: gRPC binds it itself, once models are loaded

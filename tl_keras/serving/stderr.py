@@ -1,4 +1,4 @@
-"""Standard error while images of strangers are decoded."""
+"""Filters standard error while the server decodes images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-# libjpeg (jerror.h), libpng and TensorFlow write a line for each broken image; the answer says that it is invalid
+# libjpeg (jerror.h), libpng and TensorFlow write a line for each broken image
 _OF_DECODERS = re.compile(
     rb"[IWE]\d{4} .*\b(jpeg|png|gif|webp|bmp|decode_image)\w*\.cc:|libpng |Corrupt JPEG|Premature end of|Bogus "
     rb"|Invalid (JPEG|SOS|component|progress|crop|memory|scan)|Unsupported |Input file read error|Empty (input|JPEG)"
@@ -19,14 +19,14 @@ _OF_DECODERS = re.compile(
     rb"|Sampling factors|Too many color|CCIR601|Fractional sampling|Maximum |Data precision|Suspension |Caution: "
     rb"|IDCT |DCT |Application transferred|Read (past|failed)|Insufficient memory"
 )
-_MOST_LINES, _SECONDS = 20, 60.0  # of other lines
+_MOST_LINES, _SECONDS = 20, 60.0  # rate limit for other lines
 
 
 @contextlib.contextmanager
 def drop_decoder_lines() -> Iterator[None]:
-    """Keeps what image decoders write to standard error out of it, and bounds what other C libraries write.
+    """Drops the lines that image decoders write to standard error, and limits the rate of other native lines.
 
-    Without it each client could fill the log. Python's own messages go past this filter.
+    Otherwise any client could fill the log. Python's own messages bypass the filter.
     """
     sys.stderr.flush()
     saved, earlier = os.dup(2), sys.stderr
@@ -37,13 +37,13 @@ def drop_decoder_lines() -> Iterator[None]:
         os.dup2(writing, 2)
         os.close(writing)
         sys.stderr = own
-        faulthandler.enable(own)  # a crash does not wait for the filter
+        faulthandler.enable(own)  # crash reports bypass the filter, too
         try:
             yield
         finally:
             faulthandler.disable()
             sys.stderr = earlier
-            os.dup2(saved, 2)  # the last writer of the pipe is gone: the thread ends
+            os.dup2(saved, 2)  # closes the pipe, which ends the thread
             forwarding.join(_SECONDS)
             os.close(saved)
 
