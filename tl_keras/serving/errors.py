@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 _HTTP = {  # tensorflow_serving/model_servers/http_server.cc, ToHTTPStatusCode
@@ -19,6 +21,7 @@ _HTTP = {  # tensorflow_serving/model_servers/http_server.cc, ToHTTPStatusCode
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.UNAUTHENTICATED: 401,
 }
+_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?!//)(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # of an absolute path
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -75,3 +78,8 @@ def forget(error: BaseException) -> None:
 def expired(what: str) -> RequestError:
     """Creates the error for a deadline that passed (504)."""
     return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed before {what}")
+
+
+def hide_folders(message: str) -> str:
+    """Removes the folders of absolute paths from a message for clients."""
+    return _FOLDERS.sub("", message)

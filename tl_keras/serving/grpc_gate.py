@@ -10,17 +10,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
 from tl_keras.serving import calls
-from tl_keras.serving.errors import RequestError, expired, forget, invalid
+from tl_keras.serving.errors import RequestError, expired, forget, hide_folders, invalid
 from tl_keras.serving.workers import Workers
 
 MOST_RPCS = 4096  # open calls, including those whose message has not arrived and that need almost no memory
 _MOST_CALLS = 512  # calls whose message has arrived
 _MOST_STREAMS = 256
 _STREAM_SECONDS = 60.0  # older streams are closed if there are too many
-_MOST_FIELDS = 1 << 16  # limit for one message; even an empty string needs memory
+_MOST_FIELDS, _FIELDS_PER_IMAGE = 1 << 16, 16  # limit for one message; even an empty string needs memory
 _UNCHECKED_BYTES = 1 << 16
 _PACKED_BYTES = 16  # this many bytes of packed integers count as one field: they expand up to eight times
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
@@ -52,10 +53,12 @@ class Gate:
     def _make_handler(
         self, method: Callable[[Any, Any], Awaitable[Any]], kind: Any
     ) -> Callable[[Any, Any], Awaitable[bytes]]:
+        most = max(_MOST_FIELDS, _FIELDS_PER_IMAGE * self._limits.images)
+
         async def work(context: Any) -> bytes:
             content = await self._read(context)
             with self._hold(len(content)):
-                request = await self._workers.run(len(content), parse_message, content, kind)
+                request = await self._workers.run(len(content), parse_message, content, kind, most=most)
                 response = await method(request, context)
                 return await self._workers.run(response.ByteSize(), response.SerializeToString)
 
@@ -66,6 +69,10 @@ class Gate:
             except RequestError as error:
                 forget(error)
                 failure = error
+            except Exception as error:
+                forget(error)
+                message = f"internal error: {type(error).__name__}: {hide_folders(str(error))}"
+                failure = RequestError(grpc.StatusCode.INTERNAL, message)
             # gRPC stores the exception of `abort` in the context, with this frame: it must not hold the message
             await context.abort(failure.code, failure.message)
             raise failure
@@ -147,33 +154,32 @@ class StreamLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._streams.pop(task, None)
 
 
-def parse_message(content: bytes, kind: Any) -> Any:
+def parse_message(content: bytes, kind: Any, *, most: int = _MOST_FIELDS) -> Any:
     """Parses a message.
 
     Args:
         content: the serialized message.
         kind: descriptor of its type.
+        most: maximum number of fields.
 
     Raises:
         RequestError: the message is invalid, or has too many fields.
     """
-    from google.protobuf import message_factory
-
     if len(content) > _UNCHECKED_BYTES:
-        _check_fields(content, kind)
+        _check_fields(content, kind, most)
     try:
         return message_factory.GetMessageClass(kind).FromString(content)
     except DecodeError as error:
         raise RequestError(grpc.StatusCode.INTERNAL, f"the message is no {kind.full_name}: {error}") from None
 
 
-def _check_fields(content: bytes, kind: Any) -> None:
+def _check_fields(content: bytes, kind: Any, most: int) -> None:
     """Counts the fields of a message and of nested messages without parsing it.
 
     Raises:
         RequestError: there are too many fields.
     """
-    left = _MOST_FIELDS
+    left = most
     waiting: list[tuple[int, int, Any]] = [(0, len(content), kind)]
     while waiting:
         position, end, kind = waiting.pop()
@@ -193,7 +199,7 @@ def _check_fields(content: bytes, kind: Any) -> None:
                 position += {_FIXED64: 8, _FIXED32: 4}.get(wire, 0)
             left -= cost
             if left < 0:
-                raise invalid(f"the message has more than {_MOST_FIELDS} fields; send tensors as tensor_content")
+                raise invalid(f"the message has more than {most} fields; send tensors as tensor_content")
 
 
 def _read_varint(content: bytes, position: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tl_keras.serving.errors import expired, invalid
 from tl_keras.serving.json_tensors import Document, as_leaf, is_base64, name_type
+from tl_keras.serving.json_text import MOST_VALUES, VALUES_PER_IMAGE
 
 _MOST_VALUES = 4096  # limit for one example; an image needs one value
 _LARGEST_SIGNED, _LARGEST = 2**63 - 1, 2**64 - 1
@@ -32,14 +33,14 @@ def parse_examples(
     Raises:
         RequestError: there are no examples or too many, a feature has an unsupported type, or the deadline passed.
     """
-    context = b""
+    most, context = max(MOST_VALUES, VALUES_PER_IMAGE * most_rows), b""
     if "context" in document.members:
-        context = _make_example(document.members["context"].load(last_wins=True)).SerializeToString()
+        context = _make_example(document.members["context"].load(most=most, last_wins=True)).SerializeToString()
     if "examples" not in document.members:
         raise invalid(
             f"JSON Value: {document.show()} When method is classify, key 'examples' is expected and was not found"
         )
-    values = document.members["examples"].load(last_wins=True)
+    values = document.members["examples"].load(most=most, last_wins=True)
     if not isinstance(values, list):
         raise invalid(f"JSON Value: {document.show()} Expecting 'examples' value to be an list/array")
     if not values:

@@ -17,7 +17,7 @@ from tl_keras.data.formats import explain_unreadable, name_format
 from tl_keras.serving.errors import RequestError, expired, invalid
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.json_answers import format_classes, format_predictions
-from tl_keras.serving.json_text import Text, fail
+from tl_keras.serving.json_text import MOST_VALUES, VALUES_PER_IMAGE, Text, fail
 
 __all__ = ["Document", "format_classes", "format_predictions", "parse_json", "parse_predict"]
 _SHOWN = 200  # maximum number of characters of a value in an error message
@@ -138,11 +138,12 @@ class _Reader:
 
     def __init__(self, infos: Mapping[str, Any], most_rows: int, deadline: float) -> None:
         self._infos, self._most_rows, self._deadline = infos, most_rows, deadline
+        self._most_values = max(MOST_VALUES, VALUES_PER_IMAGE * most_rows)
         self._has_numbers = any(tf.as_dtype(info.dtype) != tf.string for info in infos.values())
 
     def read_rows(self, text: Text) -> dict[str, np.ndarray] | None:
         """Reads inputs in row format; None if there are no rows."""
-        rows: list[Any] = text.items(self._most_rows, self._too_many) if self._is_cut(text) else text.load()
+        rows: list[Any] = text.items(self._most_rows, self._too_many) if self._is_cut(text) else self._load(text)
         if not rows:
             return None
         if len(rows) > self._most_rows:
@@ -193,7 +194,10 @@ class _Reader:
             return value
         if self._has_numbers and not value.is_small and value.first == b"{":
             return value.members()
-        return value.load()
+        return self._load(value)
+
+    def _load(self, text: Text) -> Any:
+        return text.load(most=self._most_values)
 
     def _check_is_named(self, is_object: bool, message: str) -> None:
         if not is_object and len(self._infos) > 1:

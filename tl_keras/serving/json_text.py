@@ -18,7 +18,7 @@ import numpy as np
 from tl_keras.serving.errors import RequestError, invalid
 
 SLICE_BYTES = 1 << 18  # parsing a slice takes a few milliseconds
-MOST_VALUES = 1 << 16  # limit for a value that is larger than a slice and parsed as a whole
+MOST_VALUES, VALUES_PER_IMAGE = 1 << 16, 16  # limit for a value that is larger than a slice and parsed as a whole
 _MOST_SKIPPED = 1 << 21  # limit of brackets, commas and colons in an unused member
 _MOST_MEMBERS = 1024
 _OPEN, _CLOSE, _COMMA, _COLON = 1, 2, 3, 4
@@ -68,17 +68,18 @@ class Text:
         """Whether the value fits into one slice."""
         return self.end - self.start <= SLICE_BYTES
 
-    def load(self, *, last_wins: bool = False) -> Any:
+    def load(self, *, most: int = MOST_VALUES, last_wins: bool = False) -> Any:
         """Parses the value. If a key is repeated, its first value counts.
 
         Args:
+            most: maximum number of brackets, commas and colons, if the text is larger than a slice.
             last_wins: the last value of a repeated key counts instead.
 
         Raises:
             RequestError: the text is not JSON, is nested too deeply, or holds too many values.
         """
-        if not self.is_small and self._count(MOST_VALUES) is None:
-            raise invalid(f"the JSON value at offset {self.start} holds more than {MOST_VALUES} values")
+        if not self.is_small and self._count(most) is None:
+            raise invalid(f"the JSON value at offset {self.start} holds more than {most} values")
         try:
             return _parse(self.body[self.start : self.end], last_wins=last_wins)
         except _BadTextError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +14,8 @@ from typing import Any
 import grpc
 
 from tl_keras.errors import UserError
-from tl_keras.serving.errors import RequestError, forget, invalid, not_found
+from tl_keras.serving.errors import RequestError, forget, hide_folders, invalid, not_found
 
-_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?!//)(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # of an absolute path
 _MOST_RETRIES, _RETRY_SECONDS = 5, 60.0
 START, LOADING, AVAILABLE, UNLOADING, END = "START", "LOADING", "AVAILABLE", "UNLOADING", "END"
 
@@ -382,4 +380,4 @@ def _hide_paths(reason: str, version: Version) -> str:
     """Removes folder names from an error message for clients. The screen shows the full message."""
     for folder in (version.path, version.path.resolve()):
         reason = reason.replace(str(folder), f"{version.model}/{version.number}")
-    return _FOLDERS.sub("", reason)
+    return hide_folders(reason)

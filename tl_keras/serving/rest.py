@@ -24,7 +24,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2
 
 from tl_keras.serving import calls
 from tl_keras.serving.bodies import Held, TooLargeError, read_body
-from tl_keras.serving.errors import RequestError, expired, forget, invalid
+from tl_keras.serving.errors import RequestError, expired, forget, hide_folders, invalid
 from tl_keras.serving.graphs import DEFAULT_SIGNATURE, IMAGE_INPUT, as_strings, find_signature
 from tl_keras.serving.json_answers import format_classes, format_predictions
 from tl_keras.serving.json_examples import parse_examples
@@ -148,7 +148,7 @@ class _Api:
             return _fail(error.http_status, error.message)
         except Exception as error:  # a fault of ours is no reason to answer in another format
             forget(error)
-            return _fail(500, f"internal error: {type(error).__name__}: {error}")
+            return _fail(500, f"internal error: {type(error).__name__}: {hide_folders(str(error))}")
         return _fail(400, f"Malformed request: {request.method} {path}")
 
     async def tell_health(self, _: Request) -> Response:

@@ -37,11 +37,14 @@ def drop_decoder_lines() -> Iterator[None]:
         os.dup2(writing, 2)
         os.close(writing)
         sys.stderr = own
-        faulthandler.enable(own)  # crash reports bypass the filter, too
+        reports_crashes = faulthandler.is_enabled()
+        if not reports_crashes:
+            faulthandler.enable(own)  # crash reports bypass the filter, too
         try:
             yield
         finally:
-            faulthandler.disable()
+            if not reports_crashes:
+                faulthandler.disable()
             sys.stderr = earlier
             os.dup2(saved, 2)  # closes the pipe, which ends the thread
             forwarding.join(_SECONDS)
