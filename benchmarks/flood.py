@@ -113,14 +113,14 @@ class Sender:
             code = "hung up"
         except (OSError, ValueError) as error:
             code = repr(error)
-        self.note(f"{name}: {code}", code in codes)
+        # 429: the server holds as many bytes as it may
+        self.note(f"{name}: {code}", code in codes or code == 429)
 
     def send_good(self, number: int) -> None:
         try:
             status, answer = ask_good(self.rest, self.model, self.photographs[number])
         except (OSError, http.client.HTTPException) as error:
             status, answer = repr(error), None
-        # the server holds as many bytes as it may, and says so
         is_right = status == 429 or (status == 200 and is_same(answer, self.expected[number]))
         self.note(f"good: {status}", is_right)
 
