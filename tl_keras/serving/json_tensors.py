@@ -17,7 +17,7 @@ from tl_keras.data.formats import explain_unreadable, name_format
 from tl_keras.serving.errors import RequestError, expired, invalid
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.json_answers import format_classes, format_predictions
-from tl_keras.serving.json_text import MOST_VALUES, VALUES_PER_IMAGE, Text, fail
+from tl_keras.serving.json_text import MOST_VALUES, TOO_BIG, VALUES_PER_IMAGE, Constant, Text, fail
 
 __all__ = ["Document", "format_classes", "format_predictions", "parse_json", "parse_predict"]
 _SHOWN = 200  # maximum number of characters of a value in an error message
@@ -350,7 +350,10 @@ def _as_numbers(value: list[Any], shape: Sequence[int], dtype: tf.DType) -> np.n
         return None
     try:
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, as in TF Serving
-            return np.array(flat, np.float64).astype(dtype.as_numpy_dtype).reshape(shape)
+            array = np.array(flat, np.float64)
+            if np.isinf(array).any():
+                raise invalid(f"JSON Parse error: {TOO_BIG}")
+            return array.astype(dtype.as_numpy_dtype).reshape(shape)
     except OverflowError:
         return None
 
@@ -412,9 +415,12 @@ def as_leaf(value: Any, dtype: tf.DType) -> Any:
 
 def _as_float(value: float) -> float:
     try:
-        return float(value)
+        number = float(value)
     except OverflowError as error:
-        raise invalid("JSON Parse error: Number too big to be stored in double.") from error
+        raise invalid(f"JSON Parse error: {TOO_BIG}") from error
+    if math.isinf(number) and not isinstance(value, Constant):
+        raise invalid(f"JSON Parse error: {TOO_BIG}")
+    return number
 
 
 def name_type(value: Any) -> str:

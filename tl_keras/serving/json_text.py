@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +20,10 @@ SLICE_BYTES = 1 << 18  # parsing a slice takes a few milliseconds
 MOST_VALUES, VALUES_PER_IMAGE = 1 << 16, 16  # limit for a value that is larger than a slice and parsed as a whole
 _MOST_SKIPPED = 1 << 21  # limit of brackets, commas and colons in an unused member
 _MOST_MEMBERS = 1024
-_OPEN, _CLOSE, _COMMA, _COLON = 1, 2, 3, 4
-_KINDS = np.zeros(256, np.uint8)
-for _characters, _kind in ((b"[{", _OPEN), (b"]}", _CLOSE), (b",", _COMMA), (b":", _COLON)):
-    _KINDS[list(_characters)] = _kind
+_OPEN, _CLOSE, _COMMA, _COLON, _QUOTE, _BACKSLASH = 1, 2, 3, 4, 5, 6
+_SPECIAL = {**dict.fromkeys(b"[{", _OPEN), **dict.fromkeys(b"]}", _CLOSE), 0x2C: _COMMA, 0x3A: _COLON}
+_SPECIAL |= {0x22: _QUOTE, 0x5C: _BACKSLASH}
+_KINDS = bytes(_SPECIAL.get(character, 0) for character in range(256))  # a table for `bytes.translate`
 _STEPS = np.array([0, 1, -1, 0, 0], np.int8)
 _SPACE = b" \t\r\n"
 _BLANK = re.compile(rb"[ \t\r\n]*")
@@ -34,7 +33,6 @@ _TOKEN = re.compile(
     rb"|(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null|-?(?:Infinity|Inf|NaN)))",
     re.DOTALL,
 )
-_HUGE = re.compile(rb"[0-9.][eE]\+?0*[1-9][0-9]{2}")  # an exponent that may be too large for a double
 _REASONS = {  # Python's messages → rapidjson's (error/en.h), which TF Serving returns
     "Expecting property name": "Missing a name for object member.",
     "Illegal trailing comma": "Invalid value.",
@@ -46,6 +44,9 @@ _REASONS = {  # Python's messages → rapidjson's (error/en.h), which TF Serving
     "Invalid \\escape": "Invalid escape character in string.",
     "Invalid \\uXXXX": "Incorrect hex digit after \\u escape in string.",
 }
+
+
+TOO_BIG = "Number too big to be stored in double."
 
 
 class Text:
@@ -236,18 +237,20 @@ class Text:
 
     def _scan(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Finds brackets, commas and colons outside strings, block by block: positions, kinds, resulting depths."""
-        array = np.frombuffer(self.body, np.uint8)
         in_string = escaped = False
         depth = 0
         for start in range(self.start, self.end, SLICE_BYTES):
             end = min(start + SLICE_BYTES, self.end)
             if in_string and not escaped and self.body.find(b'"', start, end) < 0 > self.body.find(b"\\", start, end):
                 continue  # the middle of a long string
-            block = array[start:end]
-            inside, in_string, escaped = _find_strings(block, in_string, escaped)
-            kinds = np.where(inside, 0, _KINDS[block])
-            found = np.flatnonzero(kinds)
-            kinds = kinds[found]
+            special = np.frombuffer(self.body[start:end].translate(_KINDS), np.uint8)
+            found = np.flatnonzero(special)
+            kinds = special[found]
+            quotes, escaped = _find_quotes(found, kinds, end - start, escaped)
+            inside = np.cumsum(quotes, dtype=np.int64) + in_string & 1
+            in_string = bool(np.count_nonzero(quotes) + in_string & 1)
+            is_outside = (kinds <= _COLON) & (inside == 0)
+            found, kinds = found[is_outside], kinds[is_outside]
             depths = depth + np.cumsum(_STEPS[kinds], dtype=np.int64)
             if len(depths):
                 depth = int(depths[-1])
@@ -277,6 +280,10 @@ def fail(reason: str, offset: int) -> RequestError:
     return invalid(f"JSON Parse error: {reason} at offset: {offset}")
 
 
+class Constant(float):
+    """NaN or an infinity that the text names; other infinite numbers are too large for a double, such as 1e400."""
+
+
 class _BadTextError(Exception):
     """The text is not JSON: rapidjson's reason and the offset."""
 
@@ -285,23 +292,30 @@ class _BadTextError(Exception):
         self.reason, self.offset = reason, offset
 
 
-def _find_strings(block: np.ndarray, in_string: bool, escaped: bool) -> tuple[np.ndarray, bool, bool]:
-    """Finds the characters inside strings, and whether the next block starts in a string or after a backslash."""
-    quotes = block == 0x22
-    backslashes = np.flatnonzero(block == 0x5C)
-    if escaped:
+def _find_quotes(found: np.ndarray, kinds: np.ndarray, length: int, escaped: bool) -> tuple[np.ndarray, bool]:
+    """Finds the quotes that begin or end strings.
+
+    Args:
+        found: positions of special characters in a block.
+        kinds: kinds of these characters.
+        length: length of the block.
+        escaped: whether the block starts after an escaping backslash.
+
+    Returns:
+        Mask of the quotes among the characters, and whether the next block starts after an escaping backslash.
+    """
+    quotes = kinds == _QUOTE
+    backslashes = found[kinds == _BACKSLASH]
+    if escaped and len(found) and not found[0]:
         quotes[0] = False
         backslashes = backslashes[backslashes > 0]
-    escaped = False
-    if len(backslashes):
-        # in a run of backslashes the first, third, … one escapes the next character
-        begins = np.diff(backslashes, prepend=-2) != 1
-        offsets = backslashes - np.maximum.accumulate(np.where(begins, backslashes, 0))
-        escapes = backslashes[offsets % 2 == 0] + 1
-        escaped = bool(escapes[-1] == len(block))
-        quotes[escapes[:-1] if escaped else escapes] = False
-    inside = (np.cumsum(quotes, dtype=np.uint8) & 1).astype(bool) ^ in_string
-    return inside, bool(inside[-1]), escaped
+    if not len(backslashes):
+        return quotes, False
+    # in a run of backslashes the first, third, … one escapes the next character
+    begins = np.diff(backslashes, prepend=-2) != 1
+    offsets = backslashes - np.maximum.accumulate(np.where(begins, backslashes, 0))
+    escapes = backslashes[offsets % 2 == 0] + 1
+    return quotes & ~np.isin(found, escapes), bool(escapes[-1] == length)
 
 
 def _advance(match: re.Match[bytes], expected: str, stack: bytearray) -> str:
@@ -341,8 +355,7 @@ def _parse(text: bytes, *, last_wins: bool = False) -> Any:
         _BadTextError: the text is not JSON.
         RecursionError: the text is nested too deeply.
     """
-    may_be_huge = len(text) <= SLICE_BYTES and _HUGE.search(text) is not None
-    decoder = _make_decoder(last_wins, may_be_huge)
+    decoder = _make_decoder(last_wins)
     try:
         return decoder.decode(text.decode("utf-8"))
     except json.JSONDecodeError as error:
@@ -350,8 +363,8 @@ def _parse(text: bytes, *, last_wins: bool = False) -> Any:
         failure = _BadTextError(known, error.pos)
     except UnicodeDecodeError as error:
         failure = _BadTextError("the body is not text in UTF-8.", error.start)
-    except (ValueError, OverflowError):  # an integer of thousands of digits, or 1e400
-        failure = _BadTextError("Number too big to be stored in double.", 0)
+    except ValueError:  # an integer of thousands of digits
+        failure = _BadTextError(TOO_BIG, 0)
     if b"Inf" in text or b"-NaN" in text:
         replaced = _NAMES_OF_NUMBERS.sub(_as_python_names_it, text)
         if replaced != text:
@@ -365,17 +378,8 @@ def _as_python_names_it(match: re.Match[bytes]) -> bytes:
 
 
 @functools.cache
-def _make_decoder(last_wins: bool, may_be_huge: bool) -> json.JSONDecoder:
-    return json.JSONDecoder(
-        object_pairs_hook=None if last_wins else _keep_first, parse_float=_parse_float if may_be_huge else None
-    )
-
-
-def _parse_float(text: str) -> float:
-    """Raises: OverflowError: the number is too large for a double."""
-    if math.isinf(value := float(text)):
-        raise OverflowError
-    return value
+def _make_decoder(last_wins: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=None if last_wins else _keep_first, parse_constant=Constant)
 
 
 def _keep_first(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
