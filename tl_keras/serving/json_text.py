@@ -20,6 +20,7 @@ SLICE_BYTES = 1 << 18  # parsing a slice takes a few milliseconds
 MOST_VALUES, VALUES_PER_IMAGE = 1 << 16, 16  # limit for a value that is larger than a slice and parsed as a whole
 _MOST_SKIPPED = 1 << 21  # limit of brackets, commas and colons in an unused member
 _MOST_MEMBERS = 1024
+_MOST_LEVELS = 200  # Python's limit of recursion is 1000
 _OPEN, _CLOSE, _COMMA, _COLON, _QUOTE, _BACKSLASH = 1, 2, 3, 4, 5, 6
 _SPECIAL = {**dict.fromkeys(b"[{", _OPEN), **dict.fromkeys(b"]}", _CLOSE), 0x2C: _COMMA, 0x3A: _COLON}
 _SPECIAL |= {0x22: _QUOTE, 0x5C: _BACKSLASH}
@@ -81,14 +82,13 @@ class Text:
         """
         if not self.is_small and self._count(most) is None:
             raise invalid(f"the JSON value at offset {self.start} holds more than {most} values")
+        if self._is_deep():
+            self._check_tokens()
+            raise invalid(f"Encountered list at unexpected level: the JSON at offset {self.start} is nested too deeply")
         try:
             return _parse(self.body[self.start : self.end], last_wins=last_wins)
         except _BadTextError as error:
             raise fail(error.reason, self.start + error.offset) from None
-        except RecursionError:
-            self._check_tokens()
-            message = f"Encountered list at unexpected level: the JSON at offset {self.start} is nested too deeply"
-            raise invalid(message) from None
 
     def check(self) -> None:
         """Checks the syntax of an unused value.
@@ -96,17 +96,15 @@ class Text:
         Raises:
             RequestError: the text is not JSON.
         """
-        if self.is_small or self._count(MOST_VALUES) is not None:
-            try:
-                _parse(self.body[self.start : self.end])
-            except _BadTextError as error:
-                raise fail(error.reason, self.start + error.offset) from None
-            except RecursionError:
-                self._check_tokens()
-            return
-        if self._count(_MOST_SKIPPED) is None:
+        if not self.is_small and self._count(_MOST_SKIPPED) is None:
             raise invalid(f"the JSON value at offset {self.start} holds more than {_MOST_SKIPPED} brackets and commas")
-        self._check_tokens()
+        if self._is_deep() or (not self.is_small and self._count(MOST_VALUES) is None):
+            self._check_tokens()
+            return
+        try:
+            _parse(self.body[self.start : self.end])
+        except _BadTextError as error:
+            raise fail(error.reason, self.start + error.offset) from None
 
     def members(self, *, is_document: bool = False) -> dict[str, Text]:
         """Splits an object into its members. If a key is repeated, its first value counts and the others are checked.
@@ -181,6 +179,11 @@ class Text:
                 yield Text(self.body, start, int(found[stop]))
                 return
         raise self._unfinished()
+
+    def _is_deep(self) -> bool:
+        """Whether parsing would recurse deeply. A collection of garbage at the limit of recursion breaks finalizers."""
+        opened = self.body.count(b"[", self.start, self.end) + self.body.count(b"{", self.start, self.end)
+        return opened > _MOST_LEVELS and not self.is_at_most(_MOST_LEVELS)
 
     def is_at_most(self, levels: int) -> bool:
         """Whether lists and objects are nested at most `levels` deep."""
@@ -353,7 +356,6 @@ def _parse(text: bytes, *, last_wins: bool = False) -> Any:
 
     Raises:
         _BadTextError: the text is not JSON.
-        RecursionError: the text is nested too deeply.
     """
     decoder = _make_decoder(last_wins)
     try:
