@@ -327,9 +327,6 @@ class ServeConfig:
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 means every network", _SERVE)
     port: int = _setting(8501, "port of the REST API (0 picks a free one)", _SERVE, minimum=0, maximum=65535)
     grpc_port: int = _setting(8500, "port of the gRPC API (0 picks a free one)", _SERVE, minimum=0, maximum=65535)
-    cors: tuple[str, ...] = _setting(
-        (), "origins of other web pages that may call the REST API, comma-separated; * means any (none)", _SERVE
-    )
     models_config: str | None = _setting(
         None, "list of models in the format of TensorFlow Serving's --model_config_file", _SERVE
     )
@@ -349,6 +346,9 @@ class ServeConfig:
     )
     request_timeout_seconds: float = _setting(
         30.0, "timeout of a request, in seconds; beyond it requests get HTTP 504", _SERVE, minimum=0.001, maximum=3600
+    )
+    cors: tuple[str, ...] = _setting(
+        (), "origins of other web pages that may call the REST API, comma-separated; * means any (none)", _SERVE
     )
 
 
