@@ -9,8 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from tl_keras.serving.errors import expired, invalid
-from tl_keras.serving.json_tensors import Document, as_leaf, is_base64, name_type
+from tl_keras.serving.json_tensors import Document
 from tl_keras.serving.json_text import MOST_VALUES, VALUES_PER_IMAGE
+from tl_keras.serving.json_values import as_leaf, is_base64, name_type
 
 _MOST_VALUES = 4096  # limit for one example; an image needs one value
 _LARGEST_SIGNED, _LARGEST = 2**63 - 1, 2**64 - 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import binascii
 import itertools
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,17 +15,13 @@ from tl_keras.data.formats import explain_unreadable, name_format
 from tl_keras.serving.errors import RequestError, expired, invalid
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.json_answers import format_classes, format_predictions
-from tl_keras.serving.json_text import MOST_VALUES, TOO_BIG, VALUES_PER_IMAGE, Constant, Text, fail
+from tl_keras.serving.json_text import MOST_VALUES, TOO_BIG, VALUES_PER_IMAGE, Text, fail
+from tl_keras.serving.json_values import SHOWN, as_leaf, is_base64, show_value
 
 __all__ = ["Document", "format_classes", "format_predictions", "parse_json", "parse_predict"]
-_SHOWN = 200  # maximum number of characters of a value in an error message
 _DEEPEST = 8  # maximum nesting of lists; no signature has more dimensions
-_PART = 1 << 20  # number of base64 characters that are decoded at once
 _MOST_ROWS = 1 << 20
-_TYPES = {dict: "Object", list: "Array", str: "String", type(None): "Null"}
 _READ_LATER = ("signature_name", "instances", "inputs", "context", "examples")
-_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-_SPACE = b" \t\n\v\f\r"
 
 
 class Document:
@@ -56,8 +50,8 @@ class Document:
 
     def show(self) -> str:
         """Returns the beginning of the text, for error messages."""
-        shown = self.text.body[self.text.start : self.text.start + _SHOWN].decode("utf-8", "replace")
-        return f"{shown}..." if len(self.text.body) - self.text.start > _SHOWN else shown
+        shown = self.text.body[self.text.start : self.text.start + SHOWN].decode("utf-8", "replace")
+        return f"{shown}..." if len(self.text.body) - self.text.start > SHOWN else shown
 
     def _read_signature_name(self) -> str:
         if "signature_name" not in self.members:
@@ -212,12 +206,12 @@ class _Reader:
         unknown = sorted(set(row) - set(self._infos))
         if unknown:
             raise invalid(
-                f"Failed to process element: {number} key: {unknown[0][:_SHOWN]} of 'instances' list. Error: JSON "
-                f"object: does not have named input: {unknown[0][:_SHOWN]}; keys must be equal to: {keys}"
+                f"Failed to process element: {number} key: {unknown[0][:SHOWN]} of 'instances' list. Error: JSON "
+                f"object: does not have named input: {unknown[0][:SHOWN]}; keys must be equal to: {keys}"
             )
         raise invalid(
-            f"Failed to process element: {number} of 'instances' list. JSON object: {_show(row)} keys must be equal "
-            f"to: {keys}"
+            f"Failed to process element: {number} of 'instances' list. JSON object: {show_value(row)} keys must be "
+            f"equal to: {keys}"
         )
 
     def _read_value(self, name: str, value: Any, number: int, earlier: Sequence[np.ndarray]) -> np.ndarray:
@@ -307,11 +301,6 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict) and not is_base64(value)
 
 
-def is_base64(value: Any) -> bool:
-    """Whether a JSON value represents bytes: `{"b64": "…"}`."""
-    return isinstance(value, dict) and len(value) == 1 and isinstance(value.get("b64"), str)
-
-
 def _stack(rows: list[np.ndarray], dtype: tf.DType) -> np.ndarray:
     """Stacks rows. NumPy would change the type of strings."""
     stacked = np.empty((len(rows), *rows[0].shape), object if dtype == tf.string else dtype.as_numpy_dtype)
@@ -363,8 +352,8 @@ def _collect(value: Any, shape: Sequence[int], level: int, dtype: tf.DType, leav
     if not isinstance(value, list):
         if level != len(shape):
             raise invalid(
-                f"JSON Value: {_show(value)} found at incorrect level: {level + 1} in the JSON DOM. Expected at level: "
-                f"{len(shape)}"
+                f"JSON Value: {show_value(value)} found at incorrect level: {level + 1} in the JSON DOM. Expected at "
+                f"level: {len(shape)}"
             )
         leaves.append(as_leaf(value, dtype))
         return
@@ -388,93 +377,5 @@ def _differ(shape: Sequence[int], expected: Sequence[int]) -> RequestError:
     )
 
 
-def as_leaf(value: Any, dtype: tf.DType) -> Any:
-    """Converts one value of a tensor.
-
-    Raises:
-        RequestError: the value has another type, or is out of range.
-    """
-    if dtype == tf.string and isinstance(value, str):
-        try:
-            return value.encode()
-        except UnicodeEncodeError as error:
-            raise invalid("JSON Parse error: The surrogate pair in string is invalid.") from error
-    if dtype == tf.string and isinstance(value, dict):
-        return _decode_base64(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = {tf.string: False, tf.bool: isinstance(value, bool)}.get(
-        dtype, is_number and (dtype.is_floating or isinstance(value, int))
-    )
-    message = f"JSON Value: {_show(value)} Type: {name_type(value)} is not of expected type: {dtype.name}"
-    if not fits:
-        raise invalid(message)
-    if dtype.is_integer and not dtype.min <= value <= dtype.max:
-        raise invalid(f"{message}, to which it can't be converted without loss of precision.")
-    return value if not dtype.is_floating else _as_float(value)
-
-
-def _as_float(value: float) -> float:
-    try:
-        number = float(value)
-    except OverflowError as error:
-        raise invalid(f"JSON Parse error: {TOO_BIG}") from error
-    if math.isinf(number) and not isinstance(value, Constant):
-        raise invalid(f"JSON Parse error: {TOO_BIG}")
-    return number
-
-
-def name_type(value: Any) -> str:
-    """Returns TF Serving's name for the type of a JSON value."""
-    if isinstance(value, bool):
-        return str(value)
-    return _TYPES.get(type(value), "Number")
-
-
-def _decode_base64(value: dict[str, Any]) -> bytes:
-    """Decodes `{"b64": "…"}` as Abseil does: white space is skipped, and padding is optional.
-
-    Raises:
-        RequestError: the value is another object, or not standard base64.
-    """
-    if not is_base64(value):
-        raise invalid(f"JSON Value: {_show(value)} not formatted correctly for base64 data")
-    failure = invalid("Unable to base64 decode")
-    try:
-        text = value["b64"].encode("ascii")
-    except UnicodeEncodeError:
-        raise failure from None
-    if len(text) != len(stripped := text.translate(None, _SPACE)):
-        text = stripped
-    digits = text.rstrip(b"=.")  # Abseil accepts dots as padding, too
-    missing = -len(digits) % 4
-    if missing == 3 or len(text) - len(digits) not in {0, missing} or digits.translate(None, _ALPHABET):
-        raise failure
-    digits += b"=" * missing
-    try:
-        return b"".join(binascii.a2b_base64(digits[at : at + _PART]) for at in range(0, len(digits), _PART))
-    except (binascii.Error, ValueError):
-        raise failure from None
-
-
 def _show_shape(shape: Sequence[int]) -> str:
     return f"[{','.join(map(str, shape))}]"
-
-
-def _show(value: Any) -> str:
-    """Formats a value for an error message. Large values are truncated first."""
-    text = json.dumps(_cut(value))
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
-def _cut(value: Any, level: int = 3) -> Any:
-    if isinstance(value, Text):
-        return "..."
-    if isinstance(value, str):
-        return value[:_SHOWN]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
-        return "..."
-    if isinstance(value, list):
-        return [_cut(item, level - 1) for item in value[:4]] if level else ["..."]
-    if isinstance(value, dict):
-        return {key[:_SHOWN]: _cut(item, level - 1) for key, item in list(value.items())[:4]} if level else {}
-    return value
