@@ -230,7 +230,7 @@ CONFIGS = {
         "serve",
         engine=EngineConfig("openvino", "float32"),
         run=RunConfig(export_dir="m", model_name="x", max_pixels=9),
-        serve=ServeConfig(None, "::1", 1, 2, "/mo dels.config", 4, 14, 5, 6, 7.5),
+        serve=ServeConfig(None, "::1", 1, 2, "/mo dels.config", 4, 14, 5, 6, 7.5, ("https://a.example", "*")),
     ),
     "doctor": Config("doctor"),
 }

@@ -142,7 +142,9 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         @tf.function(input_signature=(pixels,), autograph=False)
         def serve_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self._answer(self._run(images)[1], tf.ones(tf.shape(images)[:1], tf.bool))
+            # ReLU6 makes a number of any pixel: what is not finite would get a probability like an image
+            is_valid = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3))
+            return self._answer(self._run(images)[1], is_valid)
 
         @tf.function(input_signature=(image_bytes,), autograph=False)
         def serve_embeddings(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -269,7 +269,7 @@ class EngineConfig:
     )
     precision: str = _setting(
         "auto",
-        "auto: bfloat16 where it is 1.3 times faster and true to float32; float16 needs a GPU",
+        "auto: bfloat16 where it is 1.3 times faster and true to float32 (serve: float32); float16 needs a GPU",
         (*_SPLIT, *_SERVE),
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -329,22 +329,35 @@ class ServeConfig:
     """The local server, and what TensorFlow Serving is started with."""
 
     deploy: str | None = _setting(
-        None, "a folder for what TF Serving is started with: its configs, Compose, Kubernetes, a client", ("export",)
+        None,
+        "folder for TensorFlow Serving's files: configuration, Compose, Kubernetes, a client (default: not written)",
+        ("export",),
     )
-    host: str = _setting("127.0.0.1", "where to listen; 0.0.0.0: on every network", _SERVE)
-    port: int = _setting(8501, "of REST; 0: any that is free", _SERVE, minimum=0, maximum=65535)
-    grpc_port: int = _setting(8500, "of gRPC; 0: any that is free", _SERVE, minimum=0, maximum=65535)
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 means every network", _SERVE)
+    port: int = _setting(8501, "port of the REST API (0 picks a free one)", _SERVE, minimum=0, maximum=65535)
+    grpc_port: int = _setting(8500, "port of the gRPC API (0 picks a free one)", _SERVE, minimum=0, maximum=65535)
     models_config: str | None = _setting(
-        None, "a list of models as TF Serving's --model_config_file, with version policies and labels", _SERVE
+        None, "list of models in the format of TensorFlow Serving's --model_config_file", _SERVE
     )
-    max_batch_size: int = _setting(
-        32, "images that requests are put together to: 1, 2, 4, 8, 16 or 32", _SERVE, minimum=1, maximum=32
+    max_batch_size: int = _setting(32, "largest batch, in images: 1, 2, 4, 8, 16 or 32", _SERVE, minimum=1, maximum=32)
+    max_queued_images: int = _setting(
+        1024, "queue limit per model, in images; beyond it requests get HTTP 429", _SERVE, minimum=1
     )
-    max_queued_images: int = _setting(1024, "that may wait for one model; above: 429", _SERVE, minimum=1)
-    max_request_bytes: int = _setting(64 << 20, "of a request's body; above: 413", _SERVE, minimum=1, maximum=2**31 - 1)
-    max_request_images: int = _setting(256, "in one request; above: 400", _SERVE, minimum=1)
+    max_request_bytes: int = _setting(
+        64 << 20,
+        "size limit of a request, in bytes; beyond it requests get HTTP 413",
+        _SERVE,
+        minimum=1,
+        maximum=2**31 - 1,
+    )
+    max_request_images: int = _setting(
+        256, "limit of images in one request; beyond it requests get HTTP 400", _SERVE, minimum=1
+    )
     request_timeout_seconds: float = _setting(
-        30.0, "until a request is answered; above: 504", _SERVE, minimum=0.001, maximum=3600
+        30.0, "timeout of a request, in seconds; beyond it requests get HTTP 504", _SERVE, minimum=0.001, maximum=3600
+    )
+    cors: tuple[str, ...] = _setting(
+        (), "origins of other web pages that may call the REST API, comma-separated; * means any (none)", _SERVE
     )
 
 
@@ -699,6 +712,11 @@ def _check_serve(config: Config) -> None:
         raise UserError("--models_config lists what is served: leave --classifier out with it.")
     if config.mode == "serve" and config.engine.precision == "float16":
         raise UserError("--precision=float16 is the trunk's on a GPU. Use --precision=auto, float32 or bfloat16.")
+    for origin in serve.cors:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
+            raise UserError(
+                f"--cors={origin} is not the origin of a web page. Allowed: scheme://host[:port] without a path, or *."
+            )
     if serve.max_batch_size & (serve.max_batch_size - 1):
         raise UserError(
             f"--max_batch_size={serve.max_batch_size} is no size that models are warmed up for. Allowed: 1, 2, 4, 8, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -103,7 +105,9 @@ def test_output_filter(stub, model, photographs):
 
 def test_requests_that_predict_refuses(stub, model, photographs):
     check_error(stub.Predict, make_request("nobody", [b""]), grpc.StatusCode.NOT_FOUND, "Latest(nobody)")
-    check_error(stub.Predict, make_request(model, [b""], "x"), INVALID, 'Serving signature name: "x" not found')
+    check_error(stub.Predict, make_request(model, [b""], "x"), PRECONDITION, 'Serving signature key "x" not found.')
+    check_error(stub.Predict, make_request("", [b""]), INVALID, "ModelSpec has no name specified.")
+    check_error(stub.Predict, predict_pb2.PredictRequest(), INVALID, "Missing ModelSpec")
     request = make_request(model, [b""])
     request.model_spec.version.value = 9
     check_error(stub.Predict, request, grpc.StatusCode.NOT_FOUND, f"Specific({model}, 9)")
@@ -138,7 +142,17 @@ def test_classify(stub, model, photographs):
     request.model_spec.signature_name = ""
     check_error(stub.Classify, request, INVALID, "Expected one or two output Tensors, found 5")
     request.model_spec.signature_name = "embeddings"
-    check_error(stub.Classify, request, PRECONDITION, "No classification inputs found in SignatureDef")
+    check_error(stub.Classify, request, INVALID, "No classification inputs found in SignatureDef")
+    request.model_spec.signature_name = "x"
+    check_error(stub.Classify, request, INVALID, "No signature was found with the name: x")
+
+
+def test_an_example_wins_over_its_context(stub, model, photographs):
+    request = classification_pb2.ClassificationRequest(model_spec=spec(model, "classify"))
+    request.input.example_list_with_context.context.CopyFrom(make_example(photographs[0]))
+    request.input.example_list_with_context.examples.extend([make_example(photographs[3]), tf.train.Example()])
+    labels = [one.classes[0].label for one in stub.Classify(request).result.classifications]
+    assert labels == ["green", "blue"]
 
 
 def test_regress_is_refused_as_tf_serving_refuses_it(stub, model):
@@ -146,7 +160,7 @@ def test_regress_is_refused_as_tf_serving_refuses_it(stub, model):
     request.input.example_list.examples.append(make_example(b""))
     check_error(stub.Regress, request, INVALID, "Expected one output Tensor.")
     request.model_spec.signature_name = "embeddings"
-    check_error(stub.Regress, request, PRECONDITION, "No regression inputs found in SignatureDef")
+    check_error(stub.Regress, request, INVALID, "No regression inputs found in SignatureDef")
 
 
 def test_multi_inference(stub, model, photographs):
@@ -161,7 +175,12 @@ def test_multi_inference(stub, model, photographs):
     check_error(stub.MultiInference, request, INVALID, "Duplicate evaluation of signature: classify")
     request.tasks[1].model_spec.signature_name = "embeddings"
     request.tasks[1].method_name = "tensorflow/serving/regress"
-    check_error(stub.MultiInference, request, PRECONDITION, "No regression inputs")
+    check_error(stub.MultiInference, request, INVALID, "No regression inputs")
+    request.tasks[1].model_spec.signature_name = "x"
+    check_error(stub.MultiInference, request, INVALID, "Requested signature not found in model graph: x")
+    nobody = inference_pb2.MultiInferenceRequest()
+    check_error(stub.MultiInference, nobody, INVALID, "ModelSpec has no name specified.")
+    request.tasks[1].model_spec.signature_name = "embeddings"
     request.tasks[1].method_name = "something"
     check_error(stub.MultiInference, request, grpc.StatusCode.UNIMPLEMENTED, "Unsupported signature method_name")
     request.tasks[1].model_spec.name = "other"
@@ -173,11 +192,14 @@ def test_metadata(stub, model):
     answer = stub.GetModelMetadata(request)
     signatures = get_model_metadata_pb2.SignatureDefMap()
     assert answer.metadata["signature_def"].Unpack(signatures)
-    assert set(signatures.signature_def) == {"serving_default", "pixels", "embeddings", "classify"}
+    names = {"serving_default", "pixels", "embeddings", "classify", "__saved_model_init_op"}
+    assert set(signatures.signature_def) == names
     request.metadata_field[:] = []
     check_error(stub.GetModelMetadata, request, INVALID, "must specify at least one metadata_field")
     request.metadata_field[:] = ["x"]
     check_error(stub.GetModelMetadata, request, INVALID, "Metadata field x is not supported")
+    request.model_spec.name = ""
+    check_error(stub.GetModelMetadata, request, INVALID, "ModelSpec has no name specified.")
 
 
 def test_status(channel, model):
@@ -195,6 +217,8 @@ def test_a_reload_may_not_leave_the_models_folder(channel, tmp_path):
     check_error(stub.HandleReloadConfigRequest, request, INVALID, "Only ModelConfigList is currently supported")
     request.config.model_config_list.config.add(name="other", base_path=str(tmp_path))
     check_error(stub.HandleReloadConfigRequest, request, INVALID, "outside of what may be served")
+    request.config.model_config_list.config[0].model_platform = "pytorch"
+    check_error(stub.HandleReloadConfigRequest, request, INVALID, "requests unsupported platform pytorch")
 
 
 def test_a_deadline_is_honoured(stub, model, photographs):
@@ -202,6 +226,107 @@ def test_a_deadline_is_honoured(stub, model, photographs):
         stub.Predict(make_request(model, photographs * 7), timeout=0.001)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert stub.Predict(make_request(model, photographs), timeout=30).outputs
+
+
+def test_streams_of_one_client_leave_room_for_others(channel, stub, model, photographs):
+    """Health's `Watch` stays open: 600 of them took all places that calls had."""
+    stub_of_health = health_pb2_grpc.HealthStub(channel)
+    watching = [stub_of_health.Watch(health_pb2.HealthCheckRequest()) for _ in range(600)]
+    try:
+        answers = [read_first(one) for one in watching]
+        assert answers.count(health_pb2.HealthCheckResponse.SERVING) == 256
+        assert answers.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 344
+        with grpc.insecure_channel(channel_target(channel), [("grpc.use_local_subchannel_pool", 1)]) as other:
+            others = prediction_service_pb2_grpc.PredictionServiceStub(other)
+            assert others.Predict(make_request(model, photographs[:1]), timeout=30).outputs
+            assert health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest(), timeout=30).status
+        assert stub.Predict(make_request(model, photographs[:1]), timeout=30).outputs
+    finally:
+        for one in watching:
+            one.cancel()
+
+
+def read_first(stream) -> object:
+    try:
+        return next(stream).status
+    except grpc.RpcError as error:
+        return error.code()
+
+
+def channel_target(channel) -> str:
+    return channel._channel.target().decode()
+
+
+def test_calls_whose_message_does_not_come_leave_room_for_others(server, stub, model, photographs):
+    """They wait for as long as a request may take, and take no place."""
+    with grpc.insecure_channel(server.grpc, [("grpc.use_local_subchannel_pool", 1)]) as slow:
+        predict = slow.stream_unary("/tensorflow.serving.PredictionService/Predict")
+        silent, hold = threading.Event(), []
+
+        def wait() -> Iterator[bytes]:
+            silent.wait(60)
+            yield b""
+
+        hold = [predict.future(wait()) for _ in range(40)]
+        assert stub.Predict(make_request(model, photographs[:1]), timeout=30).outputs
+        silent.set()
+        for one in hold:
+            assert one.exception(timeout=60).code() == INVALID
+
+
+def test_messages_of_too_many_fields_are_refused_before_they_are_parsed(channel, model):
+    """An empty string takes two bytes of a message and an object in memory."""
+    predict = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    head = predict_pb2.PredictRequest(model_spec=spec(model)).SerializeToString()
+
+    def make(tensor: bytes) -> bytes:
+        entry = b"\x0a\x01a\x12" + as_varint(len(tensor)) + tensor
+        return head + b"\x12" + as_varint(len(entry)) + entry
+
+    floats = b"\x2d\0\0\0\0"  # float_val, one by one
+    for tensor in (b"\x42\0" * 1_000_000, floats * 400_000, b"\x52" + as_varint(2_000_000) + b"\1" * 2_000_000):
+        check_error(predict, make(tensor), INVALID, "the message has more than 65536 fields")
+    check_error(predict, make(b"\x08\x07" + b"\x42\0" * 60_000), INVALID, "can't hold 60000 values")
+    check_error(predict, b"\xff" * 100_000, grpc.StatusCode.INTERNAL, "is no tensorflow.serving.PredictRequest")
+    check_error(predict, b"", INVALID, "Missing ModelSpec")
+
+
+def test_no_message_stays_in_memory(server, channel, model):
+    """gRPC keeps the error of a call that is refused, with its frames, for as long as Python's collector waits."""
+    predict = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    request = make_request(model, [bytes(2_500_000)], "x").SerializeToString()
+
+    def ask(times: int) -> int:
+        for _ in range(times):
+            check_error(predict, request, PRECONDITION, "not found")
+        lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+    before = ask(5)
+    assert ask(40) < before + 50
+
+
+def as_varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def test_large_tensors_of_numbers(stub, model):
+    """Pixels in `float_val`, which is read in parts, are as those in `tensor_content`."""
+    pixels = np.random.default_rng(0).uniform(0, 255, (48, 16, 16, 3)).astype(np.float32)
+    answers = []
+    for values in (pixels, pixels[:3], np.concatenate([pixels[:40], np.full((8, 16, 16, 3), 7, np.float32)])):
+        request = predict_pb2.PredictRequest(model_spec=spec(model, "pixels"))
+        proto = request.inputs["images"]
+        proto.CopyFrom(tf.make_tensor_proto(values))
+        answers.append(stub.Predict(request).outputs["probabilities"])
+        proto.ClearField("tensor_content")
+        given = values.ravel() if values is pixels or len(values) == 3 else values[:41].ravel()[: 40 * 768 + 1]
+        proto.float_val.extend(given.tolist())
+        assert stub.Predict(request).outputs["probabilities"] == answers[-1]
 
 
 def test_health(channel):

@@ -19,6 +19,7 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root, self.closed, self.shown = root, list[str](), list[str]()
+        self.needs = list[str]()
         self.models = Models(
             load=self.load, close=self.closed.append, roots=[root], drain_seconds=10, show=self.shown.append
         )
@@ -33,6 +34,8 @@ class Disk:
         content = (path / "saved_model.pb").read_text()
         if content != "good":
             raise ValueError(f"{content}\nsecond line")
+        for needed in self.needs:
+            (path / needed).read_text()
         return f"{name}/{number}"
 
     def serve(self, *entries: ModelEntry) -> None:
@@ -129,6 +132,111 @@ def test_the_same_number_in_another_folder_replaces_the_first(disk):
     disk.serve(ModelEntry("m", disk.root / "n"))
     assert disk.find("m").path == disk.root / "n" / "1"
     assert disk.closed == ["m/1"]
+
+
+def test_a_version_goes_on_until_its_like_from_another_folder_is_there(disk):
+    """A reload to another base_path with the same number: requests found no version for as long as loading took."""
+    disk.write("m/1")
+    disk.write("n/1")
+    disk.serve()
+    seen = list[Path]()
+    load = disk.models._load
+
+    def load_slowly(name: str, number: int, path: Path) -> str:
+        seen.append(disk.find("m").path)  # while the other one is loaded
+        assert disk.models.find_missing() == ""
+        return load(name, number, path)
+
+    disk.models._load = load_slowly
+    disk.serve(ModelEntry("m", disk.root / "n"))
+    assert seen == [disk.root / "m" / "1"]
+    assert disk.find("m").path == disk.root / "n" / "1"
+    assert disk.closed == ["m/1"]
+
+
+def test_a_version_goes_on_where_its_like_from_another_folder_is_broken(disk):
+    disk.write("m/1")
+    disk.write("n/1", "broken")
+    disk.serve()
+    entry = ModelEntry("m", disk.root / "n")
+    disk.serve(entry)
+    with pytest.raises(RequestError, match=r"Latest\(m\): broken"):
+        disk.models.check_loaded([entry])
+    shown = len(disk.shown)
+    disk.models.poll()
+    assert len(disk.shown) == shown  # it is not tried again and again
+    assert disk.find("m").path == disk.root / "m" / "1"
+    disk.write("n/1")
+    disk.models.poll()
+    disk.models.check_loaded([entry])
+    assert (disk.find("m").path, disk.closed) == (disk.root / "n" / "1", ["m/1"])
+
+
+def test_a_version_that_is_copied_in_place_is_loaded_once_it_is_whole(disk):
+    """`cp -r`, rsync and object stores write saved_model.pb first, the rest seconds later."""
+    disk.needs = ["assets/labels.txt", "assets.extra/decoding.json"]
+    path = disk.write("m/1")
+    disk.serve()
+    for name in disk.needs:
+        assert disk.states() == {1: END}
+        file = path / name
+        file.parent.mkdir()
+        file.write_text("x")
+        disk.models.poll()
+    assert disk.find("m").number == 1
+
+
+def test_a_version_that_grows_while_it_is_loaded_is_loaded_again(disk):
+    """What came too late for the first load may change its answers."""
+    path = disk.write("m/1")
+    disk.serve()
+    (path / "late").write_text("x")
+    disk.models.poll()
+    assert (disk.states(), disk.closed) == ({1: AVAILABLE}, ["m/1"])
+    disk.models.poll()
+    assert disk.closed == ["m/1"]
+
+
+def test_a_version_that_failed_is_tried_again_a_few_times(disk, monkeypatch):
+    """What failed may have been the machine: TF Serving tries five times more, a minute apart."""
+    now = [1000.0]
+    monkeypatch.setattr("tl_keras.serving.models.time.monotonic", lambda: now[0])
+    tries = list[int]()
+    disk.models._load = lambda name, number, path: tries.append(number) or 1 / 0
+    disk.write("m/1")
+    disk.serve()
+    for _ in range(20):
+        disk.models.poll()
+        now[0] += 30
+    assert len(tries) == 6
+
+
+def test_reasons_hide_the_machines_folders(disk):
+    path = disk.write("m/1")
+    disk.models._load = fail_with(f"{path} has no labels; see /etc/passwd, 'C:\\x\\y' or https://a.example/b and a/b")
+    disk.serve()
+    (version,) = disk.models.find_all("m")
+    assert version.error == "m/1 has no labels; see passwd, 'y' or https://a.example/b and a/b"
+    assert str(path) in disk.shown[-1]
+
+
+def fail_with(message: str):
+    def load(name: str, number: int, path: Path) -> None:
+        raise ValueError(message)
+
+    return load
+
+
+def test_whether_requests_will_be_answered(disk):
+    assert disk.models.find_missing() == "no model"
+    disk.write("m/1", "broken")
+    disk.serve()
+    assert disk.models.find_missing() == "no version of m"
+    disk.write("m/2")
+    disk.models.poll()
+    assert disk.models.find_missing() == ""
+    disk.models.configure([])
+    assert disk.models.find_missing() == "no model"
 
 
 def test_a_version_that_is_a_link_out_of_the_folder_is_not_served(disk, tmp_path_factory):

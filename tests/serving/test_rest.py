@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import http.client
 import json
 import socket
 import time
@@ -55,18 +56,20 @@ def test_one_output_comes_bare(server, model, photographs):
     assert columns == (200, {"outputs": answer["predictions"]})
 
 
-def test_pixels_may_be_given_nan_among_them(server, model):
-    pixels = np.full((1, 16, 16, 3), 200.0)
-    status, answer = server.ask(
-        f"/v1/models/{model}:predict", {"signature_name": "pixels", "instances": pixels.tolist()}
-    )
-    assert status == 200
-    assert abs(sum(answer["predictions"][0]["probabilities"]) - 1) < 1e-5
-    body = json.dumps({"signature_name": "pixels", "instances": (pixels * np.nan).tolist()}).encode()
+def test_pixels_that_are_not_finite_are_invalid(server, model):
+    pixels = np.full((4, 16, 16, 3), 200.0)
+    pixels[1, 3, 4, 0], pixels[2, 0, 0, 0] = np.nan, -np.inf
+    body = json.dumps({"signature_name": "pixels", "instances": pixels.tolist()}).encode()
     assert b"NaN" in body
-    status, answer = server.ask(f"/v1/models/{model}:predict", body)
-    assert status == 200
-    assert len(answer["predictions"]) == 1  # this network's ReLU makes numbers of them
+    for sent in (body, body.replace(b"-Infinity", b"-1.7976931348623157e308"), body.replace(b"-Infinity", b"-Inf")):
+        status, answer = server.ask(f"/v1/models/{model}:predict", sent)
+        assert status == 200
+        rows = answer["predictions"]
+        assert [row["valid"] for row in rows] == [True, False, False, True]
+        assert [round(sum(row["probabilities"]), 4) for row in rows] == [1, 0, 0, 1]
+        assert rows[1]["labels"] == [""] * 3
+    whole = {"signature_name": "pixels", "instances": [[[[16777216, 200, 1435774380]] * 16] * 16]}
+    assert server.ask(f"/v1/models/{model}:predict", whole)[0] == 200
 
 
 def test_an_image_may_be_the_body(server, model, photographs):
@@ -113,6 +116,9 @@ def test_classify(server, model, photographs):
     shared = {"signature_name": "classify", "context": examples[0], "examples": [{}, {}]}
     _, answer = server.ask(f"/v1/models/{model}:classify", shared)
     assert [row[0][0] for row in answer["results"]] == ["blue", "blue"]
+    shared["examples"] = [examples[1], {}]  # both have the feature: the example's counts
+    _, answer = server.ask(f"/v1/models/{model}:classify", shared)
+    assert [row[0][0] for row in answer["results"]] == ["green", "blue"]
 
 
 def test_status_and_metadata(server, model):
@@ -125,7 +131,7 @@ def test_status_and_metadata(server, model):
     assert answer["model_spec"]["name"] == model
     assert answer["model_spec"]["version"] == "1"
     signatures = answer["metadata"]["signature_def"]["signature_def"]
-    assert set(signatures) == {"serving_default", "pixels", "embeddings", "classify"}
+    assert set(signatures) == {"serving_default", "pixels", "embeddings", "classify", "__saved_model_init_op"}
     image_bytes = signatures["serving_default"]["inputs"]["image_bytes"]
     assert image_bytes["dtype"] == "DT_STRING"
     assert image_bytes["tensor_shape"]["dim"] == [{"size": "-1", "name": ""}]
@@ -178,7 +184,7 @@ ERRORS = {
     "neither key": (PREDICT, {}, 400, "Missing 'inputs' or 'instances' key"),
     "both keys": (PREDICT, {"inputs": [], "instances": []}, 400, "expecting only one of 'inputs' or 'instances'"),
     "no instances": (PREDICT, {"instances": []}, 400, "No values in 'instances' array"),
-    "instances no list": (PREDICT, {"instances": "x"}, 400, "Excepting 'instances' to be an list/array"),
+    "instances no list": (PREDICT, {"instances": "x"}, 400, "Expecting 'instances' to be an list/array"),
     "signature no string": (
         PREDICT,
         {"signature_name": 5, "instances": ["x"]},
@@ -225,6 +231,29 @@ ERRORS = {
         "is not of expected type: float32",
     ),
     "too many images": (PREDICT, {"instances": ["x"] * 65}, 400, "at most 64"),
+    "unknown signature of classify": (
+        CLASSIFY,
+        {"signature_name": "x", "examples": [{}]},
+        400,
+        "No signature was found with the name: x",
+    ),
+    "unknown signature of regress": (
+        REGRESS,
+        {"signature_name": "x", "examples": [{}]},
+        400,
+        "No signature was found with the name: x",
+    ),
+    "an unknown input": (PREDICT, {"instances": [{"x": "y"}]}, 400, "does not have named input: x"),
+    "large lists": (PREDICT, b'{"instances": [' + b"{}," * 900_000 + b"{}]}", 400, "holds more than"),
+    "large lists of pixels": (
+        PREDICT,
+        b'{"signature_name": "pixels", "instances": [' + b"1," * 1_400_000 + b"1]}",
+        400,
+        "at most 64",
+    ),
+    "many examples": (CLASSIFY, {"examples": [{}] * 65}, 400, "at most 64"),
+    "large lists of examples": (CLASSIFY, b'{"examples": [' + b"{}," * 900_000 + b"{}]}", 400, "holds more than"),
+    "a large context": (REGRESS, b'{"context": {"a": [' + b"1," * 900_000 + b"1]}}", 400, "holds more than"),
     "classify by default": (
         CLASSIFY,
         {"examples": [{"image_bytes": "x"}]},
@@ -313,6 +342,15 @@ def test_a_body_may_be_sent_by_gzip(server, model, photographs):
     assert packed[0] == 200
     status, answer = server.ask(f"/v1/models/{model}:predict", body, headers=headers)
     assert (status, "Failed to uncompress" in answer["error"]) == (400, True)
+    for encoding in ("x-gzip", "GZIP"):
+        headers["Content-Encoding"] = encoding
+        assert server.ask(f"/v1/models/{model}:predict", gzip.compress(body), headers=headers) == packed
+    several = gzip.compress(body[:20]) + gzip.compress(b"") + gzip.compress(body[20:]) + bytes(8)
+    assert server.ask(f"/v1/models/{model}:predict", several, headers=headers) == packed
+    whole = gzip.compress(body)
+    for broken in (whole[:-8], whole[:-1], whole[:-8] + bytes(8), whole + b"rest", whole + whole[:10]):
+        status, answer = server.ask(f"/v1/models/{model}:predict", broken, headers=headers)
+        assert (status, "Failed to uncompress" in answer["error"]) == (400, True)
     bomb = gzip.compress(bytes(100_000_000))
     assert server.ask(f"/v1/models/{model}:predict", bomb, headers=headers)[0] == 413
 
@@ -349,18 +387,74 @@ def test_names_that_clients_invent_are_counted_as_one(server):
     assert ':tensorflow:serving:request_count{model_name="unknown",status="NOT_FOUND"}' in text
 
 
-def test_cors(server, model):
-    request = urllib.request.Request(f"{server.rest}/v1/models/{model}:predict", method="OPTIONS")
-    with urllib.request.urlopen(request) as response:
-        assert response.status == 200
-        assert response.headers["Access-Control-Allow-Origin"] == "*"
-        assert response.headers["Access-Control-Allow-Methods"] == "POST, GET"
-    with urllib.request.urlopen(f"{server.rest}/v1/models/{model}") as response:
-        assert response.headers["Access-Control-Allow-Origin"] == "*"
+def test_other_pages_may_read_nothing_unless_they_are_allowed(server, model):
+    """CORS is off, as in TF Serving."""
+    path = f"/v1/models/{model}"
+    for origin in ("https://evil.example", "null", server.rest):
+        request = urllib.request.Request(server.rest + path, headers={"Origin": origin})
+        with urllib.request.urlopen(request) as response:
+            assert not [name for name in response.headers if name.lower().startswith("access-control")]
+    for method in ("OPTIONS", "HEAD", "PUT"):
+        status, answer = server.ask(f"{path}:predict", method=method)
+        assert status == 400
+        assert method == "HEAD" or answer["error"] == f"Malformed request: {method} {path}:predict"
+    assert server.ask(f"{path}:predict", method="OPTIONS", headers={"Origin": "https://evil.example"})[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/", "/models", "/healthz", "/v1/models/MODEL", "/v1/models/MODEL:predict"])
+def test_a_name_that_points_at_this_machine_is_not_answered(path, server, model):
+    """DNS rebinding: a page lets its own name point at 127.0.0.1, and is of the same origin then."""
+    body = b"{}" if "predict" in path else None
+    status, answer = server.ask(path.replace("MODEL", model), body, headers={"Host": "evil.example:8501"})
+    assert (status, list(answer)) == (403, ["error"])
+    assert "does not answer to the Host evil.example:8501" in answer["error"]
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:80", "127.1.2.3", "[::1]:8501", "app.localhost", "container"):
+        assert server.ask(f"/v1/models/{model}", headers={"Host": host})[0] == 200
+
+
+def test_pages_of_other_sites_may_not_post(server, model, photographs):
+    path, body = f"/v1/models/{model}:predict", {"instances": [as_b64(photographs[0])]}
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+        headers = {"Sec-Fetch-Site": site, "Origin": "https://evil.example", "Content-Type": "text/plain"}
+        assert server.ask(path, body, headers=headers)[0] == status
+
+
+def test_a_missing_address_keeps_the_connection(server):
+    connection = http.client.HTTPConnection(server.rest.removeprefix("http://"), timeout=30)
+    for path, status in (("/nothing", 404), ("/v1/models/nobody", 404), ("/v1/models/a%0ab:x", 400), ("/a%0a", 404)):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        assert (response.status, list(answer)) == (status, ["error"])
+        assert response.headers.get("Connection", "keep-alive") == "keep-alive"
+    connection.close()
+
+
+def test_a_form_is_named(server, model):
+    form = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n\xff\xd8\xff\r\n--x--'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    status, answer = server.ask(f"/v1/models/{model}:predict", form, headers=headers)
+    assert status == 400
+    assert "the body is a multipart form. Send the image itself" in answer["error"]
+
+
+def test_no_request_stays_in_memory(server, model):
+    """Else each of them leaves 24 times its size, for ever."""
+    body = b'{"instances": [' + b"{}," * 60_000 + b"{}]}"  # few enough values to be parsed as a whole
+
+    def ask(times: int) -> int:
+        for _ in range(times):
+            assert server.ask(f"/v1/models/{model}:predict", body)[0] == 400
+        lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+    before = ask(5)
+    assert ask(40) < before + 80
 
 
 def test_health_and_metrics(server, model, photographs):
     assert server.ask("/healthz") == (200, "ok\n")
+    assert server.ask("/livez") == (200, "ok\n")
     server.ask(f"/v1/models/{model}:predict", {"instances": [as_b64(photographs[0])]})
     server.ask(f"/v1/models/{model}:predict", {})
     status, text = server.ask("/monitoring/prometheus/metrics")

@@ -13,7 +13,9 @@ import pytest
 
 from tests.conftest import run_main
 from tests.serving.conftest import as_b64, start_server
+from tl_keras.errors import UserError
 from tl_keras.export.saved_model import write_version
+from tl_keras.serving import server as server_module
 
 METRICS, QUEUED = "/monitoring/prometheus/metrics", ":tl_keras:serving:queued_rows{"
 FAST = ("--engine=tensorflow", "--precision=float32", "--max_batch_size=4")
@@ -122,8 +124,10 @@ def test_a_list_of_models_with_labels(models, photographs, tmp_path):
 
 def test_a_reload_swaps_the_list(models, tmp_path):
     import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
     from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
 
+    SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING  # noqa: N806
     add_version(models, 2)
     with start_server(tmp_path / "log", f"--export_dir={models}", *FAST) as server:
         with grpc.insecure_channel(server.grpc) as channel:
@@ -134,6 +138,19 @@ def test_a_reload_swaps_the_list(models, tmp_path):
             stub.HandleReloadConfigRequest(request, timeout=60)
         assert server.ask("/v1/models/renamed/versions/1")[0] == 200
         assert server.ask("/v1/models/colours:predict", {"instances": ["x"]})[0] == 404
+        with grpc.insecure_channel(server.grpc) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == SERVING
+            stub = model_service_pb2_grpc.ModelServiceStub(channel)
+            del request.config.model_config_list.config[:]
+            request.config.SetInParent()
+            request.config.model_config_list.SetInParent()
+            stub.HandleReloadConfigRequest(request, timeout=60)
+            for name in ("", "tensorflow.serving.PredictionService"):
+                asked = health_pb2.HealthCheckRequest(service=name)
+                assert health.Check(asked, timeout=60).status == NOT_SERVING
+        assert server.ask("/healthz") == (503, "no model\n")
+        assert server.ask("/livez") == (200, "ok\n")
 
 
 def test_openvino_answers_as_the_graph_does(models, photographs, tmp_path):
@@ -172,6 +189,19 @@ def test_a_port_that_is_taken(flag, other, models, capsys):
     assert "serving" not in captured.out  # found out before models are loaded
 
 
+def test_clients_are_refused_until_models_are_loaded():
+    """They hung for as long as that took."""
+    address = server_module.Address("127.0.0.1", 0, 0)
+    with server_module._bind("127.0.0.1", 0, "port") as bound:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(bound.getsockname(), timeout=10)
+        server_module._listen(bound, address)
+        socket.create_connection(bound.getsockname(), timeout=10).close()
+        taken = bound.getsockname()[1]
+        with pytest.raises(UserError, match="Address already in use"), server_module._bind("127.0.0.1", taken, "port"):
+            pass
+
+
 @pytest.mark.parametrize("version", ["", "1"])
 def test_a_models_folder_is_served_under_a_name_of_ones_own(models, tmp_path, version):
     flags = (f"--classifier={models / 'colours' / version}", "--model_name=resnet")
@@ -204,6 +234,8 @@ def test_nothing_but_broken_models(tmp_path, capsys):
         (["--max_batch_size=20"], "--max_batch_size=20 is no size that models are warmed up for"),
         (["--max_queued_images=5"], "--max_queued_images=5 is less than --max_request_images=256"),
         (["--request_timeout_seconds=nan"], "--request_timeout_seconds=nan is out of range"),
+        (["--cors=evil.example"], "--cors=evil.example is not the origin of a web page. Allowed: scheme://host[:port]"),
+        (["--cors=*,https://a.example/path"], "--cors=https://a.example/path is not the origin"),
         (["--model_name=x"], "--model_name names one model: give --classifier with it"),
         (["--precision=float16"], "--precision=float16 is the trunk's"),
     ],

@@ -162,7 +162,10 @@ def _describe_precision(bfloat16: bool, difference: float | None) -> str:
         return f"`server.flags` has `--mixed_precision=bfloat16`: it is at least 1.3 times faster.{told}"
     if difference is None:
         return "The precision is float32: this CPU has no bfloat16."
-    return f"The precision is float32: bfloat16 was not at least 1.3 times faster, each time and at each end.{told}"
+    return (
+        "The precision is float32: bfloat16 is used only if it is at least 1.3 times faster in every measurement "
+        f"and changes probabilities by at most 0.001.{told}"
+    )
 
 
 def _fill(file: str, values: Mapping[str, object]) -> str:

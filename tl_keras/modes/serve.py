@@ -41,7 +41,7 @@ def run(config: Config) -> Result:
         interrupted = serve(
             entries,
             roots=roots,
-            address=Address(settings.host, settings.port, settings.grpc_port),
+            address=Address(settings.host, settings.port, settings.grpc_port, settings.cors),
             engine=config.engine.engine,
             precision=config.engine.precision,
             batch_sizes=[size for size in BATCH_SIZES if size <= settings.max_batch_size],

@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 
-from tl_keras.serving.errors import RequestError
+from tl_keras.serving.errors import RequestError, expired
 
 _WORTH_PADDING = 0.75  # so full, a batch is filled up with empty rows; else the next smaller size is taken
 # Behind a batch of many, few may wait for its clients to come back: so long at most, as a share of that batch's time.
 # Without it a large crowd and a small one take turns for ever, and the small one's batches waste the machine.
 _LINGER_SHARE, _LINGER_SECONDS = 0.1, 0.02
+
+_ANSWERED = "the request was answered"
 
 Arrays = dict[str, np.ndarray]
 
@@ -146,7 +148,7 @@ class Batcher:
             if task.answer.done():
                 continue
             if task.deadline <= time.monotonic():
-                task.answer.set_exception(_expired())
+                task.answer.set_exception(expired(_ANSWERED))
                 continue
             tasks.append(task)
             rows += task.rows
@@ -163,7 +165,7 @@ class Batcher:
         try:
             return list[Arrays | RequestError](self._run_together(signature, tasks))
         except RequestError as error:
-            failure = error
+            failure = RequestError(error.code, error.message)  # without its traceback, which holds these frames
         except Exception as error:  # OpenVINO's exceptions have no class of their own
             failure = RequestError(grpc.StatusCode.INTERNAL, str(error).splitlines()[0] if str(error) else repr(error))
         if len(tasks) == 1:
@@ -210,7 +212,7 @@ async def _wait(answers: list[asyncio.Future[Arrays]], seconds: float) -> list[A
     try:
         await asyncio.wait(answers, timeout=seconds)
         if not all(answer.done() for answer in answers):
-            raise _expired()
+            raise expired(_ANSWERED)
     finally:
         for answer in answers:
             answer.cancel()  # does nothing to those that are there
@@ -228,7 +230,3 @@ def _fill(arrays: list[np.ndarray], size: int) -> np.ndarray:
     shape = (missing, *arrays[0].shape[1:])
     filler = np.full(shape, b"", object) if arrays[0].dtype == object else np.zeros(shape, arrays[0].dtype)
     return np.concatenate([*arrays, filler])
-
-
-def _expired() -> RequestError:
-    return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was answered")

@@ -21,12 +21,13 @@ from tensorflow_serving.apis import (
 
 from tl_keras.serving.batching import Arrays, Batcher
 from tl_keras.serving.errors import RequestError, invalid
-from tl_keras.serving.graphs import Graph, as_strings, check_inputs, find_signature
+from tl_keras.serving.graphs import DEFAULT_SIGNATURE, Graph, as_strings, check_inputs, find_signature
 from tl_keras.serving.models import Models, Version
 
 METADATA_FIELD = "signature_def"
 _CLASSIFY_INPUT, _CLASSES, _SCORES = "inputs", "classes", "scores"  # saved_model/signature_constants.h
-_REGRESS_OUTPUT = "outputs"
+_PART = 1 << 16  # number of values that are read at once
+_RESERVE, _SMALL_BYTES = 8, 1 << 20  # an eighth of the budget is reserved for requests up to this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,20 @@ class Budget:
     def __init__(self, limits: Limits) -> None:
         """Args: limits: how many there may be."""
         self._left = limits.bytes_in_flight
+        self._reserve = limits.bytes_in_flight // _RESERVE
 
-    def take(self, size: int) -> None:
-        """Takes so many.
+    def take(self, size: int, *, held: int = 0) -> None:
+        """Takes bytes for a request. Large requests leave a reserve for small ones.
+
+        Args:
+            size: number of bytes.
+            held: number of bytes that the request already holds.
 
         Raises:
-            RequestError: so many are not left.
+            RequestError: not enough is left.
         """
-        if size > self._left:
+        reserve = self._reserve if held + size > _SMALL_BYTES else 0
+        if size > self._left - reserve:
             raise RequestError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "the server holds as many bytes as it may; try later"
             )
@@ -172,14 +179,13 @@ async def classify(
     Raises:
         RequestError: it can't be answered, or the signature is not one for this API.
     """
-    name, signature = find_signature(served.graph, signature_name)
-    _check_one_input(signature)
+    name, signature = _find_signature(served, signature_name)
     if len(signature.outputs) not in {1, 2}:
         raise invalid(f"Expected one or two output Tensors, found {len(signature.outputs)}")
     if _CLASSIFY_INPUT not in signature.inputs:
-        raise _wrong_signature(f"No classification inputs found in SignatureDef: {name}")
+        raise invalid(f"No classification inputs found in SignatureDef: {name}")
     if not {_CLASSES, _SCORES} & set(signature.outputs):
-        raise _wrong_signature(
+        raise invalid(
             f'Expected classification signature outputs to contain at least one of "{_CLASSES}" or "{_SCORES}". '
             f"Signature was: {name}"
         )
@@ -193,12 +199,11 @@ async def regress(served: Served, signature_name: str) -> None:
     Raises:
         RequestError: always.
     """
-    name, signature = find_signature(served.graph, signature_name)
-    _check_one_input(signature)
+    name, signature = _find_signature(served, signature_name)
     if len(signature.outputs) != 1:
         raise invalid("Expected one output Tensor.")
     missing = "inputs" if _CLASSIFY_INPUT not in signature.inputs else "outputs"
-    raise _wrong_signature(f"No regression {missing} found in SignatureDef: {name}")
+    raise invalid(f"No regression {missing} found in SignatureDef: {name}")
 
 
 def read_input(message: input_pb2.Input, *, limits: Limits) -> list[bytes]:
@@ -216,14 +221,24 @@ def read_input(message: input_pb2.Input, *, limits: Limits) -> list[bytes]:
         return [example.SerializeToString() for example in examples]
     context = message.example_list_with_context.context.SerializeToString()
     limits.check_bytes(len(context) * len(examples))
-    # one message behind the other is their merger (protobuf's encoding, "Last One Wins")
-    return [example.SerializeToString() + context for example in examples]
+    return merge(context, [example.SerializeToString() for example in examples])
+
+
+def merge(context: bytes, examples: Sequence[bytes]) -> list[bytes]:
+    """Merges the context into each example. Features of the example take precedence, as in TF Serving (util.cc).
+
+    Args:
+        context: serialized `tf.train.Example`.
+        examples: serialized `tf.train.Example`s.
+    """
+    # concatenated messages are merged when they are parsed (protobuf encoding, "Last One Wins")
+    return [context + example for example in examples]
 
 
 def describe_metadata(version: Version, served: Served) -> get_model_metadata_pb2.GetModelMetadataResponse:
     """A version's signatures."""
     signatures = get_model_metadata_pb2.SignatureDefMap()
-    for name, signature in served.graph.signatures.items():
+    for name, signature in (*served.graph.signatures.items(), *served.graph.internal_signatures.items()):
         signatures.signature_def[name].CopyFrom(signature)
     response = get_model_metadata_pb2.GetModelMetadataResponse()
     response.model_spec.name = version.model
@@ -263,13 +278,19 @@ async def _run_examples(
     return {_CLASSES: np.full(shape, b"", object), _SCORES: np.zeros(shape, np.float32), **outputs}
 
 
-def _check_one_input(signature: Any) -> None:
+def _find_signature(served: Served, name: str) -> tuple[str, Any]:
+    """Finds the signature of a classify or regress call.
+
+    Raises:
+        RequestError: the signature does not exist, or has several inputs.
+    """
+    found = name or DEFAULT_SIGNATURE
+    if found not in served.graph.signatures:
+        raise invalid(f"No signature was found with the name: {found}")
+    signature = served.graph.signatures[found]
     if len(signature.inputs) != 1:
         raise invalid("Expected one input Tensor.")
-
-
-def _wrong_signature(message: str) -> RequestError:
-    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
+    return found, signature
 
 
 def make_array(proto: tensor_pb2.TensorProto, *, limits: Limits) -> np.ndarray:
@@ -285,9 +306,22 @@ def make_array(proto: tensor_pb2.TensorProto, *, limits: Limits) -> np.ndarray:
         limits.check_rows(dims[0])
     try:
         dtype = tf.as_dtype(proto.dtype)
+        number, given = math.prod(dims), max(len(proto.string_val), len(proto.float_val))
+        if given > max(number, 1):
+            raise invalid(f"a tensor of the shape {dims} can't hold {given} values")
         each = max(map(len, proto.string_val), default=0) if dtype == tf.string else dtype.size
-        values = math.prod(dims) if len(proto.string_val) < 2 else 0  # several strings stand for themselves
-        limits.check_bytes(values * each)
+        limits.check_bytes(number * each if len(proto.string_val) < 2 else 0)  # several strings stand for themselves
+        if dtype == tf.float32 and len(proto.float_val) > _PART:
+            return _read_floats(proto.float_val, number).reshape(dims)
         return np.asarray(tf.make_ndarray(proto))
     except (ValueError, TypeError) as error:
         raise invalid(f"a tensor does not fit its shape {dims}: {error}") from error
+
+
+def _read_floats(values: Any, number: int) -> np.ndarray:
+    """Reads numbers in parts, to release the global interpreter lock between them. The last one is repeated."""
+    array = np.full(number, values[-1], np.float32)
+    for start in range(0, len(values), _PART):
+        part = values[start : start + _PART]
+        array[start : start + len(part)] = part
+    return array

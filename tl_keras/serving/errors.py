@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 _HTTP = {  # tensorflow_serving/model_servers/http_server.cc, ToHTTPStatusCode
@@ -19,6 +21,7 @@ _HTTP = {  # tensorflow_serving/model_servers/http_server.cc, ToHTTPStatusCode
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.UNAUTHENTICATED: 401,
 }
+_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?!//)(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # of an absolute path
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -41,6 +44,11 @@ def invalid(message: str) -> RequestError:
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
+def precondition(message: str) -> RequestError:
+    """Creates the error for a request that does not suit the model."""
+    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
 def not_found(message: str) -> RequestError:
     """A model or version that is not there: 404."""
     return RequestError(grpc.StatusCode.NOT_FOUND, message)
@@ -49,3 +57,29 @@ def not_found(message: str) -> RequestError:
 def code_of(number: int) -> grpc.StatusCode:
     """GRPC's code for TensorFlow's number: they count alike."""
     return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
+
+
+def forget(error: BaseException) -> None:
+    """Removes the tracebacks of an error and of its causes, once the error is answered.
+
+    A traceback holds frames, a frame its task, and the task the error. This reference cycle would keep the request's
+    body in memory until Python's garbage collector runs, which may be never.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            found.__traceback__ = None
+            waiting += [found.__cause__, found.__context__]
+
+
+def expired(what: str) -> RequestError:
+    """Creates the error for a deadline that passed (504)."""
+    return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed before {what}")
+
+
+def hide_folders(message: str) -> str:
+    """Removes the folders of absolute paths from a message for clients."""
+    return _FOLDERS.sub("", message)

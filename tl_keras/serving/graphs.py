@@ -23,6 +23,7 @@ class Graph:
 
     Attributes:
         signatures: name → `SignatureDef`.
+        internal_signatures: signatures that clients cannot run but metadata shows.
     """
 
     def __init__(self, path: Path, *, precision: str) -> None:
@@ -41,6 +42,7 @@ class Graph:
         with self._graph.as_default():
             meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
         self.signatures = {name: meta.signature_def[name] for name in meta.signature_def if name != _INIT_OP}
+        self.internal_signatures = {name: meta.signature_def[name] for name in meta.signature_def if name == _INIT_OP}
         self._runners = {name: self._make_runner(signature) for name, signature in self.signatures.items()}
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -68,6 +70,12 @@ class Graph:
     def close(self) -> None:
         """Gives the session's memory back."""
         self._session.close()
+
+    close_own = close
+
+    def keeps(self, graph: Graph) -> bool:
+        """Whether it uses another graph (never)."""
+        return graph is self
 
     def _make_runner(self, signature: Any) -> Any:
         """A call without the cost of parsing names anew each time."""

@@ -30,13 +30,18 @@ from tensorflow_serving.apis import (
 )
 
 from tl_keras.serving import calls
-from tl_keras.serving.errors import RequestError, invalid
-from tl_keras.serving.graphs import DEFAULT_SIGNATURE, find_signature
+from tl_keras.serving.batching import Arrays
+from tl_keras.serving.errors import RequestError, invalid, precondition
+from tl_keras.serving.graphs import DEFAULT_SIGNATURE
+from tl_keras.serving.grpc_gate import MOST_RPCS, Gate, StreamLimit
 from tl_keras.serving.metrics import Metrics
 from tl_keras.serving.models import Models, Version
 from tl_keras.serving.reload import read_config
+from tl_keras.serving.workers import Workers
 
-_MOST_CALLS = 512  # at once: each may hold a whole message before it can be counted
+_MOST_RELOADS = 4  # limit of concurrent reload requests
+_CONNECTION_STREAMS = 1024
+_PART = 1 << 16  # number of values that are converted at once
 _FIELDS = {  # tensor.proto: where numbers of a kind stand
     tf.float32: "float_val",
     tf.float64: "double_val",
@@ -46,15 +51,18 @@ _FIELDS = {  # tensor.proto: where numbers of a kind stand
     tf.uint32: "uint32_val",
     **dict.fromkeys((tf.int32, tf.int16, tf.int8, tf.uint16, tf.uint8), "int_val"),
 }
+_PREDICTION = prediction_service_pb2.DESCRIPTOR.services_by_name["PredictionService"]
+_MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
+_NO_NAME = "ModelSpec has no name specified."
 _CLASSIFY_METHOD, _REGRESS_METHOD = "tensorflow/serving/classify", "tensorflow/serving/regress"
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
     """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget) -> None:
-        """Args: models: what is served; metrics: counts requests; limits: what one may cost; budget: what all may."""
-        self._models, self._metrics, self._limits, self._budget = models, metrics, limits, budget
+    def __init__(self, models: Models, metrics: Metrics, limits: calls.Limits, workers: Workers) -> None:
+        """Args: models: what is served; metrics: counts requests; limits: of one request; workers: convert tensors."""
+        self._models, self._metrics, self._limits, self._workers = models, metrics, limits, workers
 
     async def Predict(  # noqa: N802 (the proto's name)
         self, request: predict_pb2.PredictRequest, context: Any
@@ -63,22 +71,21 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
 
         async def work(version: Version, served: calls.Served, deadline: float) -> predict_pb2.PredictResponse:
             del version
-            spec = request.model_spec
-            inputs = {name: calls.make_array(request.inputs[name], limits=self._limits) for name in request.inputs}
+            name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+            if name not in served.graph.signatures:
+                raise precondition(f'Serving signature key "{name}" not found.')
+            inputs = await self._workers.run(request.ByteSize(), self._read_tensors, request)
             outputs = await calls.predict(
                 served,
-                spec.signature_name,
+                name,
                 inputs,
                 limits=self._limits,
                 deadline=deadline,
                 output_filter=list(request.output_filter),
             )
-            response = predict_pb2.PredictResponse()
-            for name, array in outputs.items():
-                response.outputs[name].CopyFrom(_as_proto(array))
-            return response
+            return await self._workers.run(sum(array.nbytes for array in outputs.values()), _write_tensors, outputs)
 
-        return await self._run("Predict", request.model_spec, context, work, size=request.ByteSize())
+        return await self._run("Predict", request, request.model_spec, context, work)
 
     async def Classify(  # noqa: N802
         self, request: classification_pb2.ClassificationRequest, context: Any
@@ -94,7 +101,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
             response.result.CopyFrom(await self._classify(served, request.model_spec, examples, deadline))
             return response
 
-        return await self._run("Classify", request.model_spec, context, work, size=request.ByteSize())
+        return await self._run("Classify", request, request.model_spec, context, work)
 
     async def Regress(  # noqa: N802
         self, request: regression_pb2.RegressionRequest, context: Any
@@ -107,7 +114,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
             await calls.regress(served, request.model_spec.signature_name)
             return regression_pb2.RegressionResponse()
 
-        return await self._run("Regress", request.model_spec, context, work, size=request.ByteSize())
+        return await self._run("Regress", request, request.model_spec, context, work)
 
     async def MultiInference(  # noqa: N802
         self, request: inference_pb2.MultiInferenceRequest, context: Any
@@ -128,26 +135,25 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
             return response
 
         spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
-        return await self._run("MultiInference", spec, context, work, size=request.ByteSize())
+        return await self._run("MultiInference", request, spec, context, work)
 
     async def GetModelMetadata(  # noqa: N802
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: Any
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         """A model's signatures."""
-
-        def work() -> get_model_metadata_pb2.GetModelMetadataResponse:
-            if not request.HasField("model_spec"):
-                raise invalid("Missing ModelSpec")
-            if not request.metadata_field:
-                raise invalid("GetModelMetadataRequest must specify at least one metadata_field")
-            for field in request.metadata_field:
-                if field != calls.METADATA_FIELD:
-                    raise invalid(f"Metadata field {field} is not supported")
-            spec = request.model_spec
-            with self._models.use(spec.name, **_read_spec(spec)) as (version, served):
-                return calls.describe_metadata(version, served)
-
-        return await _answer(context, work)
+        del context
+        spec = request.model_spec
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        if not spec.name:
+            raise invalid(_NO_NAME)
+        if not request.metadata_field:
+            raise invalid("GetModelMetadataRequest must specify at least one metadata_field")
+        for field in request.metadata_field:
+            if field != calls.METADATA_FIELD:
+                raise invalid(f"Metadata field {field} is not supported")
+        with self._models.use(spec.name, **_read_spec(spec)) as (version, served):
+            return calls.describe_metadata(version, served)
 
     async def _classify(
         self, served: calls.Served, spec: model_pb2.ModelSpec, examples: list[bytes], deadline: float
@@ -162,23 +168,30 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
                 row.classes.add(label=label.decode("utf-8", "replace"), score=score)
         return result
 
+    def _read_tensors(self, request: predict_pb2.PredictRequest) -> Arrays:
+        return {name: calls.make_array(request.inputs[name], limits=self._limits) for name in request.inputs}
+
     async def _run(
         self,
         api: str,
+        request: Any,
         spec: model_pb2.ModelSpec,
         context: Any,
         work: Callable[[Version, calls.Served, float], Awaitable[Any]],
-        *,
-        size: int,
     ) -> Any:
-        """Finds the version, works, counts; an error becomes gRPC's status."""
-        start, code, held = time.perf_counter(), grpc.StatusCode.INTERNAL.name, 0
+        """Finds the version, works, counts.
+
+        Raises:
+            RequestError: the call can't be answered.
+        """
+        start, code = time.perf_counter(), grpc.StatusCode.INTERNAL.name
         deadline = self._limits.deadline(context.time_remaining())
         try:
-            self._budget.take(size)
-            held = size
+            if api == "MultiInference" and not request.tasks:
+                raise invalid(f"{_NO_NAME} Inference request must have tasks")
             if not spec.name:
-                raise invalid("Missing ModelSpec" if api != "MultiInference" else "Inference request must have tasks")
+                has_spec = api == "MultiInference" or request.HasField("model_spec")
+                raise invalid(_NO_NAME if has_spec else "Missing ModelSpec")
             with self._models.use(spec.name, **_read_spec(spec)) as (version, served):
                 response = await work(version, served, deadline)
             if hasattr(response, "model_spec"):
@@ -189,33 +202,30 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
             return response
         except RequestError as error:
             code = error.code.name
-            await context.abort(error.code, error.message)
+            raise
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED.name
             raise
         finally:
-            self._budget.give_back(held)
             self._metrics.count(spec.name, api=api, entrypoint="GRPC", status=code, seconds=time.perf_counter() - start)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore[misc]
     """GetModelStatus and HandleReloadConfigRequest."""
 
-    def __init__(self, models: Models) -> None:
-        """Args: models: what is served."""
-        self._models = models
+    def __init__(self, models: Models, workers: Workers, note_health: Callable[[], Awaitable[None]]) -> None:
+        """Args: models: what is served; workers: load models; note_health: tells the health service what is loaded."""
+        self._models, self._workers, self._note_health = models, workers, note_health
+        self._reloads = 0
 
     async def GetModelStatus(  # noqa: N802
         self, request: get_model_status_pb2.GetModelStatusRequest, context: Any
     ) -> get_model_status_pb2.GetModelStatusResponse:
         """Where the versions of a model are in their lives."""
-
-        def work() -> get_model_status_pb2.GetModelStatusResponse:
-            if not request.HasField("model_spec"):
-                raise invalid("Missing ModelSpec")
-            return calls.describe_status(self._models, request.model_spec.name, **_read_spec(request.model_spec))
-
-        return await _answer(context, work)
+        del context
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        return calls.describe_status(self._models, request.model_spec.name, **_read_spec(request.model_spec))
 
     async def HandleReloadConfigRequest(  # noqa: N802
         self, request: model_management_pb2.ReloadConfigRequest, context: Any
@@ -226,49 +236,69 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
             entries = read_config(request.config)
             self._models.configure(entries)
             self._models.poll()
-            for entry in entries:
-                with self._models.use(entry.name):
-                    pass  # an error where no version of it is there
+            self._models.check_loaded(entries)
             return model_management_pb2.ReloadConfigResponse()
 
-        loop = asyncio.get_running_loop()
+        del context
+        if self._reloads >= _MOST_RELOADS:
+            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "other reloads are under way; try later")
+        self._reloads += 1
         try:
-            return await loop.run_in_executor(None, work)
-        except RequestError as error:
-            await context.abort(error.code, error.message)
+            return await self._workers.load_models(work)
+        finally:
+            self._reloads -= 1
+            await self._note_health()
 
 
-def build_server(models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget) -> grpc.aio.Server:
-    """The gRPC server, without a port.
+class Health:
+    """Reports to gRPC's health service whether the models are loaded."""
+
+    def __init__(self, models: Models) -> None:
+        """Args: models: what is served."""
+        self._models = models
+        self.servicer = health.HealthServicer()
+        self._told: int | None = None
+
+    async def note(self) -> None:
+        """Updates the status: NOT_SERVING if a model has no loaded version."""
+        kinds = health_pb2.HealthCheckResponse
+        status = kinds.NOT_SERVING if self._models.find_missing() else kinds.SERVING
+        if status == self._told:
+            return
+        self._told = status
+        for name in ("", _PREDICTION.full_name, _MODEL.full_name):
+            await self.servicer.set(name, status)
+
+
+def build_server(
+    models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget, *, workers: Workers
+) -> tuple[grpc.aio.Server, Health]:
+    """The gRPC server, without a port, and its health service.
 
     Args:
         models: what is served.
         metrics: counts requests.
         limits: what one request may cost.
         budget: what all may hold.
+        workers: parse messages and load models.
     """
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=_MOST_CALLS,
+        interceptors=[StreamLimit()],
+        maximum_concurrent_rpcs=MOST_RPCS,
         options=[
             ("grpc.max_receive_message_length", limits.request_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", _CONNECTION_STREAMS),
             ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
         ],
     )
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(models, metrics, limits, budget), server
-    )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
-    servicer = health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    names = (
-        prediction_service_pb2.DESCRIPTOR.services_by_name["PredictionService"].full_name,
-        model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-        reflection.SERVICE_NAME,
-    )
-    reflection.enable_server_reflection(names, server)
-    return server
+    checked, told = Gate(limits, budget, workers), Health(models)
+    checked.add(server, _PREDICTION, PredictionService(models, metrics, limits, workers))
+    checked.add(server, _MODEL, ModelService(models, workers, told.note))
+    health_pb2_grpc.add_HealthServicer_to_server(told.servicer, server)
+    services = (_PREDICTION, _MODEL, health_pb2.DESCRIPTOR.services_by_name["Health"])
+    reflection.enable_server_reflection((*(one.full_name for one in services), reflection.SERVICE_NAME), server)
+    return server, told
 
 
 def _read_spec(spec: model_pb2.ModelSpec) -> dict[str, Any]:
@@ -277,13 +307,6 @@ def _read_spec(spec: model_pb2.ModelSpec) -> dict[str, Any]:
         "number": spec.version.value if choice == "version" else None,
         "label": spec.version_label if choice == "version_label" else "",
     }
-
-
-async def _answer(context: Any, work: Callable[[], Any]) -> Any:
-    try:
-        return work()
-    except RequestError as error:
-        await context.abort(error.code, error.message)
 
 
 def _check_tasks(request: inference_pb2.MultiInferenceRequest, served: calls.Served) -> None:
@@ -298,7 +321,9 @@ def _check_tasks(request: inference_pb2.MultiInferenceRequest, served: calls.Ser
         if name in seen:
             raise invalid(f"Duplicate evaluation of signature: {name}")
         seen.add(name)
-        signature = find_signature(served.graph, name)[1]
+        if name not in served.graph.signatures:
+            raise invalid(f"Requested signature not found in model graph: {name}")
+        signature = served.graph.signatures[name]
         tensors |= {info.name for info in signature.inputs.values()}
         if task.method_name not in {_CLASSIFY_METHOD, _REGRESS_METHOD}:
             raise RequestError(grpc.StatusCode.UNIMPLEMENTED, f"Unsupported signature method_name: {task.method_name}")
@@ -306,11 +331,21 @@ def _check_tasks(request: inference_pb2.MultiInferenceRequest, served: calls.Ser
         raise invalid("Input tensor must be the same for all Signatures.")
 
 
-def _as_proto(array: np.ndarray) -> tensor_pb2.TensorProto:
+def _write_tensors(outputs: Arrays) -> predict_pb2.PredictResponse:
+    response = predict_pb2.PredictResponse()
+    for name, array in outputs.items():
+        _write_tensor(array, response.outputs[name])
+    return response
+
+
+def _write_tensor(array: np.ndarray, proto: tensor_pb2.TensorProto) -> None:
     """As TF Serving's `AsProtoField` does: numbers in their own field, which its clients read, not as bytes."""
     kind = tf.as_dtype(array.dtype)
     if (field := _FIELDS.get(kind)) is None:
-        return tf.make_tensor_proto(array, shape=array.shape)  # strings stand in their field there
-    proto = tensor_pb2.TensorProto(dtype=kind.as_datatype_enum, tensor_shape=tf.TensorShape(array.shape).as_proto())
-    getattr(proto, field).extend(array.ravel().tolist())
-    return proto
+        proto.CopyFrom(tf.make_tensor_proto(array, shape=array.shape))  # strings stand in their field there
+        return
+    proto.dtype = kind.as_datatype_enum
+    proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
+    flat = array.ravel()
+    for start in range(0, len(flat), _PART):
+        getattr(proto, field).extend(flat[start : start + _PART].tolist())

@@ -60,7 +60,7 @@ def measure_speed(path: Path, samples: Sequence[bytes], *, batch_sizes: Sequence
         precision: {size: max(one[precision][size] for one in passes) for size in batch_sizes}
         for precision in precisions
     }
-    is_true = difference is not None and difference <= DIFFERENCE_AT_MOST["bfloat16"]
+    is_true = difference is not None and difference <= DIFFERENCE_AT_MOST
     pays = is_true and all(_pays(one, batch_sizes) for one in passes)
     speeds = found["bfloat16" if pays else "float32"]
     largest = next(size for size in batch_sizes if speeds[size] >= _FULL_SPEED * max(speeds.values()))

@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 
 from tl_keras.errors import UserError
-from tl_keras.serving.errors import RequestError, invalid, not_found
+from tl_keras.serving.errors import RequestError, forget, hide_folders, invalid, not_found
 
+_MOST_RETRIES, _RETRY_SECONDS = 5, 60.0
 START, LOADING, AVAILABLE, UNLOADING, END = "START", "LOADING", "AVAILABLE", "UNLOADING", "END"
 
 
@@ -48,6 +49,16 @@ class Version:
         self.served: Any = None
         self.stamp = _stamp(path)
         self.users = 0
+        self.retries, self.retry_at = 0, 0.0
+
+    def has_failed(self, path: Path) -> bool:
+        """Whether loading failed and the folder has not changed since.
+
+        Temporary failures are possible, so a few retries are allowed, as in TF Serving (`max_num_load_retries`).
+        """
+        if self.state != END or not self.error or self.path != path or self.stamp != _stamp(path):
+            return False
+        return self.retries >= _MOST_RETRIES or time.monotonic() < self.retry_at
 
 
 class Models:
@@ -75,6 +86,7 @@ class Models:
         self._roots = [root.resolve() for root in roots]
         self._entries: dict[str, ModelEntry] = {}
         self._versions: dict[str, dict[int, Version]] = {}
+        self._failed: dict[tuple[str, int], Version] = {}  # replacements that could not be loaded
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         self._polling = threading.Lock()
@@ -140,10 +152,28 @@ class Models:
                 version.users -= 1
                 self._left.notify_all()
 
-    def is_available(self, name: str) -> bool:
-        """Whether a model has a version that answers."""
+    def find_missing(self) -> str:
+        """Returns why requests cannot be answered; empty if every model has a loaded version."""
         with self._lock:
-            return any(one.state == AVAILABLE for one in self._versions.get(name, {}).values())
+            missing = [name for name in self.names if not self._is_available(name)]
+            if missing:
+                return f"no version of {', '.join(missing)}"
+            return "" if self._entries else "no model"
+
+    def check_loaded(self, entries: Sequence[ModelEntry]) -> None:
+        """Checks that each model is served from its configured folder.
+
+        Raises:
+            RequestError: a model is not, with the reason.
+        """
+        with self._lock:
+            for entry in entries:
+                versions = self._versions.get(entry.name, {}).values()
+                if any(one.state == AVAILABLE and one.path.parent == entry.base_path for one in versions):
+                    continue
+                failed = [one for one in (*self._failed.values(), *versions) if one.model == entry.name and one.error]
+                reason = f": {failed[0].error}" if failed else ""
+                raise not_found(f"Servable not found for request: Latest({entry.name}){reason}")
 
     def has(self, name: str) -> bool:
         """Whether a model is to be served."""
@@ -189,12 +219,14 @@ class Models:
             raise not_found(f"Servable not found for request: {wanted}")
         return max(available, key=lambda one: one.number)
 
+    def _is_available(self, name: str) -> bool:
+        return any(one.state == AVAILABLE for one in self._versions.get(name, {}).values())
+
     def _check_path(self, name: str, path: Path) -> None:
         """Raises: RequestError: it lies outside of what may be served, links followed."""
         resolved = path.resolve()
         if not any(root == resolved or root in resolved.parents for root in self._roots):
-            roots = ", ".join(map(str, self._roots))
-            raise invalid(f"model {name}: base_path {path} is outside of what may be served: {roots}")
+            raise invalid(f"model {name}: base_path {path} is outside of what may be served")
 
     def _update(self, name: str, entry: ModelEntry | None) -> None:
         try:
@@ -206,11 +238,13 @@ class Models:
             versions = self._versions.setdefault(name, {})
         for number, path in sorted(wanted.items()):
             known = versions.get(number)
-            has_failed = known is not None and known.error and known.stamp == _stamp(path)
-            if known is None or known.path != path or (known.state == END and not has_failed):
-                self._load_version(name, number, path)
-                if known is not None:  # the same number in another folder
-                    self._unload(known)
+            if known is None or known.state != AVAILABLE:
+                if known is None or not known.has_failed(path):
+                    self._load_version(name, number, path)
+            elif known.path != path or known.stamp != _stamp(path):
+                self._replace_version(known, path)
+            else:
+                self._failed.pop((name, number), None)
         loaded = any(versions[number].state == AVAILABLE for number in wanted if number in versions)
         for number, version in list(versions.items()):
             # a version that is replaced stays until what replaces it is there; one whose folder is gone does not
@@ -220,19 +254,50 @@ class Models:
                 self._show(f"unloaded {name}/{number}")
 
     def _load_version(self, name: str, number: int, path: Path) -> None:
-        version = Version(name, number, path)
+        """Loads a version that is not loaded yet."""
+        version, known = Version(name, number, path), self._versions[name].get(number)
+        if known is not None and known.error and known.path == path and known.stamp == version.stamp:
+            version.retries = known.retries + 1
         with self._lock:
             self._versions[name][number] = version
+        self._load_into(version)
+
+    def _replace_version(self, known: Version, path: Path) -> None:
+        """Loads a version number again, from another folder or because its files changed.
+
+        The old version answers until the new one is loaded, and stays if loading fails.
+        """
+        key = (known.model, known.number)
+        earlier = self._failed.get(key)
+        if earlier is not None and earlier.has_failed(path):
+            return
+        version = Version(known.model, known.number, path)
+        if earlier is not None and earlier.path == path and earlier.stamp == version.stamp:
+            version.retries = earlier.retries + 1
+        self._load_into(version)
+        if version.state != AVAILABLE:
+            self._failed[key] = version
+            return
+        self._failed.pop(key, None)
+        with self._lock:
+            self._versions[known.model][known.number] = version
+        self._unload(known)
+
+    def _load_into(self, version: Version) -> None:
+        name, number = version.model, version.number
+        with self._lock:
             version.state = LOADING
         self._show(f"loading {name}/{number}")
         start = time.monotonic()
         try:
-            self._check_path(name, path)
-            version.served = self._load(name, number, path)
+            self._check_path(name, version.path)
+            version.served = self._load(name, number, version.path)
         except Exception as error:  # a damaged model makes TensorFlow raise whatever it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            forget(error)
             with self._lock:
-                version.state, version.error = END, reason
+                version.state, version.error = END, _hide_paths(reason, version)
+                version.retry_at = time.monotonic() + _RETRY_SECONDS
             self._show(f"{name}/{number} can't be loaded: {reason}")
             return
         with self._lock:
@@ -293,10 +358,26 @@ def _choose_versions(entry: ModelEntry) -> dict[int, Path]:
     return {number: found[number] for number in {*kept, *entry.labels.values()} if number in found}
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Changes where a version folder was written anew; not every file system counts time finely."""
-    try:
-        found = (path / "saved_model.pb").stat()
-    except OSError:
-        return 0, 0, 0
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _stamp(path: Path) -> tuple[int, int, int, int]:
+    """Summarizes the files of a version folder. The value changes if any file is added, grows or is rewritten.
+
+    A copy in place may write the model first and the other files seconds later. Sizes and inodes are included because
+    some file systems have coarse timestamps.
+    """
+    newest = count = size = inodes = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                found = os.stat(os.path.join(folder, name))
+            except OSError:
+                continue
+            newest, count, size = max(newest, found.st_mtime_ns), count + 1, size + found.st_size
+            inodes += found.st_ino
+    return newest, count, size, inodes
+
+
+def _hide_paths(reason: str, version: Version) -> str:
+    """Removes folder names from an error message for clients. The screen shows the full message."""
+    for folder in (version.path, version.path.resolve()):
+        reason = reason.replace(str(folder), f"{version.model}/{version.number}")
+    return hide_folders(reason)

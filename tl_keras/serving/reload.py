@@ -11,12 +11,14 @@ from tl_keras.errors import UserError
 from tl_keras.serving.errors import RequestError, invalid
 from tl_keras.serving.models import ModelEntry
 
+_PLATFORM = "tensorflow"
+
 
 def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[ModelEntry]:
     """The models of a list.
 
     Raises:
-        RequestError: it is no list, or an entry has no name or folder.
+        RequestError: it is no list, or an entry has no name, no folder or another platform.
     """
     if config.WhichOneof("config") != "model_config_list":
         raise invalid(
@@ -27,11 +29,21 @@ def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[Model
     for one in config.model_config_list.config:
         if not one.name or not one.base_path:
             raise invalid("a model's config needs name and base_path")
+        _check_platform(one)
         policy = one.model_version_policy.WhichOneof("policy_choice")
         versions = tuple(one.model_version_policy.specific.versions) if policy == "specific" else ()
         latest = 0 if policy == "all" else one.model_version_policy.latest.num_versions or 1
         entries.append(ModelEntry(one.name, Path(one.base_path), versions, latest, dict(one.version_labels)))
     return entries
+
+
+def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
+    """Raises: RequestError: the platform is not TensorFlow."""
+    if config.model_platform not in {"", _PLATFORM} or config.model_type == model_server_config_pb2.OTHER:
+        platform = config.model_platform or "OTHER"
+        raise invalid(
+            f'model {config.name} requests unsupported platform {platform}: model_platform must be "{_PLATFORM}"'
+        )
 
 
 def read_config_file(path: Path) -> list[ModelEntry]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import importlib.resources
 import json
 import re
 import time
 import urllib.parse
-import zlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -21,20 +19,20 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from tensorflow_serving.apis import get_model_metadata_pb2
 
 from tl_keras.serving import calls
-from tl_keras.serving.errors import RequestError, invalid
+from tl_keras.serving.bodies import Held, TooLargeError, read_body
+from tl_keras.serving.errors import RequestError, expired, forget, hide_folders, invalid
 from tl_keras.serving.graphs import DEFAULT_SIGNATURE, IMAGE_INPUT, as_strings, find_signature
-from tl_keras.serving.json_tensors import (
-    format_classes,
-    format_predictions,
-    parse_examples,
-    parse_json,
-    parse_predict,
-)
+from tl_keras.serving.json_answers import format_classes, format_predictions
+from tl_keras.serving.json_examples import parse_examples
+from tl_keras.serving.json_tensors import Document, parse_json, parse_predict
 from tl_keras.serving.metrics import CONTENT_TYPE, PATH, Metrics
 from tl_keras.serving.models import Models, Version
+from tl_keras.serving.origins import OriginCheck
+from tl_keras.serving.workers import Workers
 
 # as TF Serving matches them, in http_rest_api_util.cc
 _PREDICTION = re.compile(
@@ -44,21 +42,24 @@ _STATUS = re.compile(
     r"/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?", re.IGNORECASE
 )
 _LARGEST_VERSION = 2**63 - 1
-_CORS = {  # http_rest_api_util.cc, AddCORSHeaders
-    "Access-Control-Allow-Origin": "*",
-    "Access-Control-Allow-Methods": "POST, GET",
-    "Access-Control-Allow-Headers": "Content-Type",
-}
-_METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
 )
 _TOO_LARGE, _GONE = 413, 499
-_LARGE_BYTES = 1 << 20  # of a body: JSON of that size takes milliseconds
-_ZLIB_GZIP = 31  # wbits: with gzip's header
+_GRACE_SECONDS = 0.5  # after the deadline, so that the step in progress can report it first
+_WRITTEN_BYTES = 16  # approximate size of one value in an answer
 
 
-def build_app(models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget) -> Starlette:
+def build_app(
+    models: Models,
+    metrics: Metrics,
+    limits: calls.Limits,
+    budget: calls.Budget,
+    *,
+    workers: Workers,
+    host: str,
+    cors: Sequence[str] = (),
+) -> OriginCheck:
     """The ASGI application.
 
     Args:
@@ -66,17 +67,22 @@ def build_app(models: Models, metrics: Metrics, limits: calls.Limits, budget: ca
         metrics: counts requests.
         limits: what one request may cost.
         budget: what all may hold.
+        workers: threads that parse requests and format answers.
+        host: address that the server listens on.
+        cors: origins of other web pages that may use the server.
     """
-    api = _Api(models, metrics, limits, budget)
-    return Starlette(
+    api = _Api(models, metrics, limits, budget, workers)
+    app = Starlette(
         routes=[
             Route("/", _show_page, methods=["GET"]),
             Route("/healthz", api.tell_health, methods=["GET"]),
+            Route("/livez", api.tell_life, methods=["GET"]),
             Route("/models", api.list_models, methods=["GET"]),
             Route(PATH, api.show_metrics, methods=["GET"]),
-            Route("/{path:path}", api.answer, methods=_METHODS),
         ]
     )
+    app.router.default = api.answer_any  # a route pattern would not match line breaks
+    return OriginCheck(app, host=host, allowed=cors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,65 +94,71 @@ class _Call:
     body: bytes
     limits: calls.Limits
     deadline: float
+    workers: Workers
 
-    async def work(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs what takes long for a large body in a thread: the event loop has others to serve."""
-        if len(self.body) < _LARGE_BYTES:
-            return function(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+    async def read(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Runs a function on the body, beside the event loop if the body is large."""
+        return await self.workers.run(len(self.body), function, *arguments, **named)
 
+    async def read_document(self) -> Document:
+        """Reads the JSON object in the body.
 
-class _Held:
-    """What one request holds of the budget."""
-
-    def __init__(self, budget: calls.Budget) -> None:
-        self._budget, self._size = budget, 0
-
-    def take(self, size: int) -> None:
-        """Takes more."""
-        self._budget.take(size)
-        self._size += size
-
-    def give_back(self) -> None:
-        """Gives all of it back."""
-        self._budget.give_back(self._size)
-        self._size = 0
-
-
-class _TooLargeError(Exception):
-    """A body above the limit."""
+        Raises:
+            RequestError: the body is not a JSON object.
+        """
+        try:
+            document: Document = await self.read(parse_json, self.body)
+        except RequestError as error:
+            if "multipart/" not in self.request.headers.get("content-type", "").lower():
+                raise
+            raise invalid(
+                "JSON Parse error: the body is a multipart form. Send the image itself as the body with Content-Type: "
+                'image/jpeg (curl --data-binary @photo.jpg), or JSON: {"instances": [{"b64": "..."}]}'
+            ) from error
+        return document
 
 
 class _Api:
     """TF Serving's addresses."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget) -> None:
+    def __init__(
+        self, models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget, workers: Workers
+    ) -> None:
         self._models, self._metrics, self._limits, self._budget = models, metrics, limits, budget
+        self._workers = workers
+
+    async def answer_any(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles all other addresses."""
+        if scope["type"] == "http":
+            response = await self.answer(Request(scope, receive, send))
+            await response(scope, receive, send)
 
     async def answer(self, request: Request) -> Response:
         """Any address under /v1/."""
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
         if not path.lower().startswith("/v1/"):
             return _fail(404, f"nothing is here: {path}. The API is under /v1/models/NAME, a page for people under /")
-        if request.method == "OPTIONS":
-            return Response(status_code=200, headers=_CORS)
         try:
             if request.method == "POST" and (match := _PREDICTION.fullmatch(path)):
                 return await self._post(request, *match.groups())
-            if request.method in {"GET", "HEAD"} and (match := _STATUS.fullmatch(path)):
+            if request.method == "GET" and (match := _STATUS.fullmatch(path)):
                 return self._get(*match.groups())
         except RequestError as error:
+            forget(error)
             return _fail(error.http_status, error.message)
-        except RecursionError:
-            return _fail(400, "JSON Parse error: nested too deeply")
         except Exception as error:  # a fault of ours is no reason to answer in another format
-            return _fail(500, f"internal error: {type(error).__name__}: {error}")
+            forget(error)
+            return _fail(500, f"internal error: {type(error).__name__}: {hide_folders(str(error))}")
         return _fail(400, f"Malformed request: {request.method} {path}")
 
     async def tell_health(self, _: Request) -> Response:
-        """Whether every model has a version that answers."""
-        missing = [name for name in self._models.names if not self._models.is_available(name)]
-        return Response(f"no version of {', '.join(missing)}\n" if missing else "ok\n", 503 if missing else 200)
+        """Readiness: whether every model has a loaded version."""
+        reason = self._models.find_missing()
+        return Response(f"{reason or 'ok'}\n", 503 if reason else 200)
+
+    async def tell_life(self, _: Request) -> Response:
+        """Liveness: the process answers, whatever is loaded."""
+        return Response("ok\n")
 
     async def list_models(self, request: Request) -> Response:
         """What the page shows: TF Serving has no such list."""
@@ -168,18 +180,20 @@ class _Api:
 
     async def _post(self, request: Request, model: str, version: str, label: str, verb: str) -> Response:
         start, name, code = time.perf_counter(), _decode(model), grpc.StatusCode.INTERNAL.name
-        deadline, held = self._limits.deadline(), _Held(self._budget)
+        deadline, held = self._limits.deadline(), Held(self._budget)
         try:
-            body = await _read_body(request, self._limits, held)
+            body = await read_body(request, self._limits, held, self._workers, deadline)
             with self._models.use(name, number=_number(version), label=_decode(label)) as (_, served):
-                call = _Call(served, request, body, self._limits, deadline)
-                answer = await _answer_unless_gone(request, _VERBS[verb.lower()](call))
+                call = _Call(served, request, body, self._limits, deadline, self._workers)
+                answer = await _answer_unless_gone(request, _VERBS[verb.lower()](call), deadline)
             code = "OK"
-            return Response(answer, media_type="application/json", headers=_CORS)
-        except _TooLargeError as error:
+            return Response(answer, media_type="application/json")
+        except TooLargeError as error:
+            forget(error)
             code = grpc.StatusCode.RESOURCE_EXHAUSTED.name
             return _fail(_TOO_LARGE, str(error))
-        except ClientDisconnect:
+        except ClientDisconnect as error:
+            forget(error)
             code = grpc.StatusCode.CANCELLED.name
             return Response(status_code=_GONE)
         except RequestError as error:
@@ -211,28 +225,30 @@ async def _predict(call: _Call) -> bytes:
     if call.request.headers.get("content-type", "").lower().startswith("image/"):
         name, inputs, by_row = DEFAULT_SIGNATURE, {IMAGE_INPUT: as_strings([call.body])}, True
     else:
-        document = await call.work(parse_json, call.body)
-        name = document.get("signature_name", "")
+        document = await call.read_document()
+        name = document.signature_name
         signature = find_signature(call.served.graph, name)[1]
-        inputs, by_row = await call.work(parse_predict, document, signature)
+        inputs, by_row = await call.read(
+            parse_predict, document, signature, most_rows=call.limits.images, deadline=call.deadline
+        )
     outputs = await calls.predict(call.served, name, inputs, limits=call.limits, deadline=call.deadline)
-    return bytes(await call.work(functools.partial(format_predictions, outputs, by_row=by_row)))
+    size = max(len(call.body), _WRITTEN_BYTES * sum(array.size for array in outputs.values()))
+    return await call.workers.run(size, format_predictions, outputs, by_row=by_row, deadline=call.deadline)
 
 
 async def _classify(call: _Call) -> bytes:
-    document = await call.work(parse_json, call.body)
-    examples, context = await call.work(parse_examples, document)
-    call.limits.check_rows(len(examples))
+    document = await call.read_document()
+    examples, context = await call.read(parse_examples, document, most_rows=call.limits.images, deadline=call.deadline)
     call.limits.check_bytes(len(context) * len(examples))
-    merged = [example + context for example in examples]
-    name = document.get("signature_name", "")
+    name = document.signature_name
+    merged = calls.merge(context, examples)
     return format_classes(*await calls.classify(call.served, name, merged, limits=call.limits, deadline=call.deadline))
 
 
 async def _regress(call: _Call) -> bytes:
-    document = await call.work(parse_json, call.body)
-    await call.work(parse_examples, document)
-    await calls.regress(call.served, document.get("signature_name", ""))
+    document = await call.read_document()
+    await call.read(parse_examples, document, most_rows=call.limits.images, deadline=call.deadline)
+    await calls.regress(call.served, document.signature_name)
     return b""
 
 
@@ -243,67 +259,33 @@ _VERBS: dict[str, Callable[[_Call], Coroutine[Any, Any, bytes]]] = {
 }
 
 
-async def _answer_unless_gone(request: Request, work: Coroutine[Any, Any, bytes]) -> bytes:
-    """The answer, unless the client hangs up first: then nothing more is done for it.
+async def _answer_unless_gone(request: Request, work: Coroutine[Any, Any, bytes], deadline: float) -> bytes:
+    """Waits for the answer; stops the work if the client disconnects or the deadline passes.
 
     Raises:
-        ClientDisconnect: it did.
+        ClientDisconnect: the client disconnected.
+        RequestError: the deadline passed, or the request cannot be answered.
     """
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_wait_until_gone(request))
+    done = set[Any]()
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        seconds = max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS
+        done, _ = await asyncio.wait({answering, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise expired("the request was answered")
         if not answering.done():
             raise ClientDisconnect
         return answering.result()
     finally:
         answering.cancel()
         leaving.cancel()
+        # breaks the reference cycle of task, error, traceback and frame, which would keep the body in memory
+        del answering, leaving, done
 
 
 async def _wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _read_body(request: Request, limits: calls.Limits, held: _Held) -> bytes:
-    """The body, if it is not too large and comes in time; one that was sent by gzip as it was before.
-
-    Raises:
-        _TooLargeError: it is.
-        RequestError: it does not.
-    """
-    declared = request.headers.get("content-length", "")
-    message = f"the request's body is larger than this server takes ({limits.request_bytes} bytes)"
-    if declared.isdecimal() and (
-        len(declared) > len(str(limits.request_bytes)) or int(declared) > limits.request_bytes
-    ):
-        raise _TooLargeError(message)
-
-    async def read() -> bytes:
-        chunks, size = list[bytes](), 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limits.request_bytes:
-                raise _TooLargeError(message)
-            held.take(len(chunk))
-            chunks.append(chunk)
-        return b"".join(chunks)
-
-    try:
-        body = await asyncio.wait_for(read(), limits.seconds)
-    except asyncio.TimeoutError as error:
-        raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's body did not come in time") from error
-    if request.headers.get("content-encoding", "").lower() != "gzip":
-        return body
-    inflate = zlib.decompressobj(_ZLIB_GZIP)
-    try:
-        inflated = inflate.decompress(body, limits.request_bytes)
-    except zlib.error as error:
-        raise invalid(f"Failed to uncompress the gzipped body: {error}") from error
-    if inflate.unconsumed_tail:
-        raise _TooLargeError(message)
-    held.take(len(inflated))
-    return inflated
 
 
 async def _show_page(_: Request) -> Response:
@@ -331,10 +313,10 @@ def _as_dict(message: Any, *, preserving_proto_field_name: bool = True) -> dict[
 
 
 def _json(value: Any) -> Response:
-    return Response(json.dumps(value, indent=1, ensure_ascii=False), media_type="application/json", headers=_CORS)
+    return Response(json.dumps(value, indent=1, ensure_ascii=False), media_type="application/json")
 
 
 def _fail(status: int, message: str) -> Response:
     """An error in TF Serving's format; who sends a body that is not read is hung up on."""
-    headers = _CORS | ({"Connection": "close"} if status in {_TOO_LARGE, 404} else {})
+    headers = {"Connection": "close"} if status == _TOO_LARGE else {}
     return Response(json.dumps({"error": message}), status, media_type="application/json", headers=headers)

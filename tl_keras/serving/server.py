@@ -32,6 +32,8 @@ from tl_keras.serving.metrics import Metrics
 from tl_keras.serving.models import AVAILABLE, ModelEntry, Models, Version
 from tl_keras.serving.protocol import BoundedProtocol
 from tl_keras.serving.rest import build_app
+from tl_keras.serving.stderr import drop_decoder_lines
+from tl_keras.serving.workers import Workers, trim_memory
 
 _POLL_SECONDS = 1.0  # as TF Serving's --file_system_poll_wait_seconds
 _SPARE_SECONDS = 5.0  # beyond the time that a request may take, at the end
@@ -49,11 +51,13 @@ class Address:
         host: a name or number.
         port: of REST; 0: any that is free.
         grpc_port: of gRPC; 0: any that is free.
+        cors: origins of other web pages that may use REST; `*` for any.
     """
 
     host: str
     port: int
     grpc_port: int
+    cors: tuple[str, ...] = ()
 
 
 def serve(
@@ -120,8 +124,9 @@ def serve(
         models.configure(entries, check_labels=False)
     except RequestError as error:
         raise UserError(f"these models can't be served: {error.message}. Check names and paths.") from error
-    with _listen(address.host, address.port, "port") as listening:
-        with _listen(address.host, address.grpc_port, "grpc_port"):
+    # The socket listens once models are loaded. Until then connections are refused instead of left waiting.
+    with _bind(address.host, address.port, "port") as bound:
+        with _bind(address.host, address.grpc_port, "grpc_port"):
             pass  # it is free: gRPC binds it itself, once models are loaded
         # What is imported stays: else Python's collector looks at all of it again now and then, and every request of
         # that half second waits. What models leave behind is collected once, and later as usual.
@@ -129,7 +134,9 @@ def serve(
         models.poll()
         _check_loaded(models, entries)
         gc.collect()
-        return _run_loop(_run(models, listening, address, limits, show))
+        trim_memory()
+        with drop_decoder_lines():
+            return _run_loop(_run(models, bound, address, limits, show))
 
 
 def _run_loop(work: Coroutine[Any, Any, bool]) -> bool:
@@ -142,13 +149,14 @@ def _run_loop(work: Coroutine[Any, Any, bool]) -> bool:
 
 
 async def _run(
-    models: Models, listening: socket.socket, address: Address, limits: calls.Limits, show: Callable[[str], None]
+    models: Models, bound: socket.socket, address: Address, limits: calls.Limits, show: Callable[[str], None]
 ) -> bool:
+    workers = Workers()
     metrics, budget = Metrics(functools.partial(_count_queued, models), is_served=models.has), calls.Budget(limits)
     drain_seconds = limits.seconds + _SPARE_SECONDS
     rest = _Server(
         uvicorn.Config(
-            build_app(models, metrics, limits, budget),
+            build_app(models, metrics, limits, budget, workers=workers, host=address.host, cors=address.cors),
             http=BoundedProtocol,
             ws="none",
             log_level="critical",
@@ -159,17 +167,19 @@ async def _run(
             server_header=False,
         )
     )
-    grpc_server = grpc_api.build_server(models, metrics, limits, budget)
+    grpc_server, health = grpc_api.build_server(models, metrics, limits, budget, workers=workers)
     grpc_port = _bind_grpc(grpc_server, address)
+    await health.note()
     await grpc_server.start()
+    _listen(bound, address)
     ending: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, _end, ending, number == signal.SIGINT)
-    watching = asyncio.create_task(_watch(models, show))
-    answering = asyncio.create_task(rest.serve(sockets=[listening]))
+    watching = asyncio.create_task(_watch(models, workers, health, show))
+    answering = asyncio.create_task(rest.serve(sockets=[bound]))
     while not rest.started and not answering.done():
         await asyncio.sleep(0.01)
-    port = listening.getsockname()[1]
+    port = bound.getsockname()[1]
     host = f"[{address.host}]" if ":" in address.host else address.host
     for line in _describe(models, f"http://{host}:{port}", f"{host}:{grpc_port}"):
         show(line)
@@ -182,7 +192,8 @@ async def _run(
     await asyncio.gather(grpc_server.stop(drain_seconds), answering)
     with contextlib.suppress(asyncio.CancelledError):
         await watching
-    await asyncio.get_running_loop().run_in_executor(None, models.close)
+    await workers.load_models(models.close)
+    workers.close()
     return interrupted
 
 
@@ -194,15 +205,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _watch(models: Models, show: Callable[[str], None]) -> None:
+async def _watch(models: Models, workers: Workers, health: grpc_api.Health, show: Callable[[str], None]) -> None:
     """Looks at the disk again and again, in a thread: loading takes seconds."""
-    loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(_POLL_SECONDS)
         try:
-            await loop.run_in_executor(None, models.poll)
+            await workers.load_models(models.poll)
         except Exception as error:  # whatever it is, what is loaded goes on
             show(f"the models' folders can't be looked at: {type(error).__name__}: {error}")
+        await health.note()
 
 
 def _end(ending: asyncio.Future[bool], interrupted: bool) -> None:
@@ -246,23 +257,34 @@ def _count_queued(models: Models) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _listen(host: str, port: int, flag: str) -> Iterator[socket.socket]:
+def _bind(host: str, port: int, flag: str) -> Iterator[socket.socket]:
     """A socket that is bound, so that a port that is taken is found out before models are loaded.
 
     Raises:
         UserError: it is taken, or may not be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, socket.SOCK_STREAM) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, port))
-            listening.listen(_BACKLOG)
+            bound.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"--{flag}={port} can't be listened on at {host}: {error.strerror}. Give another --{flag}, or --host."
-            ) from error
-        yield listening
+            raise _explain_taken(flag, port, host, error) from error
+        yield bound
+
+
+def _listen(bound: socket.socket, address: Address) -> None:
+    """Raises: UserError: another process has taken the port since it was bound."""
+    try:
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        raise _explain_taken("port", address.port, address.host, error) from error
+
+
+def _explain_taken(flag: str, port: int, host: str, error: OSError) -> UserError:
+    return UserError(
+        f"--{flag}={port} can't be listened on at {host}: {error.strerror}. Give another --{flag}, or --host."
+    )
 
 
 def _bind_grpc(server: Any, address: Address) -> int:
