@@ -129,6 +129,15 @@ def test_a_run_that_fails_does_not_cost_the_run_that_it_was_to_replace(finetune,
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "store"]
 
 
+def test_a_run_with_a_failure_keeps_the_run_that_it_was_to_replace(finetune, capsys):
+    first = finetune("first", *NETWORK, *LEARN, "--epochs=2")
+    finetune("run", f"--weights={first}", "--epochs=1")
+    explode = ("--trainable=all", "--optimizer=sgd", "--momentum=0.99", "--backbone_learning_rate=1000", "--epochs=2")
+    run = finetune("run", f"--weights={first}", *explode, "--learning_rate=0.01", "--overwrite", status=1)
+    assert f"the earlier run is kept: {run}.replaced" in capsys.readouterr().out
+    assert (run.with_name("run.replaced") / "classifier").is_dir()
+
+
 def start(*flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "tl_keras.main", "--mode=finetune", "--noreport", *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -158,6 +167,7 @@ def test_a_classifier_is_there_from_the_heads_stage_on(data, tmp_path, finetune,
     assert run_main("--mode=evaluate", f"--classifier={run}", "--noreport", f"--run_dir={tmp_path / 'evaluated'}") == 0
     assert read(tmp_path / "evaluated")["test"]["accuracy"] > 0.5
     assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 0
+    assert (run / "unfinished.json").is_file()  # whoever reads a run does not end it
 
 
 def test_resume_takes_the_settings_of_the_run(data, tmp_path, finetune, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from tl_keras.data.formats import explain_unreadable
 from tl_keras.data.images import decode_batch, explain_broken
 from tl_keras.errors import UserError
 from tl_keras.folded import size_in_bytes  # and makes Keras know the layers there
-from tl_keras.run import disk_errors, read_json, replace_durably, write_atomically
+from tl_keras.run import disk_errors, read_json, replace_folder, write_atomically
 
 TOP_K = 5
 EXAMPLE_FEATURE = "image_bytes"  # of the tf.train.Examples that the signature `classify` takes
@@ -91,15 +92,20 @@ class Classifier:
             "image_size": self.image_size,
             "labels": list(self.labels),
         }
-        with disk_errors(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.network.save(folder / "unfinished.keras")  # Keras insists on the suffix
-            replace_durably(folder / "unfinished.keras", folder / _NETWORK_FILE)
         images = {f"image_{number}": np.frombuffer(sample, np.uint8) for number, sample in enumerate(samples)}
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **{"expected": expected, **images})
-        write_atomically(folder / _SAMPLES_FILE, content.getvalue())
-        write_atomically(folder / _DESCRIPTION_FILE, json.dumps(description, indent=2, ensure_ascii=False).encode())
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        with disk_errors(str(folder)):
+            try:
+                unfinished.mkdir(parents=True, exist_ok=True)
+                self.network.save(unfinished / _NETWORK_FILE)
+                (unfinished / _SAMPLES_FILE).write_bytes(content.getvalue())
+                text = json.dumps(description, indent=2, ensure_ascii=False)
+                (unfinished / _DESCRIPTION_FILE).write_text(text, encoding="utf-8")
+                replace_folder(unfinished, folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class Servable(tf.Module):  # type: ignore[misc]

@@ -166,8 +166,8 @@ class TrainingConfig:
     )
     augment: str = _setting(
         "none",
-        "flip: mirrored images, kept in the store; crop: random crops and mirrors, new each epoch, through the whole "
-        "network",
+        "flip: mirrored images, kept in the store; crop: random crops and mirrors of the resized image, new in each "
+        "epoch, through the whole network",
         _TRAIN,
         choices=("none", "flip", "crop"),
     )
@@ -234,7 +234,11 @@ class EvaluationConfig:
         True, "divide logits by the temperature that fits val, in the exported model too (Guo et al. 2017)", _MAKE
     )
     target_accuracy: float = _setting(
-        0.95, "find the probability above which val is so accurate", _REPORT, minimum=0, maximum=1
+        0.95,
+        "find the confidence threshold that guarantees this accuracy, with 95 % certainty",
+        _REPORT,
+        minimum=0,
+        maximum=1,
     )
     slices: str | None = _setting(
         None, "a CSV of id (or path) and attributes: the same figures for each of their values", _REPORT
@@ -541,7 +545,7 @@ def _continue(earlier: Config, mode: str, given: dict[str, dict[str, Any]]) -> C
                     "own settings: leave the flag out, or start another run."
                 )
     run_dir = given["run"].get("run_dir", earlier.run.run_dir)
-    run = dataclasses.replace(earlier.run, run_dir=run_dir, resume=True, overwrite=bool(given["run"].get("overwrite")))
+    run = dataclasses.replace(earlier.run, run_dir=run_dir, resume=True, overwrite=False)
     return dataclasses.replace(earlier, run=run)
 
 
@@ -789,8 +793,6 @@ def _lies_in(path: str, folder: str) -> bool:
 
 def _check_overwrite(config: Config) -> None:
     """What is read or kept may not lie in what is deleted."""
-    if config.run.overwrite and config.run.resume:
-        raise UserError("--resume continues a run and --overwrite replaces it: give one of them.")
     if not config.run.overwrite or not config.run.run_dir:
         return
     folder = os.path.realpath(config.run.run_dir)

@@ -25,7 +25,7 @@ from tl_keras.errors import UserError
 from tl_keras.run import INTERRUPTED, Result, end_run, find_unfinished, has_ended, read_run_config
 
 _MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
-_NOTHING_LOST = "nothing is lost: the same command continues the run"
+_NOTHING_LOST = "nothing is lost: the same command with --resume continues the run"
 _KEPT = {
     "audit": _NOTHING_LOST,
     "finetune": _NOTHING_LOST,
@@ -134,11 +134,22 @@ def _run(argv: list[str]) -> int:
     try:
         result: Result = mode.run(settings)
         if result.run_dir and result.is_complete:
-            end_run(result.run_dir)
+            _end(result)
         return result.exit_status
     except KeyboardInterrupt:
         print(f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _end(result: Result) -> None:
+    """Marks a run as complete; an earlier run that it replaces is deleted only if nothing went wrong."""
+    for kept in end_run(Path(str(result.run_dir)), keep_replaced=bool(result.exit_status)):
+        print(f"the earlier run is kept: {kept}")
+
+
+def _has_settings(values: flags.FlagValues) -> bool:
+    """Whether more is given than which run is to be resumed."""
+    return any(values[name].present for name in values if name not in {"mode", "resume", "run_dir"})
 
 
 def _read_resumed(values: flags.FlagValues) -> config.Config | None:
@@ -159,6 +170,8 @@ def _read_resumed(values: flags.FlagValues) -> config.Config | None:
         values["run_dir"].value = run_dir
         values["run_dir"].present += 1
     found = read_run_config(os.path.expanduser(run_dir))
+    if not found and not _has_settings(values):
+        raise UserError(f"--resume: {run_dir} holds no run. Check --run_dir, or give the settings of a new run.")
     try:
         return config.from_dict(found) if found else None
     except (AttributeError, KeyError, TypeError) as error:

@@ -22,10 +22,10 @@ def test_weights_and_maps_are_compared_with_what_is_free(monkeypatch, exported, 
     backbone = build_backbone(find_preset("SmallConvNet"), weights="none", image_size=64)
     monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 65_000_000.0)
     if fits:
-        capacity.check_network(backbone, batch_size=32, trained=None, exported=exported)
+        capacity.check_network(backbone, batch_size=32, exported=exported)
         return
     with pytest.raises(UserError) as error:
-        capacity.check_network(backbone, batch_size=32, trained=None, exported=exported)
+        capacity.check_network(backbone, batch_size=32, exported=exported)
     assert "SmallConvNet needs some 0.1 GB of memory here (0.0 GB of weights, which are held several times, and" in str(
         error.value
     )
@@ -37,9 +37,9 @@ def test_weights_and_maps_are_compared_with_what_is_free(monkeypatch, exported, 
 def test_training_takes_the_maps_of_all_layers(monkeypatch):
     backbone = build_backbone(find_preset("SmallConvNet"), weights="none", image_size=64)
     monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 400_000_000.0)
-    capacity.check_network(backbone, batch_size=64, trained=None, exported=False)
+    capacity.check_network(backbone, batch_size=64, exported=False)
     with pytest.raises(UserError, match="or a smaller --batch_size"):
-        capacity.check_network(backbone, batch_size=512, trained=backbone, exported=False)
+        capacity.check_network(backbone, batch_size=64, trained=backbone, training_batch=512, exported=False)
 
 
 def test_nothing_is_computed_for_a_network_that_does_not_fit(colour_folder, tmp_path, monkeypatch, capsys):

@@ -55,6 +55,20 @@ def test_folders_that_look_like_splits_are_no_classes(tmp_path, first, second):
     )
 
 
+def test_splits_are_known_by_most_of_their_classes_through_a_wrapper_and_beside_a_stray_image(tmp_path):
+    for name in ("seg_train", "seg_pred"):
+        write_colour_folder(tmp_path / name / name, each=2)
+    write_image(tmp_path / "seg_pred" / "preview.jpg", make_image(1))
+    shutil.rmtree(tmp_path / "seg_pred" / "seg_pred" / "red")
+    assert "the folders seg_pred, seg_train in " in error_of(load, tmp_path)
+
+
+def test_a_class_with_a_model_beside_its_images_is_a_class(tmp_path, trained):
+    write_colour_folder(tmp_path, each=2)
+    shutil.copytree(trained[1], tmp_path / "blue" / "model" / "1")
+    assert load(tmp_path).class_names == ("blue", "green", "red")
+
+
 def test_classes_whose_subfolders_differ_are_classes(tmp_path):
     for name, inner in (("cats", "2020"), ("dogs", "2021")):
         write_image(tmp_path / name / inner / "1.jpg", make_image(1))
@@ -188,17 +202,18 @@ def png16(values: np.ndarray) -> bytes:
     return tf.io.encode_png(values[..., np.newaxis].astype(np.uint16)).numpy()
 
 
-def test_sixteen_bits_of_which_the_lower_eight_alone_vary_are_told():
+def test_sixteen_bits_of_which_few_are_used_are_told():
     check, random = DepthCheck(), np.random.default_rng(0)
     for number in range(5):
         check.look(png16(random.integers(0, 256, (8, 8))))
+        check.look(png16(random.integers(0, 4096, (8, 8))))
         check.look(png16(random.integers(0, 65536, (8, 8))))
         check.look(write_image_bytes(number))
         check.look(png16(np.zeros((8, 8))))
     check.look(b"\x89PNG\r\n\x1a\n" + b"\0" * 16 + b"\x10")
     assert check.notes() == [
-        "warning: 5 of 15 images with 16 bits a channel that were looked at vary in the lower 8 bits only. The upper 8 "
-        "are used, so that these images are blank: convert them to 8 bits"
+        "warning: 10 of 20 images with 16 bits a channel that were looked at use less than an eighth of the range. The "
+        "upper 8 bits are kept, so that these images are black or nearly so: rescale them, or convert them to 8 bits"
     ]
 
 

@@ -129,10 +129,10 @@ def test_lines_for_the_screen(folder):
     assert describe_evaluation(found) == [
         f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
         f"most often wrong on test: {NAMES[2]} taken for {NAMES[0]} (1)",
-        "no confidence threshold guarantees an accuracy of 90 %: val has 2 images, and that takes 47 or more",
+        "no confidence threshold guarantees an accuracy of 90 %: val has 2 images, and at least 47 are needed",
     ]
     found["calibration"] = {"temperature": 1.0, "supported": False, "before": {}}
-    assert describe_evaluation(found)[0] == "calibration: none, because val has too few images to fit a temperature on"
+    assert describe_evaluation(found)[0] == "calibration: none; val does not determine a temperature"
     del found["reject"]["val_images_needed"]
     assert describe_evaluation(found)[-1] == "no confidence threshold on val guarantees an accuracy of 90 %"
     found["reject"] |= {"threshold": 0.6, "test": measure_threshold(PROBABILITIES["test"], np.array([1, 0, 2]), 0.6)}

@@ -10,10 +10,10 @@ import numpy as np
 from tl_keras.errors import UserError
 from tl_keras.run import free_memory_bytes
 
-# Copies of the weights that are held at once, measured on MobileNetV2 (alpha 1 to 9) and ResNet50: Keras's own, the
-# graph and its constants in Python and in C++, what oneDNN packs; with an export the same once more, and the process
-# that checks it.
-_COPIES, _COPIES_EXPORTED = 10, 20
+# Copies of the weights that are held at once, measured on MobileNetV2 (alpha 1 to 9), ResNet50 and VGG16: Keras's own,
+# the graph and its constants in Python and in C++, what oneDNN packs; with an export the same once more, and the
+# process that checks it.
+_COPIES, _COPIES_EXPORTED = 11, 28
 _MAPS = 3.5  # of the largest feature map that are held at once in a batch: an operation's input, output and workspace
 _TRAINED_MAPS = 2.0  # of all feature maps in training: values and gradients
 _FLOAT_BYTES = 4
@@ -21,7 +21,7 @@ _WIDEST_PARAMETERS = 3_300_000  # of the networks with --backbone_kwargs=alpha, 
 
 
 def check_width(name: str, kwargs: Mapping[str, float | int | bool]) -> None:
-    """Compares the weights of a widened network with the free memory, before Keras allocates them.
+    """Checks that the weights of a widened network fit in the free memory, before Keras allocates them.
 
     Raises:
         UserError: they do not fit.
@@ -36,14 +36,22 @@ def check_width(name: str, kwargs: Mapping[str, float | int | bool]) -> None:
         )
 
 
-def check_network(backbone: keras.Model, *, batch_size: int, trained: keras.Model | None, exported: bool) -> None:
-    """Compares what a network will take with the free memory, before anything is computed.
+def check_network(
+    backbone: keras.Model,
+    *,
+    batch_size: int,
+    exported: bool,
+    trained: keras.Model | None = None,
+    training_batch: int = 0,
+) -> None:
+    """Checks that a network fits in the free memory, before anything is computed.
 
     Args:
         backbone: images `(batch, h, w, 3)` → embeddings; its weights are in memory already.
         batch_size: images at once where the backbone is frozen.
-        trained: the part that is trained, with its training batch as large as `batch_size`; None: nothing of it is.
         exported: whether the classifier is exported in the end.
+        trained: the part that is trained; None: nothing of it is.
+        training_batch: images at once where it is trained.
 
     Raises:
         UserError: it will not fit.
@@ -52,7 +60,7 @@ def check_network(backbone: keras.Model, *, batch_size: int, trained: keras.Mode
     maps = _map_bytes(backbone)
     need = weights * ((_COPIES_EXPORTED if exported else _COPIES) - 1) + batch_size * max(maps, default=0) * _MAPS
     if trained is not None:
-        need += batch_size * sum(_map_bytes(trained)) * _TRAINED_MAPS
+        need += training_batch * sum(_map_bytes(trained)) * _TRAINED_MAPS
     free = free_memory_bytes()
     if need > free:
         ways = "Choose a smaller --backbone or --image_size"

@@ -47,7 +47,7 @@ class Table:
         numbers = range(len(self.rows))
         given = [one_spelling(self.cell(row, "id")) for row in numbers]
         if not any(given) and "path" in self.names:
-            return [one_spelling(posixpath.normpath(path)) if (path := self.file(row)) else "" for row in numbers]
+            return [one_spelling(posixpath.normpath(path)) if (path := self._path(row)) else "" for row in numbers]
         lines: dict[str, int] = {}
         for row, one in enumerate(given):
             line = self.rows[row][0]
@@ -66,8 +66,12 @@ class Table:
         return given
 
     def file(self, row: int) -> str:
-        """The cell `path`; `~` is the home folder, and Windows' separators are turned unless a file's name has them."""
-        path = os.path.expanduser(self.cell(row, "path"))
+        """The file that the cell `path` names; `~` is the home folder."""
+        return os.path.expanduser(self._path(row))
+
+    def _path(self, row: int) -> str:
+        """The cell `path`; with Windows' separators turned unless a file's name has them."""
+        path = self.cell(row, "path")
         if "\\" not in path or os.path.exists(self.path.parent / path):
             return path
         return path.replace("\\", "/")

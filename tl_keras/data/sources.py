@@ -30,6 +30,7 @@ _OF_SYSTEMS = frozenset(
     + ("system volume information", "lost+found", "thumbs.db", "desktop.ini", "__pycache__")
 )
 _NOTHING = frozenset(("nan", "none", "null", "n/a", "na", "unknown", "unlabelled", "unlabeled"))
+_STRAY_IMAGES = 2  # in a folder of folders: a preview, a picture of the label
 _READERS = 4
 _READ_AHEAD = 64
 _NAMED = 5
@@ -187,21 +188,27 @@ def _check_no_splits(root: Path, folders: Sequence[Path]) -> None:
     """Finds folders that hold the same classes, and are therefore no classes themselves.
 
     Raises:
-        UserError: two folders or more have no image of their own, but subfolders of the same names.
+        UserError: there are two folders or more; all hold folders instead of images, mostly of the same names.
     """
-    inner = {folder.name: {path.name for path in _subfolders(folder)} for folder in folders}
+    inner = {folder.name: _list_inner(folder) for folder in folders}
     inner = {name: found for name, found in inner.items() if found}
-    names = list(inner.values())
-    if len(names) < 2 or any(found != names[0] for found in names[1:]):
+    if len(inner) < 2 or any(_count_images(folder) > _STRAY_IMAGES for folder in folders):
         return
-    if any(path.suffix.lower() in _SUFFIXES for folder in folders for path in _children(folder)):
+    first, *others = ({name.casefold() for name in found} for found in inner.values())
+    if any(2 * len(first & found) < max(2, min(len(first), len(found))) for found in others):
         return
-    shown = ", ".join(sorted(inner)[:_NAMED])
+    shown, classes = ", ".join(sorted(inner)[:_NAMED]), ", ".join(sorted(next(iter(inner.values())))[:_NAMED])
     raise UserError(
-        f"the folders {shown} in {root} all hold the same folders ({', '.join(sorted(names[0])[:_NAMED])}), as splits "
-        "do. If they are splits, rename them train, val and test. If they are classes, list the images with "
-        "--dataset=csv:PATH."
+        f"the folders {shown} in {root} all hold the same folders ({classes}), as splits do. If they are splits, "
+        "rename them train, val and test. If they are classes, list the images with --dataset=csv:PATH."
     )
+
+
+def _list_inner(folder: Path) -> list[str]:
+    """Names of a folder's subfolders; if there is only one that holds folders, of the folders in that."""
+    found = _subfolders(folder)
+    deeper = _subfolders(found[0]) if len(found) == 1 else []
+    return [path.name for path in deeper or found]
 
 
 def _check_not_wrapped(root: Path, name: str) -> None:
@@ -218,7 +225,7 @@ def _describe_flat(by_split: Mapping[str, Path]) -> tuple[str, ...]:
     """Images of a split that lie in no class folder, as in data sets whose test labels are secret."""
     notes = []
     for folder in sorted(by_split.values()):
-        count = sum(path.suffix.lower() in _SUFFIXES for path in _children(folder))
+        count = _count_images(folder)
         if count:
             notes.append(
                 f"warning: {count:,} images in {folder} lie in no class folder, and are left out: they have no label. "
@@ -407,7 +414,12 @@ def _subfolders(folder: Path) -> list[Path]:
 def _holds_ours(folder: Path) -> bool:
     """Whether a folder holds nothing but runs, or exported models and their versions."""
     inner = [path for path in _children(folder) if os.path.isdir(path)]
-    return _is_ours(folder) or (bool(inner) and all(map(_holds_ours, inner)))
+    return _is_ours(folder) or (bool(inner) and not _count_images(folder) and all(map(_holds_ours, inner)))
+
+
+def _count_images(folder: Path) -> int:
+    """Images that lie directly in a folder."""
+    return sum(path.suffix.lower() in _SUFFIXES for path in _children(folder))
 
 
 def _children(folder: Path) -> list[Path]:

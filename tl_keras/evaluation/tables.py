@@ -121,7 +121,7 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
             f"→ {figures['ece']:.3f}"
         )
     if calibration and not calibration.get("supported", True):
-        lines.append("calibration: none, because val has too few images to fit a temperature on")
+        lines.append("calibration: none; val does not determine a temperature")
     if figures["most_confused"]:
         pairs = figures["most_confused"][:_PAIRS_SHOWN]
         told = ", ".join(f"{one['label']} taken for {one['predicted']} ({one['count']})" for one in pairs)
@@ -197,7 +197,7 @@ def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> 
         if needed:
             return [
                 f"no confidence threshold guarantees an accuracy of {target}: val has {reject['val_images']:,} images, "
-                f"and that takes {needed:,} or more"
+                f"and at least {needed:,} are needed"
             ]
         return [f"no confidence threshold on val guarantees an accuracy of {target}"]
     if accuracy >= reject["target_accuracy"] and "run" not in reject:
@@ -205,9 +205,12 @@ def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> 
     found = reject[split]
     reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "no accuracy"
     where = "on val" if "run" not in reject else "by the classifier's run"
+    certainty = reject.get("threshold_confidence")
+    certain = f" or more, with {100 * certainty:g} % certainty" if certainty else " on val"
+    chosen = f"chosen {where} for an accuracy of {target}{certain}"
     return [
-        f"at confidence ≥ {reject['threshold']:.3f} (chosen {where} for an accuracy of {target} or more, with "
-        f"{100 * THRESHOLD_CONFIDENCE:g} % certainty): covers {100 * found['coverage']:.0f} % of {split}, {reached}"
+        f"at confidence ≥ {reject['threshold']:.3f} ({chosen}): covers {100 * found['coverage']:.0f} % of {split}, "
+        f"{reached}"
     ]
 
 

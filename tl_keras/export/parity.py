@@ -71,6 +71,7 @@ class ParityProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal is for the run, which goes on to its end
         )
         return self
 

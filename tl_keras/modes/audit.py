@@ -27,7 +27,7 @@ from tl_keras.modes.inspection import examine_examples, list_images, measure_lea
 from tl_keras.modes.lineage import read_config
 from tl_keras.modes.reporting import attempt, report_audit
 from tl_keras.modes.steps import Job, load_backbone, load_job
-from tl_keras.run import Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
+from tl_keras.run import UNFINISHED, Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
 _JUDGED = {"label", "outlier"}  # by a model, not by what is in the file
 _MANY = 300_000  # images; of fewer it is done in minutes
@@ -53,12 +53,10 @@ def run(config: Config) -> Result:
         )
     with watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone)
-        check_network(backbone, batch_size=BATCH_SIZE, trained=None, exported=False)
+        check_network(backbone, batch_size=BATCH_SIZE, exported=False)
     size = int(backbone.input_shape[1])
-    job = load_job(config, preset, screen, watch, image_size=size)
+    job = load_job(config, preset, screen, watch, image_size=size, asked=asked)
     _check_clean(config, job)
-    job.folder.write_json("config.json", asked.as_dict())
-    job.folder.write_text("run.flags", asked.as_flags())
     with watch.stage("trunk"):
         embedded = job.embed([backbone], preset, image_size=size)[0]
     rows, images = list_images(job.examples)
@@ -110,7 +108,7 @@ def run(config: Config) -> Result:
     }
     job.folder.write_json("metrics.json", metrics)
     screen.line(f"{len(audit.findings):,} findings on {len(rows):,} images · {job.folder.path}/audit.csv")
-    return Result(job.folder.path, None, metrics, status)
+    return Result(job.folder.path, None, metrics, status, is_complete=not status)
 
 
 def _follow_classifier(config: Config, screen: Screen) -> Config:
@@ -151,7 +149,8 @@ def _check_clean_path(config: Config) -> None:
     if path.is_dir():
         raise UserError(f"--write_clean_csv={path} is a folder. Give the name of a file in it.")
     own = os.path.realpath(path) == os.path.realpath((config.data.dataset or "").partition(":")[2])
-    if path.exists() and (own or not config.run.overwrite):
+    is_resumed = (Path(config.run.run_dir or "") / UNFINISHED).is_file()  # the run may have written it before
+    if path.exists() and (own or not (config.run.overwrite or is_resumed)):
         raise UserError(
             f"--write_clean_csv={path} exists already{', and is what is looked at' * own}. Give another name"
             + ("." if own else ", or --overwrite.")

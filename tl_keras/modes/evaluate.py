@@ -111,7 +111,7 @@ def run(config: Config) -> Result:
     own = split == "val" and config.data.dataset is None
     note = " (its run made choices on it; there is no test split)" if own else ""
     screen.line(f"{headline(split, metrics[split])}{note} · {folder.path}")
-    return Result(run_dir=folder.path, metrics=metrics, exit_status=status)
+    return Result(run_dir=folder.path, metrics=metrics, exit_status=status, is_complete=not status)
 
 
 def _tell_broken(examples: Examples, folder: RunFolder, screen: Screen) -> None:
@@ -244,7 +244,8 @@ def _reject_as_run(
     chosen = (read_json(file).get("reject") or {}) if file.is_file() and "reject" not in metrics else {}
     if chosen.get("threshold") is None:
         return {}
-    reject = {name: chosen[name] for name in ("target_accuracy", "threshold")} | {"run": str(path)}
+    kept = ("target_accuracy", "threshold", "threshold_confidence")  # runs before version 0.2 guarantee nothing
+    reject = {name: chosen[name] for name in kept if name in chosen} | {"run": str(path)}
     for split, values in probabilities.items():
         reject[split] = measure_threshold(values, examples.labels(split), chosen["threshold"])
     return {"reject": reject}

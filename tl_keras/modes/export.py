@@ -35,14 +35,13 @@ def run(config: Config) -> Result:
     else:
         classifier = load_trained(str(path))
         samples, expected = load_samples(str(path))
-        before = read_json(find_folder(str(path)).resolve().parent / "metrics.json")
         exported = export_saved_model(
             classifier,
             export_dir=config.run.export_dir,
             name=config.run.model_name,
             samples=samples,
             expected=expected,
-            precision=before["environment"]["precision"],
+            precision=_read_precision(find_folder(str(path)).resolve().parent),
             max_pixels=config.run.max_pixels,
             show=screen.line,
         )
@@ -66,4 +65,11 @@ def run(config: Config) -> Result:
             screen.line(f"deploy: {config.serve.deploy}/models.config says something else and is kept")
     if metrics:
         screen.line(f"exported · {exported_path}")
-    return Result(run_dir=path, exported=exported_path, metrics=metrics)
+    return Result(exported=exported_path, metrics=metrics)
+
+
+def _read_precision(run_dir: Path) -> str:
+    """The precision in which a run's samples were evaluated; float32 since version 0.2, a killed run's included."""
+    file = run_dir / "metrics.json"
+    environment = read_json(file)["environment"] if file.is_file() else {}
+    return str(environment.get("evaluated_precision", environment.get("precision", "float32")))

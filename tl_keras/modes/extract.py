@@ -60,7 +60,7 @@ def run(config: Config) -> Result:
         layers = config.probe.feature_layer or (backbone.operations[-1].name,)
         trunks = [read_layer(backbone, layer, pooling=config.probe.pooling) for layer in layers]
         _check_pooling(trunks, layers, config.probe.pooling)
-        check_network(backbone, batch_size=BATCH_SIZE, trained=None, exported=config.run.export)
+        check_network(backbone, batch_size=BATCH_SIZE, exported=config.run.export)
     job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
     if not job.embeddings_only:
         _check(config.probe, _draw(job.examples, config), trunks)

@@ -20,6 +20,7 @@ from tl_keras.classifier import Classifier
 from tl_keras.config import Config
 from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS, evaluated_split
+from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import write_examples
 from tl_keras.export.parity import ParityProcess
@@ -179,7 +180,8 @@ class Trainer:
             head, stage = fit_head(task, material.vectors)
         diverged = stage.diverged if stage else ""
         if plan.has_tail and not (stage and stage.interrupted):
-            if stage and keep_head and len(task.examples.positions("val")):
+            is_begun = (task.progress.folder / "checkpoints" / "tail.npz").is_file()
+            if stage and keep_head and not is_begun and len(task.examples.positions("val")):
                 self._keep_classifier(plan, material, task, head)
             stage = fit_tail(
                 task, material.embedded, plan.tail, head, layers=plan.part.layers, crop=plan.crop, after=stage
@@ -218,7 +220,9 @@ class Trainer:
                 task = Task(
                     job.draw(seed), config.training, seed, Progress(folder, _ignore, job.screen.progress, _ignore)
                 )
-                trained = self.fit(plan, material, task, keep_head=False)
+                trained = self._try_to_fit(plan, material, task)
+                if trained is None:
+                    continue
                 if trained.interrupted:
                     raise KeyboardInterrupt
                 accuracies.append(float((trained.predict(job.examples, split).argmax(1) == labels).mean()))
@@ -233,6 +237,17 @@ class Trainer:
         summary = summarize(accuracies)
         job.screen.line(f"{len(accuracies)} seeds: {split} accuracy {describe_spread(summary)}")
         return {"split": split, "interrupted": interrupted, **summary}
+
+    def _try_to_fit(self, plan: Plan, material: Material, task: Task) -> Trained | None:
+        """Trains with a further seed; None if that fails, which costs the run only that seed."""
+        try:
+            trained = self.fit(plan, material, task, keep_head=False)
+            failure = trained.diverged
+        except UserError as error:
+            failure = str(error)
+        if failure:
+            self._job.warn(f"warning: seed {task.seed} is left out: {failure}")
+        return None if failure else trained
 
     def build_classifier(self, plan: Plan, head: keras.Model) -> Classifier:
         """The classifier of a backbone and a head."""
@@ -305,9 +320,13 @@ class Trained:
 
 def _check_memory(plan: Plan, config: Config) -> None:
     """Refuses a network that will not fit in memory."""
-    batch_size = max(BATCH_SIZE, config.training.batch_size) if plan.trunk else config.training.batch_size
-    trained = plan.tail if plan.has_tail else None
-    check_network(plan.backbone, batch_size=batch_size, trained=trained, exported=config.run.export)
+    check_network(
+        plan.backbone,
+        batch_size=BATCH_SIZE if plan.trunk else 0,
+        exported=config.run.export,
+        trained=plan.tail if plan.has_tail else None,
+        training_batch=config.training.batch_size,
+    )
 
 
 def _ignore(*shown: Any) -> None:

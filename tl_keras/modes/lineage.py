@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def list_training_runs(weights: str) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """What is known of images that the network, or its head, is trained on although they are evaluated.
+    """Evaluated images that the network or its head is trained on.
 
     Attributes:
         seen: content of the training images of this run and of earlier runs.
@@ -79,9 +80,16 @@ def read_lineage(weights: str, examples: Examples) -> Lineage:
         except UserError as error:
             notes.append(f"warning: {error} Its training images among these can't be told from others")
             continue
-        trained |= {digest for _, split, digest in rows if split == "train"}
+        its_own = {digest for _, split, digest in rows if split == "train"}
+        trained |= its_own
         chosen |= {digest for _, split, digest in rows if split == "val"}
-        notes += _describe(f"{run} was trained on", trained, examples)
+        notes += _describe(f"{run} was trained on", its_own, examples)
+    began = trace_weights(weights)[1]
+    if began not in {"imagenet", "none"} and not os.path.exists(began):
+        notes.append(
+            f"warning: {began}, which the network began with, is not there any more: whether it was trained on these "
+            "images can't be known"
+        )
     own = {digest.tobytes() for digest in examples.digests[examples.positions("train")]}
     notes += _describe("train has copies, byte for byte, of", own, examples)
     return Lineage(TrainedOn(frozenset(), trained | own, chosen), tuple(notes))

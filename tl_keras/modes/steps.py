@@ -276,6 +276,7 @@ class Job:
         metrics["environment"] = describe_environment(
             engine=embedded.choice.engine, precision=embedded.choice.precision
         )
+        metrics["environment"]["evaluated_precision"] = precision
         metrics["timing"] = _describe_timing(watch, embedded)
         folder.write_json("metrics.json", metrics)
         for line in describe_evaluation(metrics):
@@ -412,7 +413,15 @@ class Job:
         return Result(self.folder.path, None, metrics)
 
 
-def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *, image_size: int) -> Job:
+def load_job(
+    config: Config,
+    preset: Preset,
+    screen: Screen,
+    watch: Stopwatch,
+    *,
+    image_size: int,
+    asked: Config | None = None,
+) -> Job:
     """Finds the labelled images, splits them, makes the run folder, and reads every image's bytes once.
 
     Args:
@@ -421,6 +430,7 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
         screen: what the user sees.
         watch: seconds by stage.
         image_size: side of the network's input in pixels.
+        asked: the settings that are kept in the run folder, if they are not `config`.
 
     Raises:
         UserError: the data can't be found or used, or the run folder can't be made.
@@ -456,8 +466,8 @@ def load_job(config: Config, preset: Preset, screen: Screen, watch: Stopwatch, *
         folder = RunFolder.create(
             config.run.run_dir or name_run(config.mode, source.name, preset.name),
             overwrite=config.run.overwrite,
-            config=config.as_dict(),
-            flags=config.as_flags(),
+            config=(asked or config).as_dict(),
+            flags=(asked or config).as_flags(),
         )
         oddities = list[Finding]()
 

@@ -10,7 +10,7 @@ from tl_keras.run.files import (
     open_atomically,
     read_csv,
     read_json,
-    replace_durably,
+    replace_folder,
     sync_tree,
     write_atomically,
 )
@@ -52,7 +52,7 @@ __all__ = [
     "read_csv",
     "read_json",
     "read_run_config",
-    "replace_durably",
+    "replace_folder",
     "sync_tree",
     "write_atomically",
 ]

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,21 @@ def replace_durably(source: Path, target: Path) -> None:
     _sync(source)
     os.replace(source, target)
     sync_folder(target.parent)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Puts a folder that is whole in the place of another one, which is deleted.
+
+    Raises:
+        OSError: the disk is full, or the folders can't be written.
+    """
+    sync_tree(source)
+    before = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    if target.is_dir():
+        os.rename(target, before)
+    os.rename(source, target)
+    sync_folder(target.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

@@ -64,7 +64,7 @@ class RunFolder:
 
         Args:
             path: the folder; its parents are made too.
-            overwrite: an earlier run's folder is replaced.
+            overwrite: an earlier run's folder is replaced; an unfinished run with the same settings continues.
             config: for `config.json`.
             flags: for `run.flags`.
 
@@ -75,17 +75,17 @@ class RunFolder:
         replaced = list[str]()
         if folder.is_dir() and any(folder.iterdir()):
             _check_not_running(folder)
-            if not overwrite and _is_same_run(folder, config):
+            if _is_same_run(folder, config):  # with --overwrite too: it would be the same run again
                 return cls._open(folder, config=config, flags=flags)
             replaced = _put_aside(folder, overwrite=overwrite, config=config)
         with disk_errors(f"the run folder {path}"):
             folder.mkdir(parents=True, exist_ok=True)
+            created = cls(folder, run_id=uuid.uuid4().hex)
             try:
-                (folder / UNFINISHED).open("x").close()
+                with (folder / UNFINISHED).open("x", encoding="utf-8") as file:
+                    json.dump(created._describe(replaced), file)
             except FileExistsError as error:
                 raise UserError(f"the run folder {path} was taken by another run just now. Run again.") from error
-        created = cls(folder, run_id=uuid.uuid4().hex)
-        created._mark_unfinished(replaced)
         created._write_settings(config, flags)
         return created
 
@@ -95,8 +95,11 @@ class RunFolder:
         marker = _read_marker(folder)
         opened = cls(folder, run_id=str(marker.get("run_id") or uuid.uuid4().hex), resumed=True)
         opened._mark_unfinished(list(marker.get("replaces") or []))
-        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         if not _is_run(folder):  # killed while the folder was made
             opened._write_settings(config, flags)
         return opened
@@ -118,7 +121,11 @@ class RunFolder:
         self.write_text("run.flags", flags)
 
     def _mark_unfinished(self, replaces: Sequence[str]) -> None:
-        self.write_json(UNFINISHED, {"run_id": self.run_id, "replaces": list(replaces), "process": _describe_process()})
+        self.write_json(UNFINISHED, self._describe(replaces))
+
+    def _describe(self, replaces: Sequence[str]) -> dict[str, Any]:
+        """What `unfinished.json` holds."""
+        return {"run_id": self.run_id, "replaces": list(replaces), "process": _describe_process()}
 
 
 class History:
@@ -135,19 +142,27 @@ class History:
         self._folder.write_csv("history.csv", self._header, self.rows)
 
 
-def end_run(folder: Path) -> None:
+def end_run(folder: Path, *, keep_replaced: bool = False) -> list[Path]:
     """Marks a run as complete, and deletes the earlier run that it replaces.
+
+    Args:
+        folder: the run folder.
+        keep_replaced: the earlier run is left where it is.
+
+    Returns:
+        Earlier runs that are kept.
 
     Raises:
         UserError: the folder can't be written.
     """
     replaced = [Path(path) for path in _read_marker(folder).get("replaces") or []]
     with disk_errors(f"the run folder {folder}"):
-        for path in replaced:
+        for path in () if keep_replaced else replaced:
             if (path / _CONFIG).is_file():
                 shutil.rmtree(path)
         (folder / UNFINISHED).unlink(missing_ok=True)
         sync_folder(folder)
+    return [path for path in replaced if path.is_dir()]
 
 
 def has_ended(folder: Path) -> bool:
@@ -170,7 +185,9 @@ def find_unfinished(mode: str) -> str | None:
     """The latest unfinished run of a mode in the folder `runs`."""
     markers = sorted(Path("runs").glob(f"*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime, reverse=True)
     runs = ((str(marker.parent), read_run_config(str(marker.parent))) for marker in markers)
-    return next((path for path, config in runs if config and config.get("mode") == mode), None)
+    return next(
+        (path for path, config in runs if config and config.get("mode") == mode and not _find_process(Path(path))), None
+    )
 
 
 def name_run(mode: str, data: str, backbone: str) -> str:
@@ -250,15 +267,19 @@ def _read_marker(folder: Path) -> dict[str, Any]:
 
 def _check_not_running(folder: Path) -> None:
     """Raises: UserError: a process of this machine is at work in the folder."""
-    process = _read_marker(folder).get("process")
-    own = _describe_process()
-    if not isinstance(process, dict) or process == own or process.get("host") != own["host"]:
-        return
-    if process.get("started") == _start_time(process.get("id")) is not None:
+    process = _find_process(folder)
+    if process is not None:
         raise UserError(
-            f"the run in {folder} is still going on, in process {process['id']}. Wait for its end, or give another "
-            "--run_dir."
+            f"the run in {folder} is still going on, in process {process}. Wait for its end, or give another --run_dir."
         )
+
+
+def _find_process(folder: Path) -> int | None:
+    """The other process of this machine that is at work in a run folder."""
+    process, own = _read_marker(folder).get("process"), _describe_process()
+    if not isinstance(process, dict) or process == own or process.get("host") != own["host"]:
+        return None
+    return int(process["id"]) if process.get("started") == _start_time(process.get("id")) is not None else None
 
 
 def _describe_process() -> dict[str, Any]:

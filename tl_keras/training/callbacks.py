@@ -168,6 +168,10 @@ class Board(keras.callbacks.TensorBoard):  # type: ignore[misc]
         """Writes the epoch's figures."""
         self._attempt(super().on_epoch_end, epoch, logs)
 
+    def on_test_end(self, logs: dict[str, float] | None = None) -> None:
+        """Writes the figures on val."""
+        self._attempt(super().on_test_end, logs)
+
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         """Closes the files."""
         self._attempt(super().on_train_end, logs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tl_keras.backbones.embed import hash_weights
@@ -119,12 +120,13 @@ def fit_stage(
     Raises:
         UserError: the loss became NaN before any epoch was complete, or the store or disk failed.
     """
+    identity = hashlib.sha256(f"{name} {identity} {hash_weights(model)}".encode()).hexdigest()
+    _seed_layers(model, identity)
     accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     _compile(model, accuracy, train, loss, learning_rate, training, steps_per_execution)
     path = progress.folder / "checkpoints" / f"{name}.npz"
     with disk_errors(f"the run folder {progress.folder}"):
         path.parent.mkdir(exist_ok=True)
-    identity = hashlib.sha256(f"{name} {identity} {hash_weights(model)}".encode()).hexdigest()
     fitting = _Fitting(model, train, val, name=name, training=training, progress=progress, after=after, path=path)
     # what an epoch adds up: the mean loss, which Keras lists first, and the accuracy
     metrics = [*model.metrics[0].variables, *accuracy.variables]
@@ -235,6 +237,14 @@ class _Fitting:
     def _as_stage(self, *, diverged: str) -> Stage:
         best = self._best
         return Stage(best.epoch, best.accuracy, best.loss, self._interrupt.interrupted, diverged)
+
+
+def _seed_layers(model: keras.Model, identity: str) -> None:
+    """Sets the random generators of layers such as Dropout, whatever ran in this process before."""
+    weights = {id(variable) for variable in model.weights}
+    for number, variable in enumerate(one for one in model.variables if id(one) not in weights):
+        digest = hashlib.sha256(f"{identity} {number}".encode()).digest()
+        variable.assign(np.frombuffer(digest, np.uint32)[: int(np.prod(variable.shape))].reshape(variable.shape))
 
 
 def _compile(
