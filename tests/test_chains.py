@@ -154,7 +154,7 @@ def wait_for(path: Path, text: str = "") -> None:
 def test_a_classifier_is_there_from_the_heads_stage_on(data, tmp_path, finetune, number):
     first = finetune("first", *NETWORK, *LEARN, "--epochs=2")
     run = tmp_path / "run"
-    flags = (f"--dataset=folder:{data}", f"--weights={first}", "--trainable=all", "--epochs=100000", "--noexport")
+    flags = (f"--dataset=folder:{data}", f"--weights={first}", "--trainable=all", "--epochs=60", "--noexport")
     process = start(*flags, f"--run_dir={run}", f"--store_dir={tmp_path / 'store'}")
     wait_for(run / "history.csv", "tail,2,")
     process.send_signal(number)

@@ -162,14 +162,14 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
     (
         "unknown split",
         f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
-        manifest("path,label,split\na.png,x,dev\n"),
-        "line 2: split 'dev' is not known. Allowed: train, val, test.",
+        manifest("path,label,split\na.png,x,holdout\n"),
+        "line 2: split 'holdout' is not known. Allowed: train, val, test.",
     ),
     (
         "one id twice",
         f"{TRAIN} --dataset=csv:{{tmp}}/m.csv {NET}",
         manifest("path,label\na.png,x\n./a.png,y\n"),
-        "two images have the id a.png",
+        "lines 2 and 3 name a.png, once as x and once as y. Keep the right one.",
     ),
     (
         "no file exists",

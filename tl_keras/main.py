@@ -94,9 +94,18 @@ def _interrupt(number: int, frame: Any) -> None:
 def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
     """Python drops a Ctrl-C that comes while a destructor or a callback runs, of which TensorFlow has many."""
     if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(_REPEAT_SECONDS, _thread.interrupt_main).start()
+        threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _interrupt_main_thread() -> None:
+    """Ctrl-C once more, also for a system call that waits; Windows can't interrupt one."""
+    main_thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main_thread is not None:
+        signal.pthread_kill(main_thread, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _silence_stdout() -> None:

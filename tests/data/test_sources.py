@@ -232,8 +232,8 @@ def test_a_missing_file_is_an_unreadable_image(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("path,label\n3.jpg,a\nimg/../3.jpg,b\n", "two images have the id 3.jpg: "),
-        ("path,label\nimg/1.jpg,a\nimg\\1.jpg,a\n", "two images have the id img/1.jpg: "),
+        ("path,label\n3.jpg,a\nimg/../3.jpg,b\n", "lines 2 and 3 name 3.jpg, once as a and once as b."),
+        ("path,label\nimg/1.jpg,a\nimg\\1.jpg,a\n", "lines 2 and 3 name img/1.jpg. Delete one of them."),
         ("path,label\n3.jpg,a\n,b\n", "m.csv line 3 has no path. Fill it in or delete it."),
         ("path,label\n\n3.jpg,a\n\nimg/1.jpg,\n", "m.csv line 5 has no label."),
         ('path,label,note\n3.jpg,a,"two\nlines"\nimg/1.jpg,,x\n', "m.csv line 4 has no label."),

@@ -155,20 +155,24 @@ def test_a_class_that_the_source_lacks_moves_no_other(score, fresh):
     assert found.metrics["test"]["mean_per_class_accuracy"] == 1
 
 
-def test_figures_are_those_of_the_rows(score, trained, fresh, capsys):
+@pytest.mark.parametrize("certainty", [{"threshold_confidence": 0.95}, {}], ids=["now", "before version 0.2"])
+def test_figures_are_those_of_the_rows(score, trained, fresh, tmp_path, capsys, certainty):
     shutil.move(fresh / "red" / "100.jpg", fresh / "green" / "wrong.jpg")
-    found = score(fresh)
+    run, chosen = tmp_path / "trained", {"target_accuracy": 0.95, "threshold": 0.6, **certainty}
+    shutil.copytree(trained[0], run)  # whose val is too small to guarantee anything
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"reject": chosen}))
+    found = score(fresh, f"--classifier={run}")
     labels = [sorted(COLOURS).index(row["label"]) for row in found.rows]
     expected = measure(found.probabilities, np.array(labels))
     assert {name: found.metrics["test"][name] for name in expected} == expected
-    chosen = Evaluated(trained[0]).metrics["reject"]
     reject = found.metrics["reject"]  # there is no val to choose another threshold on
-    assert (reject["threshold"], reject["run"]) == (chosen["threshold"], str(trained[0]))
+    assert (reject["threshold"], reject["run"]) == (chosen["threshold"], str(run))
     reached = found.probabilities.max(1) >= chosen["threshold"]
     assert reject["test"]["n"] == reached.sum()
-    assert f"with a threshold of {chosen['threshold']:.3f}, which the classifier's run chose for 95 %: " in (
-        capsys.readouterr().out
-    )
+    told = "95 % or more, with 95 % certainty" if certainty else "95 % on val"
+    line = f"at confidence ≥ 0.600 (chosen by the classifier's run for an accuracy of {told}): "
+    assert line in capsys.readouterr().out
     assert expected["accuracy"] < 1
 
 
@@ -418,7 +422,7 @@ def test_an_interruption_leaves_no_metrics(trained, fresh, tmp_path, monkeypatch
     monkeypatch.setattr(LoadedClassifier, "predict_batches", fail)
     arguments = [f"--classifier={trained[0]}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}"]
     assert run_main("--mode=evaluate", *arguments) == 130
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "run.flags"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "run.flags", "unfinished.json"]
 
 
 def write_slices(path: Path, ids: list[str]) -> Path:

@@ -201,7 +201,8 @@ class Trainer:
             first: split → logits of the first seed.
 
         Returns:
-            See `summarize`; and the `split` and whether the user `interrupted`. None: no other seed was trained.
+            See `summarize`; and the `split` and whether the user `interrupted`. None: it was interrupted before another
+            seed was trained; empty: no other seed could be trained.
         """
         job, config, split = self._job, self._job.config, evaluated_split(first)
         labels, count = job.examples.labels(split), config.evaluation.seeds
@@ -233,7 +234,7 @@ class Trainer:
                 f"seeds: interrupted after {len(accuracies)} of {count}; the run is kept, and goes on to its end"
             )
         if len(accuracies) == 1:
-            return None
+            return None if interrupted else {}
         summary = summarize(accuracies)
         job.screen.line(f"{len(accuracies)} seeds: {split} accuracy {describe_spread(summary)}")
         return {"split": split, "interrupted": interrupted, **summary}

@@ -287,7 +287,7 @@ class Job:
         exported, status = None, INTERRUPTED if interrupted else int(failed)
         if repeat:
             seeds = repeat()
-            status = INTERRUPTED if seeds is None or seeds["interrupted"] else status
+            status = INTERRUPTED if seeds is None or seeds.get("interrupted") else status
             metrics |= {"timing": _describe_timing(watch, embedded)} | ({"seeds": seeds} if seeds else {})
             folder.write_json("metrics.json", metrics)
         if parity and not interrupted:
