@@ -282,7 +282,7 @@ def test_space_is_compared_before_anything_is_computed(tmp_path, monkeypatch, fr
     assert "--store_dir" in text
 
 
-@pytest.mark.parametrize("dim", [128, 512, 1024, 1280, 1536, 2048, 2304, 2560, 4096, 14 * 14 * 256, 14 * 14 * 1024])
+@pytest.mark.parametrize("dim", [128, 1280, 2048, 4096, 14 * 14 * 1024])
 def test_the_need_is_what_the_file_takes(store, dim):
     """Vectors of every row of the zoo, and feature maps."""
     count = 60_000_000 // (4 * dim)

@@ -20,7 +20,7 @@ from tl_keras.training.heads import attach, build_head
 LABELS = ("a", "b", "c")
 # that OpenVINO takes each family's network is test_backbones.py's; here it is given the exported graph
 SERVED = [
-    pytest.param(preset, id=name, marks=() if name in {"EfficientNetB0", "MobileNetV2"} else pytest.mark.slow)
+    pytest.param(preset, id=name, marks=() if name == "EfficientNetB0" else pytest.mark.slow)
     for name, preset in BACKBONES.items()
 ]
 

@@ -99,7 +99,7 @@ def test_other_kinds_are_refused_with_a_reason_and_leave_their_neighbours_alone(
     assert not images.numpy()[1].any()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(8))
 def test_damaged_headers_do_no_harm(seed):
     random = np.random.default_rng(seed)
     content = bytearray([*PILLOW.values()][seed % len(PILLOW)])

@@ -231,7 +231,10 @@ def test_validation_is_val_and_hidden_labels_are_not_used(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("unlabelled", "--dataset=unlabelled is not a classification set: it has no image with one label."),
+        (
+            "unlabelled",
+            "--dataset=unlabelled is not a classification set: it has no image with one label (its features are ",
+        ),
         ("test_alone", "the TFDS data set test_alone has no train split (it has: test). Choose another."),
         ("shapes:9.9.9", "--dataset=shapes:9.9.9: TFDS can't load it: "),
         ("shapes/large", "--dataset=shapes/large: TFDS can't load it: "),

@@ -98,8 +98,7 @@ def test_the_fewest_images_that_can_guarantee_a_target(target, count):
     assert choose_threshold(sure[1:], np.zeros(count - 1, int), target_accuracy=target) is None
 
 
-@pytest.mark.parametrize("count", [100, 300, 1000])
-@pytest.mark.parametrize("shape", ["calibrated", "too sure"])
+@pytest.mark.parametrize(("count", "shape"), [(100, "calibrated"), (1000, "calibrated"), (300, "too sure")])
 def test_a_threshold_keeps_what_it_promises(count, shape):
     """The lowest threshold at which val itself reaches the target breaks its promise in half of the draws."""
     random, broken, answered = np.random.default_rng(0), 0, 0

@@ -56,7 +56,6 @@ def test_the_name_is_that_of_data_and_backbone_unless_given(trained, tmp_path):
 @pytest.mark.parametrize(
     ("gone", "text"),
     [
-        ("metrics.json", "{}/metrics.json can't be read: No such file or directory. Check the path."),
         ("classifier/samples.npz", "{}/classifier/samples.npz is missing or damaged: "),
         ("classifier/network.keras", "{} holds no classifier. Give a run folder whose run has ended"),
     ],
@@ -67,6 +66,12 @@ def test_what_a_run_lacks_is_named_and_nothing_is_exported(trained, tmp_path, ca
     assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 1
     assert capsys.readouterr().err.startswith("tl_keras: error: " + text.format(run))
     assert not (tmp_path / "models").exists()
+
+
+def test_a_run_that_was_killed_before_it_was_evaluated_is_exported(trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    (run / "metrics.json").unlink()
+    assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 0
 
 
 def test_a_deployment_is_measured_and_written(trained, tmp_path, capsys):

@@ -36,7 +36,8 @@ def read(folder: Path) -> dict:
 
 
 def test_the_temperature_is_in_the_classifier_and_changes_no_class(finetune, colour_folder, capsys):
-    with_it, without = finetune("with", "--epochs=2"), finetune("without", "--epochs=2", "--nocalibrate")
+    flags = ("--epochs=2", "--val_fraction=0.4")  # twenty images and more, on which a temperature can be fitted
+    with_it, without = finetune("with", *flags), finetune("without", *flags, "--nocalibrate")
     calibrated, plain = np.load(with_it / "probabilities.npy"), np.load(without / "probabilities.npy")
     np.testing.assert_array_equal(calibrated.argmax(1), plain.argmax(1))
     temperature = read(with_it)["calibration"]["temperature"]
@@ -106,7 +107,10 @@ def test_an_interrupted_export_is_made_up_for(finetune_flags, tmp_path, capsys, 
     assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
     captured = capsys.readouterr()
     run = tmp_path / "run"
-    assert f"export: interrupted; all else is there: --mode=export --classifier={run} makes it" in captured.out
+    assert (
+        f"export: interrupted; the rest of the run is complete. Export it with --mode=export --classifier={run}"
+        in captured.out
+    )
     assert captured.out.splitlines()[-1].startswith("test accuracy ")
     assert "run again with --overwrite" not in captured.err
     monkeypatch.undo()

@@ -252,8 +252,15 @@ def assert_same_bits(first: list[np.ndarray], second: list[np.ndarray]) -> None:
 ADAM = {"optimizer": "adamw", "learning_rate": 0.05, "schedule": "cosine", "weight_decay": 0.01}
 
 
-@pytest.mark.parametrize("write_seconds", [600.0, 0.0], ids=["after each epoch", "within an epoch"])
-@pytest.mark.parametrize("changes", [{"momentum": 0.9}, ADAM, {"patience": 2, "learning_rate": 3.0}])
+PATIENT = {"patience": 2, "learning_rate": 3.0}
+WITHIN_AND_AFTER = [
+    (ADAM, 0.0),
+    (PATIENT, 600.0),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in ((ADAM, 600.0), (PATIENT, 0.0), ({"momentum": 0.9}, 0.0))),
+]
+
+
+@pytest.mark.parametrize(("changes", "write_seconds"), WITHIN_AND_AFTER)
 def test_a_stage_that_is_killed_twice_ends_with_the_same_bits(tmp_path, monkeypatch, changes, write_seconds):
     monkeypatch.setattr(callbacks, "WRITE_SECONDS", write_seconds)
     whole = Run(tmp_path / "whole")

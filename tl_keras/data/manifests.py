@@ -46,7 +46,9 @@ class Table:
         """
         numbers = range(len(self.rows))
         given = [one_spelling(self.cell(row, "id")) for row in numbers]
-        if not any(given) and "path" in self.names:
+        if "path" not in self.names:
+            return given
+        if not any(given):
             return [one_spelling(posixpath.normpath(path)) if (path := self._path(row)) else "" for row in numbers]
         lines: dict[str, int] = {}
         for row, one in enumerate(given):
