@@ -362,6 +362,7 @@ def test_what_is_said_has_the_figures(quick, tmp_path):
         "decisions": 1.0,
         "largest_difference": 1e-6,
         "batch_difference": 1e-7,
+        "loader": "C++",
     }
 
 
