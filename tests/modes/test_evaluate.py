@@ -397,7 +397,8 @@ def test_a_source_may_be_read_in_any_order(score, fresh, monkeypatch):
     monkeypatch.setattr(evaluate, "load_source", shuffled)
     found = score(fresh)
     assert found.rows == expected.rows
-    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    # an image's place in its batch may decide the last bit: on CPUs with AVX2 alone it does
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-6)
 
 
 def test_more_than_a_batch_is_scored_in_order(score, tmp_path):
