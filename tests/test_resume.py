@@ -76,7 +76,7 @@ class Job:
             process.send_signal(signal.SIGTERM if int(seconds * 1000) % 3 == 0 else signal.SIGKILL)
             _, error = process.communicate(timeout=DEADLINE)
             assert "Traceback" not in error
-            return True
+            return not has_ended(self.run)  # it may have been complete, and about to exit
         assert process.returncode == 0
         return False
 
