@@ -273,7 +273,8 @@ class EngineConfig:
     )
     precision: str = _setting(
         "auto",
-        "auto: bfloat16 where it is 1.3 times faster and true to float32 (serve: float32); float16 needs a GPU",
+        "auto: bfloat16 for training images where it is 1.3 times as fast and true to float32 (serve: float32); "
+        "float16 needs a GPU",
         (*_SPLIT, *_SERVE),
         choices=("auto", "float32", "bfloat16", "float16"),
     )

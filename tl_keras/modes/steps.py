@@ -259,7 +259,7 @@ class Job:
             )
             metrics = evaluation | (more or {})
             leaks, leaked = measure_seen(
-                self.seen, self.examples, probabilities, what="it or an earlier run of its network"
+                self.seen, self.examples, probabilities, what="this run, or an earlier one of its network,"
             )
             metrics |= {"leaks": leaks} if leaks else {}
             before = {split: scale(values, 1) for split, values in logits.items()}
