@@ -56,6 +56,9 @@ def process(monkeypatch):
     return place
 
 
+ANSWER = {"valid": True, "loader": "TensorFlow's C++ loader"}
+
+
 def compare(probabilities: np.ndarray, folder: Path = Path("m")) -> Agreement:
     with ParityProcess() as fresh:
         return fresh.compare(folder, [b"x"] * len(probabilities), probabilities)
@@ -155,11 +158,12 @@ def test_the_agreement_is_measured_over_all_images(process):
     wanted = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.55, 0.45]], np.float32)
     batched = [[0.9, 0.1], [0.25, 0.75], [0.6, 0.4], [0.45, 0.55]]
     alone = [[0.9, 0.1], [0.23, 0.77]]
-    process(f"print({json.dumps(json.dumps({'valid': True, 'batched': batched, 'alone': alone}))})")
+    process(f"print({json.dumps(json.dumps({**ANSWER, 'batched': batched, 'alone': alone}))})")
     found = compare(wanted)
     assert (found.count, found.decisions) == (4, 0.75)
     assert found.largest_difference == pytest.approx(0.1, abs=1e-6)
     assert found.batch_difference == pytest.approx(0.02, abs=1e-6)
+    assert found.loader == "TensorFlow's C++ loader"
 
 
 def test_what_is_asked_is_one_line_with_the_folder_and_the_images(process, tmp_path):
@@ -167,7 +171,9 @@ def test_what_is_asked_is_one_line_with_the_folder_and_the_images(process, tmp_p
     process(f"import sys; open({str(path)!r}, 'w').write(sys.stdin.readline()); print('{{\"valid\": false}}')")
     with pytest.raises(UserError):
         compare(np.ones((2, 2)), tmp_path / "红 1")
-    assert json.loads(path.read_text()) == {"folder": str(tmp_path / "红 1"), "images": ["eA==", "eA=="]}
+    asked = json.loads(path.read_text())
+    assert asked.keys() == {"folder", "images", "tensors"}
+    assert (asked["folder"], asked["images"]) == (str(tmp_path / "红 1"), ["eA==", "eA=="])
 
 
 @pytest.mark.parametrize(

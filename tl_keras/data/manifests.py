@@ -10,6 +10,7 @@ import posixpath
 import re
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 from tl_keras.errors import UserError
 
@@ -44,12 +45,11 @@ class Table:
             UserError: only some rows have an id, or two have the same: ids decide the splits, and taken from the paths
                 for all rows they would move images from train to test.
         """
-        numbers = range(len(self.rows))
-        given = [one_spelling(self.cell(row, "id")) for row in numbers]
+        given = self.ids_of("id")
         if "path" not in self.names:
             return given
         if not any(given):
-            return [one_spelling(posixpath.normpath(path)) if (path := self._path(row)) else "" for row in numbers]
+            return self.ids_of("path")
         lines: dict[str, int] = {}
         for row, one in enumerate(given):
             line = self.rows[row][0]
@@ -66,6 +66,13 @@ class Table:
                 )
             lines[one] = line
         return given
+
+    def ids_of(self, column: Literal["id", "path"]) -> list[str]:
+        """Each row's id by that column alone, tidied; empty where the cell is."""
+        cells = [self._path(row) if column == "path" else self.cell(row, column) for row in range(len(self.rows))]
+        if column == "path":
+            cells = [posixpath.normpath(cell) if cell else "" for cell in cells]
+        return [one_spelling(cell) for cell in cells]
 
     def file(self, row: int) -> str:
         """The file that the cell `path` names; `~` is the home folder."""

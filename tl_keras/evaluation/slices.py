@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
 from tl_keras.config import nearest
-from tl_keras.data.manifests import read_table
+from tl_keras.data.manifests import Table, read_table
 from tl_keras.errors import UserError
 from tl_keras.evaluation.intervals import with_interval
 from tl_keras.evaluation.metrics import measure
@@ -66,7 +66,7 @@ def read_attributes(path: str | None, ids: Sequence[str]) -> Attributes | None:
             "and one more for each attribute: id,camera,season."
         )
     known: dict[str, int] = {}
-    for row, one in enumerate(table.ids()):
+    for row, one in enumerate(_choose_ids(table, set(ids))):
         if known.setdefault(one, row) != row and one:
             raise UserError(
                 f"--slices={path} line {table.rows[row][0]}: {one} stands there twice. Leave one row for each image."
@@ -87,6 +87,14 @@ def read_attributes(path: str | None, ids: Sequence[str]) -> Attributes | None:
                 "or put its values into ranges."
             )
     return Attributes(columns)
+
+
+def _choose_ids(table: Table, examples: set[str]) -> list[str]:
+    """Each row's id by the column that names most of the examples: a column `id` may be a patient's number here."""
+    columns: tuple[Literal["id", "path"], ...] = ("id", "path")
+    return max(
+        (table.ids_of(column) for column in columns if column in table.names), key=lambda ids: len(examples & set(ids))
+    )
 
 
 def measure_slices(
