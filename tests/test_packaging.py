@@ -1,0 +1,91 @@
+"""What is installed: the wheel with everything it needs, and its metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT)]
+    subprocess.run(command, check=True, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_has_every_file_of_the_package(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files", "tl_keras"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(tracked.stdout.split()) <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/"))]
+
+
+def test_its_metadata_is_what_a_registry_wants(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = message_from_string(archive.read(name).decode())
+    for key in ("Name", "Version", "Summary", "Author", "Keywords", "Requires-Python"):
+        assert metadata[key], key
+    assert (metadata["License-Expression"] or metadata["License"]) == "Apache-2.0"
+    assert metadata["Requires-Python"] == "<3.14,>=3.11"
+    assert "Programming Language :: Python :: 3.13" in metadata.get_all("Classifier")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# tl_keras")
+
+
+def test_the_installed_command_runs_from_an_empty_folder(wheel, tmp_path):
+    """From the wheel's files, not from the checkout; the dependencies are those of this environment."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import tl_keras.main; print(tl_keras.__file__); "
+    code += "sys.exit(tl_keras.main.main(['tl_keras', *sys.argv[1:]]))"
+    small = ["--backbone=SmallConvNet", "--image_size=16", "--weights=none", "--epochs=1", "--store_dir=store"]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        code,
+        str(tmp_path / "site"),
+        "finetune",
+        "--dataset=digits",
+        *small,
+        "--quiet",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "empty", check=True)
+    first, *warnings, last = result.stdout.splitlines()
+    assert [line for line in warnings if not line.startswith("warning:")] == []
+    assert first == str(tmp_path / "site" / "tl_keras" / "__init__.py")
+    assert re.match(r"test accuracy 0\.\d{3} \[.+\] n=\d+ · runs/.+ · saved_models/digits-SmallConvNet/1$", last)
+
+
+def test_the_citation_has_the_packages_version():
+    from tl_keras import __version__
+
+    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "docs" / "start" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["\n".join(["import sys", f"sys.path.insert(0, {str(ROOT)!r})"])]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            *statements, value = "".join(cell["source"]).split("\n")
+            is_value = re.match(r"[\w.]+[\[/(,.]|result\.\w+$", value) and "=" not in value.split("(")[0]
+            code.append("\n".join([*statements, f"print({value})" if is_value else value]))
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "report.html" in result.stdout
+    assert "saved_models/digits-SmallConvNet/1" in result.stdout
