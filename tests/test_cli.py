@@ -74,7 +74,7 @@ def test_the_same_run_again_computes_nothing_and_gives_the_same_numbers(trained,
     assert run_main(*again, f"--run_dir={tmp_path / 'again'}", "--noexport") == 0
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert metrics["timing"]["trunk_images"] == 0
-    assert "0 images to compute, 90 in the store" in capsys.readouterr().out
+    assert "0 images to compute, 90 cached" in capsys.readouterr().out
     first, second = np.load(run / "probabilities.npy"), np.load(tmp_path / "again" / "probabilities.npy")
     np.testing.assert_array_equal(first, second)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_main
-from tl_keras import __version__, config
+from tl_keras import __version__, api, config
 from tl_keras import main as main_module
 from tl_keras.errors import UserError
-from tl_keras.run import Result
+from tl_keras.jobs.result import Result
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +50,7 @@ def run_doctor() -> int:
 @pytest.mark.parametrize("status", [0, 1, 130])
 def test_the_status_is_what_the_mode_came_to(mode, status, capfd):
     seen = []
-    mode(lambda settings: seen.append(settings) or Result(exit_status=status))
+    mode(lambda settings, screen: seen.append(settings) or Result(exit_status=status))
     assert run_doctor() == status
     assert seen == [config.Config("doctor")]
     assert capfd.readouterr() == ("", "")
@@ -75,7 +75,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_the_users(mode):
 
 
 def test_the_installed_command_ends_with_the_status(mode, monkeypatch):
-    mode(lambda settings: Result(exit_status=130))
+    mode(lambda settings, screen: Result(exit_status=130))
     monkeypatch.setattr(sys, "argv", ["tl_keras", "--mode=doctor"])
     with pytest.raises(SystemExit) as ended:
         main_module.entry_point()
@@ -90,12 +90,42 @@ def test_the_version_is_the_packages(capfd):
     assert capfd.readouterr() == (f"tl_keras {__version__}\n", "")
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_lists_every_flag(flag, capfd):
-    assert run_main(flag) == 0
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_the_overview_lists_the_modes_a_line_each(arguments, capfd):
+    assert run_main(*arguments) == 0
     out, error = capfd.readouterr()
-    assert out == config.help_text() + "\n"
+    for mode in config.MODES:
+        assert len([line for line in out.splitlines() if line.startswith(f"  {mode} ")]) == 1
     assert error == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "--help"],
+        ["--mode=predict", "--help"],
+        ["--mode", "predict", "-h"],
+        ["--help", "--mode=predict"],
+        ["help", "predict"],
+        ["--help=predict"],
+        ["predict", "--epochs=no", "--help"],
+    ],
+    ids=str,
+)
+def test_help_shows_the_flags_of_the_mode(arguments, capfd):
+    assert run_main(*arguments) == 0
+    out, error = capfd.readouterr()
+    assert out.startswith("tl_keras predict: classify images")
+    assert "--images=PATHS" in out
+    assert "--epochs" not in out
+    assert error == ""
+
+
+def test_help_for_a_mode_that_does_not_exist_names_the_nearest(capfd):
+    assert run_main("predct", "--help") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("tl_keras: error: 'predct' is not a mode. Did you mean: predict")
+    assert error.endswith("Allowed: finetune, extract, evaluate, predict, export, serve, audit, doctor.\n")
 
 
 def test_dry_run_prints_the_settings_and_starts_nothing(mode, capfd, tmp_path, monkeypatch):
@@ -119,11 +149,24 @@ def test_what_dry_run_prints_is_a_flag_file(capfd, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--mode=doctor", "--dry_run=maybe"], "flag --dry_run=maybe: "),
-        (["--mode"], "Missing value for flag --mode. `python -m tl_keras.main --help` lists all flags."),
+        (["--mode=doctor", "--dry_run=maybe"], "--dry_run=maybe is not true or false. `tl_keras doctor --help=all`"),
+        (["finetune", "--epochs=ten"], "--epochs=ten is not a whole number. `tl_keras finetune --help=all` lists all"),
+        (["finetune", "--dropout=x"], "--dropout=x is not a number. "),
+        (["--mode"], "Missing value for flag --mode. `tl_keras MODE --help=all` lists all flags."),
         (["--mode=doctor", "--", "x"], "'x' is not a flag. Every setting is a flag: --name=value."),
         (["--dry_run"], "--mode is missing. Allowed: finetune, "),
-        (["--mode=doctor", "--stor_dir=x"], "Unknown command line flag 'stor_dir'. Did you mean: store_dir?"),
+        (["--mode=doctor", "--stor_dir=x"], "--stor_dir is not a flag. Did you mean --store_dir? "),
+        (["--mode=finetune", "--no-report"], "--no-report is not a flag. Did you mean --noreport? "),
+        (["finetune", "--learning-rate=1"], "--learning-rate is not a flag. Did you mean --learning_rate? "),
+        (["--mode=finetune", "--no_export"], "--no_export is not a flag. Did you mean --noexport? "),
+        (["--helpshort"], "--helpshort is not a flag. Did you mean --help? "),
+        (["finetune", "--helpfull"], "--helpfull is not a flag. Did you mean --help=all? "),
+        (["--finetune"], "--finetune is not a flag. Did you mean --mode=finetune? "),
+        (["--dataset=digits", "finetune"], "'finetune' is not a flag. The mode is the first word, or --mode=finetune."),
+        (["--mode=finetune", "extract"], "'extract' is not a flag. The mode is the first word, or --mode=extract."),
+        (["fintune"], "'fintune' is not a mode. Did you mean: finetune? Allowed: finetune, "),
+        (["completion", "csh"], "completion: 'csh' is not a known shell. Allowed: bash, zsh, fish."),
+        (["completion"], "completion: no shell is named. Allowed: bash, zsh, fish."),
     ],
     ids=str,
 )
@@ -163,7 +206,7 @@ def test_names_that_are_no_utf8_can_be_printed():
 FLOOD = """
 import sys, types
 module = types.ModuleType("tl_keras.modes.doctor")
-def run(settings):
+def run(settings, screen):
     for number in range(100_000):
         print("a line of some length", number)
 module.run = run
@@ -224,7 +267,7 @@ def loading(monkeypatch):
     """Puts a function in the place of loading the mode, which writes to stderr as C++ does."""
 
     def place(load) -> None:
-        monkeypatch.setattr(main_module.importlib, "import_module", load)
+        monkeypatch.setattr(api.importlib, "import_module", load)
 
     yield place
     monkeypatch.undo()
@@ -239,7 +282,7 @@ def test_chatter_is_dropped_and_all_else_is_shown_in_order(loading, capfd):
 
     def load(name):
         write_error(*mixed)
-        return types.SimpleNamespace(run=lambda settings: Result())
+        return types.SimpleNamespace(run=lambda settings, screen: Result())
 
     loading(load)
     assert run_doctor() == 0
@@ -247,7 +290,7 @@ def test_chatter_is_dropped_and_all_else_is_shown_in_order(loading, capfd):
 
 
 def test_what_the_mode_itself_writes_is_shown_as_it_is(loading, capfd):
-    def run(settings):
+    def run(settings, screen):
         write_error(*CHATTER)
         sys.stdout.write("to the screen\n")
         return Result()
@@ -260,7 +303,7 @@ def test_what_the_mode_itself_writes_is_shown_as_it_is(loading, capfd):
 def test_bytes_that_are_no_text_are_shown_all_the_same(loading, capfd):
     def load(name):
         os.write(2, b"odd \xff bytes\nno line end")
-        return types.SimpleNamespace(run=lambda settings: Result())
+        return types.SimpleNamespace(run=lambda settings, screen: Result())
 
     loading(load)
     assert run_doctor() == 0
@@ -287,7 +330,7 @@ def test_stderr_is_given_back_however_loading_ends(loading, capfd, error, status
 
 
 def test_no_file_stays_open(loading):
-    loading(lambda name: types.SimpleNamespace(run=lambda settings: Result()))
+    loading(lambda name: types.SimpleNamespace(run=lambda settings, screen: Result()))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         run_doctor()
@@ -319,7 +362,7 @@ def test_devices_are_looked_for_while_tensorflows_words_about_them_are_caught(lo
 
     tensorflow = types.SimpleNamespace(config=types.SimpleNamespace(list_logical_devices=list_logical_devices))
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
-    loading(lambda name: types.SimpleNamespace(run=lambda settings: Result()))
+    loading(lambda name: types.SimpleNamespace(run=lambda settings, screen: Result()))
     assert run_doctor() == 0
     assert capfd.readouterr().err == "E0000 00:00:1.1 1 gpu.cc:1] the driver is too old\n"
 
@@ -330,7 +373,9 @@ def test_a_log_level_that_the_user_set_is_kept(loading, monkeypatch, before, aft
     if before:
         monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", before)
     seen = []
-    loading(lambda name: types.SimpleNamespace(run=lambda settings: seen.append(os.environ["TF_CPP_MIN_LOG_LEVEL"])))
+    loading(
+        lambda name: types.SimpleNamespace(run=lambda settings, screen: seen.append(os.environ["TF_CPP_MIN_LOG_LEVEL"]))
+    )
     with pytest.raises(AttributeError):  # append gives no Result
         run_doctor()
     assert seen == [after]
@@ -338,7 +383,7 @@ def test_a_log_level_that_the_user_set_is_kept(loading, monkeypatch, before, aft
 
 @pytest.mark.parametrize("name", config.MODES)
 def test_every_mode_has_its_module(name):
-    assert callable(importlib.import_module(main_module._MODULES[name]).run)
+    assert callable(importlib.import_module(f"tl_keras.modes.{name}").run)
 
 
 def test_a_full_disk_behind_standard_output_is_one_line():

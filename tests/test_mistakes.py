@@ -110,11 +110,11 @@ def damaged_run(tmp: Path) -> None:
 
 MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
     # the command line
-    ("no mode", "", nothing, "--mode is missing. Allowed: finetune,"),
+    ("no mode", "--dataset=digits", nothing, "--mode is missing. Allowed: finetune,"),
     ("unknown mode", "--mode=finetun", nothing, "--mode=finetun is not known. Did you mean: finetune?"),
-    ("unknown flag", f"{TRAIN} --epoch=3", nothing, "Unknown command line flag 'epoch'. Did you mean: epochs?"),
+    ("unknown flag", f"{TRAIN} --epoch=3", nothing, "--epoch is not a flag. Did you mean --epochs?"),
     ("another mode's flag", "--mode=predict --epochs=3", nothing, "--epochs is not used by --mode=predict."),
-    ("no number", f"{TRAIN} --epochs=ten", nothing, "flag --epochs=ten: invalid literal"),
+    ("no number", f"{TRAIN} --epochs=ten", nothing, "--epochs=ten is not a whole number."),
     ("too small", f"{TRAIN} --epochs=0", nothing, "--epochs=0 is out of range. Allowed: 1 or more."),
     ("too large", f"{TRAIN} --dropout=2", nothing, "--dropout=2.0 is out of range. Allowed: 0 to 0.95."),
     ("not a number", f"{TRAIN} --momentum=nan", nothing, "--momentum=nan is out of range."),

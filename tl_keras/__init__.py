@@ -1,14 +1,31 @@
-"""tl_keras: transfer learning for image classification, from labelled images to TensorFlow Serving."""
+"""tl_keras: transfer learning for image classification, from labeled images to TensorFlow Serving."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from tl_keras.api import audit, evaluate, export, extract, finetune, predict
+from tl_keras.errors import UserError
+from tl_keras.jobs.result import Result
+from tl_keras.version import __version__
 
 if TYPE_CHECKING:
     from tl_keras.classifier import LoadedClassifier
 
-__version__ = "0.2.0"
-__all__ = ["__version__", "load_classifier"]
+__all__ = [
+    "Result",
+    "UserError",
+    "__version__",
+    "audit",
+    "evaluate",
+    "export",
+    "extract",
+    "finetune",
+    "load_classifier",
+    "predict",
+]
 
 
 def load_classifier(path: str) -> LoadedClassifier:
@@ -23,6 +40,18 @@ def load_classifier(path: str) -> LoadedClassifier:
     Raises:
         UserError: there is no classifier at `path`, or it is damaged.
     """
-    from tl_keras import classifier  # loads TensorFlow, which `import tl_keras` must not
+    from tl_keras.classifier import load  # loads TensorFlow, which `import tl_keras` must not
 
-    return classifier.load(path)
+    return load(path)
+
+
+class _Package(types.ModuleType):
+    """Keeps `tl_keras.audit` and `tl_keras.export` functions when the packages of these names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in {"audit", "export"} and isinstance(value, types.ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

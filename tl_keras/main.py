@@ -1,30 +1,29 @@
-"""The door: parse the flags, build the Config, call the mode. A user's mistake becomes one line."""
+"""The command line: parses the flags, builds the Config, runs the mode. A user's mistake becomes one line."""
 
 from __future__ import annotations
 
 import _thread
-import contextlib
 import errno
-import importlib
 import io
-import logging
 import os
-import re
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from tl_keras import __version__, config
+from tl_keras import config
+from tl_keras.api import run_mode
+from tl_keras.config.completion import completion
+from tl_keras.config.flags import GENERAL
+from tl_keras.config.help import find_help_request, overview
 from tl_keras.errors import UserError
-from tl_keras.run import INTERRUPTED, Result, end_run, find_unfinished, has_ended, read_run_config
+from tl_keras.run import INTERRUPTED, Screen, find_unfinished, has_ended, read_run_config
+from tl_keras.version import __version__
 
-_MODULES = {mode: f"tl_keras.modes.{mode}" for mode in config.MODES}
 _NOTHING_LOST = "nothing is lost: the same command with --resume continues the run"
 _KEPT = {
     "audit": _NOTHING_LOST,
@@ -35,9 +34,6 @@ _KEPT = {
     "export": "no version was exported",
 }
 _REPEAT_SECONDS = 0.05  # until what swallowed it has returned
-_CHATTER = re.compile(
-    r"^(WARNING: All log messages before|[IW]\d{4} |To enable the following instructions|.*failed call to cuInit)"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,22 +110,22 @@ def _silence_stdout() -> None:
 
 
 def _run(argv: list[str]) -> int:
-    values = config.define_flags()
-    try:
-        rest = values(argv)[1:]
-    except flags.Error as error:
-        text = str(error).removeprefix("ERROR:: ").replace(" ?", "?").rstrip(".")
-        raise UserError(f"{text}. `python -m tl_keras.main --help` lists all flags.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the flag file is not UTF-8: {error}. Save it as UTF-8.") from error
-    if values["help"].value:
-        print(config.help_text())
+    arguments = argv[1:]
+    if not arguments:
+        print(overview())
         return 0
+    if arguments[0] == "completion":
+        print(completion(arguments[1] if len(arguments) > 1 else ""), end="")
+        return 0
+    request = find_help_request(arguments)
+    if request:
+        print(request.text())
+        return 0
+    values = config.define_flags()
+    config.parse_flags(values, arguments)
     if values["version"].value:
         print(f"tl_keras {__version__}")
         return 0
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag. Every setting is a flag: --name=value.")
     settings = config.read_flags(values, earlier=_read_resumed(values))
     run_dir = settings.run.run_dir
     if settings.run.resume and run_dir and has_ended(Path(run_dir)):
@@ -138,27 +134,19 @@ def _run(argv: list[str]) -> int:
     if values["dry_run"].value:
         print(settings.as_flags(), end="")
         return 0
-    with _quiet_tensorflow(level="2" if settings.mode == "doctor" else "3"):
-        mode = importlib.import_module(_MODULES[settings.mode])
+    screen = Screen(shows="warnings" if values["quiet"].value else "all")
     try:
-        result: Result = mode.run(settings)
-        if result.run_dir and result.is_complete:
-            _end(result)
-        return result.exit_status
+        return run_mode(settings, screen).exit_status
     except KeyboardInterrupt:
-        print(f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}", file=sys.stderr)
+        text = f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}"
+        screen.log(text)
+        print(text, file=sys.stderr)
         return INTERRUPTED
-
-
-def _end(result: Result) -> None:
-    """Marks a run as complete; an earlier run that it replaces is deleted only if nothing went wrong."""
-    for kept in end_run(Path(str(result.run_dir)), keep_replaced=bool(result.exit_status)):
-        print(f"the earlier run is kept: {kept}")
 
 
 def _has_settings(values: flags.FlagValues) -> bool:
     """Whether more is given than which run is to be resumed."""
-    return any(values[name].present for name in values if name not in {"mode", "resume", "run_dir"})
+    return any(values[name].present for name in values if name not in {"mode", "resume", "run_dir", *GENERAL})
 
 
 def _read_resumed(values: flags.FlagValues) -> config.Config | None:
@@ -185,52 +173,6 @@ def _read_resumed(values: flags.FlagValues) -> config.Config | None:
         return config.from_dict(found) if found else None
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir}/config.json is not a run's. Give the folder of an unfinished run.") from error
-
-
-@contextlib.contextmanager
-def _quiet_tensorflow(*, level: str) -> Iterator[None]:
-    """Keeps what TensorFlow's C++ writes to stderr while it is loaded off the screen; errors are shown all the same.
-
-    TF_CPP_MIN_LOG_LEVEL alone does not: its first lines are written before the setting is read (TF 2.21). What goes
-    wrong comes as an exception too; at level 2 each truncated JPEG would write a line.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
-    os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-            _start_devices()
-            _reset_keras()
-        except ImportError as error:
-            raise UserError(
-                f"TensorFlow can't be imported: {error}. Try: pip install --force-reinstall tensorflow keras."
-            ) from error
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
-            caught.seek(0)
-            for line in caught.read().decode("utf-8", "replace").splitlines():
-                if line.strip() and not _CHATTER.match(line):
-                    print(line, file=sys.stderr)
-
-
-def _start_devices() -> None:
-    """Lets TensorFlow find its devices now, while its messages about them are caught."""
-    if "tensorflow" in sys.modules:
-        sys.modules["tensorflow"].config.list_logical_devices()
-
-
-def _reset_keras() -> None:
-    """Undoes what `~/.keras/keras.json` sets for other programs: our networks are float32, channels last."""
-    if "keras" in sys.modules:
-        sys.modules["keras"].config.set_image_data_format("channels_last")
-        sys.modules["keras"].config.set_floatx("float32")
 
 
 def entry_point() -> None:

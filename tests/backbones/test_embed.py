@@ -107,7 +107,7 @@ def test_the_embeddings_are_those_of_keras_by_position(tmp_path, pooled):
     order = np.array([79, 0, 33, 33])
     np.testing.assert_allclose(embedded.read(order), expected[order], atol=1e-5)
     assert job.progress[-1].startswith("trunk: 80/80 images, ")
-    assert "80 images to compute, 0 in the store" in job.lines[0]
+    assert "80 images to compute, 0 cached" in job.lines[0]
 
 
 def test_a_second_run_computes_nothing_and_a_third_only_what_is_new(tmp_path):
@@ -119,7 +119,7 @@ def test_a_second_run_computes_nothing_and_a_third_only_what_is_new(tmp_path):
     assert embedded.computed == 0
     assert len(again.read) <= embed_module.BATCH_SIZE  # a first batch, to choose a precision by
     np.testing.assert_array_equal(embedded.read(np.arange(50)), before)
-    assert "0 images to compute, 50 in the store, 0 MB to write" in again.lines[0]
+    assert "0 images to compute, 50 cached, 0 MB to write" in again.lines[0]
     order = np.random.default_rng(0).permutation(80)  # new images in between: position is no key
     more = Job(tmp_path, [CONTENTS[number] for number in order])
     embedded = more.run(trunk)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tl_keras.backbones import engines
 from tl_keras.backbones.engines import (
-    Choice,
+    EngineChoice,
     OpenVinoEngine,
     PixelEngine,
     TensorFlowEngine,
@@ -54,7 +54,7 @@ ENGINES = ["tensorflow", "openvino"]
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_engine_gives_what_predict_gives_also_for_partial_batches(name, batch_size, pooled):
     trunk = build_trunk(pooled)
-    engine = build_engine(Choice(name, "float32", ""), trunk, batch_size=batch_size)
+    engine = build_engine(EngineChoice(name, "float32", ""), trunk, batch_size=batch_size)
     expected = trunk.predict(IMAGES.astype(np.float32), verbose=0)
     for count in range(1, min(batch_size, 7) + 1):
         (embeddings,) = engine.run(IMAGES[:count])
@@ -69,7 +69,7 @@ def test_several_outputs_come_in_their_order(name):
     outputs = [trunk.output, trunk.layers[2].output, trunk.layers[-2].output]
     joined = keras.Model(trunk.input, outputs)
     expected = joined.predict(IMAGES.astype(np.float32), verbose=0)
-    found = build_engine(Choice(name, "float32", ""), joined, batch_size=7).run(IMAGES)
+    found = build_engine(EngineChoice(name, "float32", ""), joined, batch_size=7).run(IMAGES)
     for embeddings, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(embeddings, other, atol=1e-4)
 
@@ -103,11 +103,11 @@ def test_the_engine_keeps_the_weights_that_it_was_built_with():
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_bfloat16_is_near_float32_and_stays_inside_its_engine(trunk, name):
-    (exact,) = build_engine(Choice(name, "float32", ""), trunk, batch_size=7).run(IMAGES)
-    (rough,) = build_engine(Choice(name, "bfloat16", ""), trunk, batch_size=7).run(IMAGES)
+    (exact,) = build_engine(EngineChoice(name, "float32", ""), trunk, batch_size=7).run(IMAGES)
+    (rough,) = build_engine(EngineChoice(name, "bfloat16", ""), trunk, batch_size=7).run(IMAGES)
     assert rough.dtype == np.float32
     assert mean_cosine(exact, rough) > 0.999
-    (again,) = build_engine(Choice(name, "float32", ""), trunk, batch_size=7).run(IMAGES)
+    (again,) = build_engine(EngineChoice(name, "float32", ""), trunk, batch_size=7).run(IMAGES)
     np.testing.assert_array_equal(again, exact)
     if has_bfloat16():
         assert np.abs(rough - exact).max() > 0
@@ -115,9 +115,9 @@ def test_bfloat16_is_near_float32_and_stays_inside_its_engine(trunk, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_same_frozen_graph_at_another_precision(trunk, name):
-    exact = build_engine(Choice(name, "float32", ""), trunk, batch_size=4)
+    exact = build_engine(EngineChoice(name, "float32", ""), trunk, batch_size=4)
     np.testing.assert_array_equal(exact.at("float32").run(IMAGES[:4]), exact.run(IMAGES[:4]))
-    direct = build_engine(Choice(name, "bfloat16", ""), trunk, batch_size=4).run(IMAGES[:4])
+    direct = build_engine(EngineChoice(name, "bfloat16", ""), trunk, batch_size=4).run(IMAGES[:4])
     np.testing.assert_array_equal(exact.at("bfloat16").run(IMAGES[:4]), direct)
 
 
@@ -143,11 +143,11 @@ def test_the_cosine(first, second, expected):
 class Stub:
     """An engine of known speed and truth."""
 
-    def __init__(self, choice: Choice, batch_size: int) -> None:
+    def __init__(self, choice: EngineChoice, batch_size: int) -> None:
         self.name, self.precision, self.batch_size = choice.engine, choice.precision, batch_size
 
     def at(self, precision: str) -> Stub:
-        return engines.build_engine(Choice(self.name, precision, ""), None, batch_size=self.batch_size)
+        return engines.build_engine(EngineChoice(self.name, precision, ""), None, batch_size=self.batch_size)
 
 
 class Machine:
@@ -190,11 +190,26 @@ def choose(tmp_path, precision="auto", engine="auto", count=7000):
 @pytest.mark.parametrize(
     ("faster", "cosine", "name", "reason"),
     [
-        (2.0, 0.9990, "bfloat16", "bfloat16 is 2.00 times as fast, mean cosine to float32 0.9990"),
-        (1.3, 0.9950, "bfloat16", "bfloat16 is 1.30 times as fast, mean cosine to float32 0.9950"),
-        (1.29, 1.0, "float32", "bfloat16 is 1.29 times as fast, mean cosine to float32 1.0000; needed: 1.3 and 0.995"),
-        (4.0, 0.9949, "float32", "bfloat16 is 4.00 times as fast, mean cosine to float32 0.9949; needed: 1.3 and"),
-        (0.5, 0.5, "float32", "bfloat16 is 0.50 times as fast, mean cosine to float32 0.5000; needed: 1.3 and 0.995"),
+        (2.0, 0.9990, "bfloat16", "bfloat16 is 2.00 times as fast, mean cosine similarity to float32 0.9990"),
+        (1.3, 0.9950, "bfloat16", "bfloat16 is 1.30 times as fast, mean cosine similarity to float32 0.9950"),
+        (
+            1.29,
+            1.0,
+            "float32",
+            "bfloat16 is 1.29 times as fast, mean cosine similarity to float32 1.0000; required: 1.3 and 0.995",
+        ),
+        (
+            4.0,
+            0.9949,
+            "float32",
+            "bfloat16 is 4.00 times as fast, mean cosine similarity to float32 0.9949; required: 1.3 and",
+        ),
+        (
+            0.5,
+            0.5,
+            "float32",
+            "bfloat16 is 0.50 times as fast, mean cosine similarity to float32 0.5000; required: 1.3 and 0.995",
+        ),
     ],
 )
 @pytest.mark.parametrize("engine", ENGINES)
@@ -211,7 +226,7 @@ def test_bfloat16_is_taken_only_where_it_is_faster_and_true(tmp_path, machine, e
 def test_a_trunk_that_is_soon_done_is_not_compared(tmp_path, machine):
     machine.seconds["tensorflow"] = 0.004
     choice, engine = choose(tmp_path)  # 1,000 batches of 4 ms
-    assert choice == Choice("tensorflow", "float32", "the trunk takes less than 5 s")
+    assert choice == EngineChoice("tensorflow", "float32", "bfloat16 not benchmarked: the trunk takes less than 5 s")
     assert [one.precision for one in machine.built] == ["float32"]
     assert engine is machine.built[0]
 
@@ -234,7 +249,7 @@ def test_tensorflow_is_not_built_for_a_trunk_that_openvino_has_soon_done(tmp_pat
     machine.seconds["openvino"] = 0.1  # 1,000 batches: 100 s, half of it in bfloat16
     choice, _ = choose(tmp_path)
     assert choice.engine == "openvino"
-    assert choice.reason.endswith("tensorflow not tried: the trunk takes less than 60 s")
+    assert choice.reason.endswith("tensorflow not benchmarked: the trunk takes less than 60 s")
     assert {one.name for one in machine.built} == {"openvino"}
 
 
@@ -243,7 +258,7 @@ def test_a_network_that_openvino_does_not_take_falls_back_and_says_so(tmp_path, 
     machine.refused = "openvino"
     choice, engine = choose(tmp_path)
     assert choice.engine == engine.name == "tensorflow"
-    assert choice.reason.startswith("openvino is left out: OpenVINO does not take it.")
+    assert choice.reason.startswith("openvino can't be used: OpenVINO does not take it.")
     with pytest.raises(UserError, match=r"^OpenVINO does not take it\."):
         choose(tmp_path, engine="openvino")
 
@@ -259,7 +274,7 @@ def test_the_answer_is_kept_whatever_the_clock_says_later(tmp_path, machine):
 
 
 def test_a_layer_keeps_its_engine_whichever_it_is_read_together_with(tmp_path, machine):
-    def read(*layers: str) -> Choice:
+    def read(*layers: str) -> EngineChoice:
         notes = [tmp_path / layer for layer in layers]
         return choose_engine("auto", "auto", None, IMAGES, count=7000, notes=notes)[0]
 
@@ -304,13 +319,13 @@ def test_a_damaged_note_is_written_anew(tmp_path, machine, text):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_asked_for_is_taken_unmeasured(tmp_path, engine, precision):
-    assert choose(tmp_path, precision, engine) == (Choice(engine, precision, "asked for"), None)
+    assert choose(tmp_path, precision, engine) == (EngineChoice(engine, precision, "as requested"), None)
     assert not list(tmp_path.iterdir())
 
 
 def test_openvino_that_is_not_installed_is_one_line(tmp_path, machine):
     with pytest.raises(
-        UserError, match=r"^--engine=openvino is not installed\. Install it: pip install 'tl_keras\[ope"
+        UserError, match=r"^OpenVINO is not installed\. Install it, or leave --engine out: pip install 'tl_keras\[ope"
     ):
         choose(tmp_path, engine="openvino")
 
@@ -339,4 +354,4 @@ def test_a_cpu_without_bfloat16_is_told_by_its_flags(tmp_path, monkeypatch, flag
     assert has_bfloat16() is expected
     if not expected:
         reason = "this CPU has no bfloat16 instructions"
-        assert choose(tmp_path, engine="tensorflow") == (Choice("tensorflow", "float32", reason), None)
+        assert choose(tmp_path, engine="tensorflow") == (EngineChoice("tensorflow", "float32", reason), None)

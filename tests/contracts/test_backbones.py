@@ -9,9 +9,9 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from tl_keras.backbones.cut import cut, list_cuts
-from tl_keras.backbones.engines import Choice, build_engine, has_bfloat16, mean_cosine
+from tl_keras.backbones.engines import EngineChoice, build_engine, has_bfloat16, mean_cosine
 from tl_keras.backbones.zoo import BACKBONES, build_backbone
-from tl_keras.evaluation.report.gradcam import choose_map
+from tl_keras.report.gradcam import choose_map
 
 # One of each family; the others are the same code with other numbers.
 FAST = {
@@ -131,7 +131,7 @@ def test_a_heat_map_has_somewhere_to_look(built):
 @pytest.mark.parametrize("built", WITH_ENGINE, indirect=True)
 def test_an_engine_gives_the_backbones_embeddings(built, engine):
     images = built.images.astype(np.uint8)
-    exact = build_engine(Choice(engine, "float32", ""), built.backbone, batch_size=4)
+    exact = build_engine(EngineChoice(engine, "float32", ""), built.backbone, batch_size=4)
     (embeddings,) = exact.run(images)
     assert_same(embeddings, built.embeddings)
     if has_bfloat16():

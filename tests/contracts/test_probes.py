@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from tl_keras.backbones.engines import TensorFlowEngine
 from tl_keras.backbones.zoo import build_backbone, find_preset
-from tl_keras.folded import size_in_bytes
+from tl_keras.classifier.probe_layers import size_in_bytes
 from tl_keras.probes.estimators import PROBES, Fitted, Recipe, fit_probe
 from tl_keras.probes.fold import fold
 

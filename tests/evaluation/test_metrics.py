@@ -17,9 +17,9 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from tl_keras.evaluation.calibration import expected_calibration_error
-from tl_keras.evaluation.intervals import accuracy_interval
 from tl_keras.evaluation.metrics import confuse, headline, measure, measure_classes, most_confused
+from tl_keras.statistics.calibration import expected_calibration_error
+from tl_keras.statistics.intervals import accuracy_interval
 
 
 def make(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,6 @@ from tl_keras.data.examples import Examples
 from tl_keras.data.sources import Source
 from tl_keras.data.splits import UNUSED
 from tl_keras.errors import UserError
-from tl_keras.evaluation.calibration import measure_threshold
 from tl_keras.evaluation.metrics import measure
 from tl_keras.evaluation.tables import (
     describe_device,
@@ -26,6 +25,7 @@ from tl_keras.evaluation.tables import (
     write_predictions,
 )
 from tl_keras.run import RunFolder
+from tl_keras.statistics.coverage import measure_threshold
 
 NAMES = ("blue", 'a "b", c', "红 色")
 IDS = ["0.jpg", 'x, "y".jpg', "红/二.jpg", "3\n.jpg", "caf\udce9.jpg", "5.jpg", "6.jpg"]

@@ -287,9 +287,7 @@ def test_an_export_that_disagrees_leaves_nothing_behind_and_says_so(trained, tmp
     assert text.startswith("the exported model is not what was evaluated: decisions agree in 0.000 (needed: 0.99), ")
     assert text.endswith("Nothing was exported. Please report this; the run folder is kept.")
     assert len(lines) == 1
-    assert lines[0].startswith(
-        f"export: {len(samples)} images through the exported model in a fresh process: decisions"
-    )
+    assert lines[0].startswith(f"export: exported model checked on {len(samples)} images in a new process: decisions")
     assert names(tmp_path / "m") == []
 
 
@@ -353,7 +351,7 @@ def test_what_is_said_has_the_figures(quick, tmp_path):
     lines = []
     exported = export(tmp_path, lines=lines)
     assert lines == [
-        "export: 16 images through the exported model in a fresh process: decisions agree in 1.000, largest difference "
+        "export: exported model checked on 16 images in a new process: decisions agree in 1.000, largest difference "
         "of a probability 1.0e-06"
     ]
     assert exported.as_dict() == {
@@ -485,7 +483,7 @@ def test_the_curl_line_sends_the_photograph(tmp_path, size):
     photo = bytes(np.random.default_rng(size).integers(0, 256, size, np.uint8))
     (tmp_path / "photo.jpg").write_bytes(photo)
     serve, line = describe_request(Path("saved_models/my-model/12"))
-    assert serve == "try it: python -m tl_keras.main --mode=serve --classifier=saved_models/my-model/12"
+    assert serve == "try it: tl_keras serve --classifier=saved_models/my-model/12"
     line = line.removeprefix("and ask it: ")
     shell, url = line.split(" | curl -d @- ")
     assert url == "http://localhost:8501/v1/models/my-model:predict"

@@ -17,8 +17,8 @@ import tensorflow as tf
 from tl_keras.backbones.store import EmbeddingStore
 from tl_keras.config import Config, EngineConfig
 from tl_keras.errors import UserError
+from tl_keras.jobs.result import Result
 from tl_keras.modes import doctor
-from tl_keras.run import Result
 
 NOBODY = 65534
 
@@ -186,11 +186,11 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, c
     assert "scipy" not in installed
 
 
-@pytest.mark.parametrize(("version", "is_fine"), [((3, 9), False), ((3, 10), True), ((3, 13), True), ((3, 14), False)])
+@pytest.mark.parametrize(("version", "is_fine"), [((3, 10), False), ((3, 11), True), ((3, 13), True), ((3, 14), False)])
 def test_a_python_that_tensorflow_does_not_support(monkeypatch, version, is_fine):
     monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
     first = next(doctor._check_versions())
-    assert first.advice == ("" if is_fine else "use Python 3.10 to 3.13")
+    assert first.advice == ("" if is_fine else "use Python 3.11 to 3.13")
 
 
 def test_tfds_that_cannot_be_imported_is_one_line(monkeypatch, capsys, tmp_path):

@@ -423,7 +423,12 @@ def test_an_interruption_leaves_no_metrics(trained, fresh, tmp_path, monkeypatch
     monkeypatch.setattr(LoadedClassifier, "predict_batches", fail)
     arguments = [f"--classifier={trained[0]}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}"]
     assert run_main("--mode=evaluate", *arguments) == 130
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "run.flags", "unfinished.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.json",
+        "run.flags",
+        "run.log",
+        "unfinished.json",
+    ]
 
 
 def write_slices(path: Path, ids: list[str]) -> Path:
@@ -486,7 +491,7 @@ def test_runs_are_compared_in_a_sentence(tmp_path, capsys):
     assert run_main("--mode=evaluate", f"--compare={first},{second},{third}") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "p values are adjusted for 3 comparisons (Holm)"
-    assert "B and C can't be told apart on these images" in lines[-2]
+    assert "B and C are not significantly different on these images" in lines[-2]
     assert "p = 0.035" in lines[-4]  # that of A and C, 0.0118, times three: the larger one may not be less
 
 
@@ -507,7 +512,7 @@ def test_interrupted_corruptions_leave_the_figures_there(trained, tmp_path, monk
     flags = (f"--classifier={trained[0]}", f"--run_dir={tmp_path / 'run'}", "--corruptions", "--corruption_images=4")
     assert run_main("--mode=evaluate", *flags) == 130
     output = capsys.readouterr()
-    assert "corruptions: interrupted, and left out; all else is there" in output.out
+    assert "corruptions: interrupted; the evaluation is complete without them" in output.out
     assert output.out.splitlines()[-1].startswith("test accuracy ")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test"]["n"] > 0
@@ -522,7 +527,7 @@ def test_images_that_are_gone_when_they_are_to_be_corrupted_cost_the_corruptions
     flags = (f"--classifier={trained[0]}", f"--run_dir={tmp_path / 'run'}", "--corruptions", "--noreport")
     assert run_main("--mode=evaluate", *flags) == 1
     out = capsys.readouterr().out
-    assert "warning: --corruptions: none of the images that were drawn can be read any more. Look at them. All" in out
+    assert "warning: --corruptions: none of the images that were drawn can be read any more. Look at them. The" in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["n"] > 0
 
 
@@ -544,7 +549,7 @@ def test_a_run_whose_audit_found_leaks_is_named_where_it_is_compared(tmp_path, c
         assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
         warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
         assert warned == [
-            "warning: 24 of B's test images, or copies of them, are among those that it was made of: its accuracy may "
+            "warning: 24 of B's test images, or copies of them, are among its training images: its accuracy may "
             "be too good"
         ]
 

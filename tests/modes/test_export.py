@@ -42,7 +42,7 @@ def test_a_run_and_the_classifier_in_it_are_exported_alike(trained, tmp_path, as
     ((samples, expected),) = asked
     assert len(samples) == len(expected) > 1
     last = capsys.readouterr().out.splitlines()[-3:]
-    assert last[0] == f"try it: python -m tl_keras.main --mode=serve --classifier={tmp_path}/m/1"
+    assert last[0] == f"try it: tl_keras serve --classifier={tmp_path}/m/1"
     assert last[1].startswith("and ask it: echo ")
     assert last[2] == f"exported · {tmp_path}/m/1"
     assert (tmp_path / "m" / "1" / "assets" / "labels.txt").read_text() == "blue\ngreen\nred\n"
@@ -83,7 +83,7 @@ def test_a_deployment_is_measured_and_written(trained, tmp_path, capsys):
     assert "| float32 |" in (tmp_path / "deploy" / "README.md").read_text()
     assert run_main("--mode=export", *flags) == 0  # a second version: stable stays where it is until someone moves it
     output = capsys.readouterr().out
-    assert f"deploy: {tmp_path / 'deploy'}/models.config says something else and is kept" in output
+    assert f"deploy: {tmp_path / 'deploy'}/models.config differs and is kept" in output
     assert config.read_text() == before
     assert 'key: "canary"\n      value: 2' in (tmp_path / "deploy" / "models.config.new").read_text()
 

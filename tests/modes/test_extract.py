@@ -228,7 +228,7 @@ def test_a_headline_from_val_says_what_was_chosen_on_it_and_no_more(
     assert last.startswith("val accuracy ")
     assert last.endswith(str(run))
     assert "there is no test split" in last
-    assert ("chosen on it" in last) == chosen
+    assert ("selected on it" in last) == chosen
 
 
 def test_neighbours_that_nobody_asked_for_are_no_mistake_of_the_users(place):
@@ -298,7 +298,7 @@ def test_few_shots_are_drawn_several_times(tmp_path, capsys):
     assert few["accuracies"][0] == metrics_of(run)["test"]["accuracy"]  # the first draw is the run's own
     assert len(set(few["accuracies"])) > 1
     assert sum(row["split"] == "train" for row in rows_of(run / "splits.csv")) == 9
-    assert f"3 examples a class, 4 draws: test accuracy {few['mean']:.3f}, " in capsys.readouterr().out
+    assert f"3 images per class, 4 draws: test accuracy {few['mean']:.3f}, " in capsys.readouterr().out
     alone = metrics_of(place.run("--shots=3", *flags))
     assert alone["test"] == metrics_of(run)["test"]
 
@@ -335,7 +335,7 @@ def test_images_without_labels_give_embeddings_alone(tmp_path, colour_folder, ki
         assert set(file["label"]) == set(file["split"]) == {""}
     assert rows_of(run / "broken.csv")[0]["id"] == "5.jpg"
     assert metrics_of(run)["timing"]["trunk_images"] == 9
-    assert capsys.readouterr().out.splitlines()[-1] == f"no labels, hence no probe · {run}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"the images have no labels: no probe is trained · {run}"
 
 
 def test_embeddings_alone_need_neither_labels_nor_train(tmp_path, colour_folder, capsys):

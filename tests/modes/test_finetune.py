@@ -11,9 +11,8 @@ import pytest
 from tests.conftest import SMALL, run_main
 from tl_keras.classifier import load, load_trained
 from tl_keras.evaluation.metrics import measure
-from tl_keras.modes import finetune as finetune_mode
-from tl_keras.modes import steps
-from tl_keras.training import stages
+from tl_keras.jobs import finish
+from tl_keras.training import stages, trainer
 
 
 @pytest.fixture
@@ -85,11 +84,11 @@ def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
         made.append(None)
         return stages.new_head(*args, **kwargs)
 
-    monkeypatch.setattr(finetune_mode, "new_head", new_head)
+    monkeypatch.setattr(trainer, "new_head", new_head)
     arguments = [*finetune_flags, "--epochs=1", "--seeds=3", "--export", f"--export_dir={tmp_path / 'models'}"]
     assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
     out = capsys.readouterr().out
-    assert f"seeds: interrupted after {trained} of 3; the run is kept, and goes on to its end" in out
+    assert f"seeds: interrupted after {trained} of 3; the run is kept and will be completed" in out
     assert "1 seeds" not in out
     found = read(tmp_path / "run")
     assert ("seeds" in found) == (trained == 2)
@@ -102,7 +101,7 @@ def test_an_interrupted_export_is_made_up_for(finetune_flags, tmp_path, capsys, 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, "export_saved_model", interrupt)
+    monkeypatch.setattr(finish, "export_saved_model", interrupt)
     arguments = [*finetune_flags, "--epochs=1", "--export", f"--export_dir={tmp_path / 'models'}"]
     assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
     captured = capsys.readouterr()

@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import SMALL_NETWORK, run_main, write_colour_folder
 from tl_keras.errors import UserError
-from tl_keras.modes import inspection, reporting
+from tl_keras.jobs import inspection
+from tl_keras.report import compose
 
 
 def text_of(run: Path) -> str:
@@ -28,9 +29,10 @@ def test_a_finetune_run_has_all_of_it(trained):
     run, text = trained[0], text_of(trained[0])
     metrics = json.loads((run / "metrics.json").read_text())
     assert f"{100 * metrics['test']['accuracy']:.1f} %" in text
-    for heading in ("What was done", "Learning curves", "Confusion matrix", "Least sure", "Calibration", "Model card"):
+    headings = ("Summary", "Learning curves", "Confusion matrix", "Least confident predictions", "Calibration")
+    for heading in (*headings, "Model card"):
         assert f">{heading}</" in text
-    assert "found in " in text  # heat maps
+    assert "evidence in " in text  # heat maps
     assert "nearest training images" in text
     assert "--mode=finetune" in text
     assert metrics["timing"]["seconds"]["report"] > 0
@@ -63,8 +65,8 @@ def test_each_probe_has_heat_maps_but_for_votes(probe, heat, leaky, store_dir, t
     run = tmp_path / "run"
     assert run_main("--mode=extract", *flags, f"--probe={probe}", "--probe_parameter=1", f"--run_dir={run}") == 0
     text, screen = text_of(run), capsys.readouterr().out
-    assert ("found in " in text) == heat
-    assert ("its answers do not move with its feature map" in text) != heat
+    assert ("evidence in " in text) == heat
+    assert ("the predictions have no gradient with respect to the feature map" in text) != heat
     assert "nearest training images" in text
     assert "Learning curves" not in text
     assert "red &lt;b&gt;&amp;" in text
@@ -91,8 +93,8 @@ def test_a_trained_tail_shows_its_own_neighbours(leaky, store_dir, tmp_path):
     assert run_main("--mode=finetune", *flags, "--trainable=last:2", f"--run_dir={tmp_path / 'run'}", "--seeds=2") == 0
     text = text_of(tmp_path / "run")
     assert "nearest training images" in text
-    assert "found in " in text
-    assert "Over 2 seeds the test accuracy is " in text
+    assert "evidence in " in text
+    assert "Over 2 random seeds, test accuracy is " in text
 
 
 def test_evaluate_reports_a_run_and_an_exported_model(trained, tmp_path, capsys):
@@ -106,9 +108,9 @@ def test_evaluate_reports_a_run_and_an_exported_model(trained, tmp_path, capsys)
         assert f"report: {run}/report.html" in capsys.readouterr().out
         text = text_of(run)
         assert (">Robustness</" in text) == (number == 0)
-        assert ("an exported model gives no gradients: evaluate its run folder" in text) == (number == 1)
-        assert ("Whether it has seen some of these images before, this report can&#39;t know." in text) == (number == 1)
-        assert ("None of them is one of its run&#39;s training images, byte for byte" in text) == (number == 0)
+        assert ("an exported model has no gradients. Evaluate its run folder instead." in text) == (number == 1)
+        assert ("It is unknown whether the classifier was trained on some of these" in text) == (number == 1)
+        assert ("None of these images is identical to a training image" in text) == (number == 0)
         assert ("An exported model does not say which of these images it was trained on" in text) == (number == 1)
         assert "nearest training images" not in text
         pictures.append(pictures_of(run))
@@ -134,7 +136,7 @@ def test_the_card_is_filled_in_and_checked_before_anything_is_computed(trained, 
     card.write_text('{"limit": "x"}')
     capsys.readouterr()
     assert run_main("--mode=evaluate", *run, "--overwrite") == 1
-    assert "the field 'limit' is not known. Did you mean: limits" in capsys.readouterr().err
+    assert "the field 'limit' is unknown. Did you mean: limits" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").is_file()
     assert run_main("--mode=evaluate", *run, "--overwrite", "--noreport") == 1
     assert "--card fills in the report: leave out --noreport with it" in capsys.readouterr().err
@@ -153,13 +155,17 @@ def test_what_evaluate_warns_of_stands_in_the_report_too(trained, colour_folder,
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
-        (KeyboardInterrupt(), 130, "report: interrupted; all else is there"),
+        (KeyboardInterrupt(), 130, "report: interrupted; the run is complete without it"),
         (
             UserError("the disk is full: free some."),
             1,
-            "warning: there is no report: the disk is full: free some. All else",
+            "warning: the report could not be written: the disk is full: free some. The run is",
         ),
-        (ValueError("odd\n"), 1, "warning: there is no report: ValueError: odd. All else is there; please tell us."),
+        (
+            ValueError("odd\n"),
+            1,
+            "warning: the report could not be written: ValueError: odd. The run is complete without it",
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["finetune", "evaluate"])
@@ -169,7 +175,7 @@ def test_a_report_that_fails_takes_nothing_with_it(
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(reporting, "write_report", fail)
+    monkeypatch.setattr(compose, "write_report", fail)
     training = (f"--dataset=folder:{leaky}", *SMALL_NETWORK, f"--store_dir={store_dir}", "--noexport", "--epochs=1")
     flags = training if mode == "finetune" else (f"--classifier={trained[0]}",)
     assert run_main(f"--mode={mode}", *flags, f"--run_dir={tmp_path / 'run'}") == status
@@ -193,7 +199,7 @@ def test_too_many_images_are_left_to_the_audit(leaky, store_dir, tmp_path, monke
     monkeypatch.setattr(inspection, "_IMAGES_AT_MOST", 50)
     common = (f"--dataset=folder:{leaky}", *SMALL_NETWORK, f"--store_dir={store_dir}", "--noexport", "--epochs=1")
     assert run_main("--mode=finetune", *common, f"--run_dir={tmp_path / 'run'}") == 0
-    assert "audit: 91 images are too many for the report; --mode=audit looks at them" in capsys.readouterr().out
+    assert "audit: 91 images are too many for the report; use --mode=audit" in capsys.readouterr().out
     text = text_of(tmp_path / "run")
     assert "nearest training images" not in text
-    assert "found in " in text
+    assert "evidence in " in text

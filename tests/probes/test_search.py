@@ -91,7 +91,7 @@ def score_by(monkeypatch, scores: dict[int, float]) -> None:
     """Scores by the decade, in place of fits; between those given on a straight line."""
     powers = list(scores)
     monkeypatch.setattr(
-        search._Path,
+        search._RegularizationPath,
         "_score_one",
         lambda self, value, fit, score: float(np.interp(np.log10(value), powers, list(scores.values()))),
     )
@@ -128,7 +128,7 @@ def test_nothing_is_warned_of_on_the_screen(name, choose_by):
 
 
 def test_a_linear_svm_is_scored_roughly_and_fitted_to_the_end():
-    path = search._RoughPath("linear_svm", RECIPE, 1)
+    path = search._LowTolerancePath("linear_svm", RECIPE, 1)
     rough, final = path._build(1.0), PROBES["linear_svm"].build(1.0, RECIPE)
     assert (rough.max_iter, rough.tol) == (100, 0.01)
     assert (final.max_iter, final.tol) == (1000, 0.0001)

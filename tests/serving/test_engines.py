@@ -7,7 +7,7 @@ import pytest
 
 from tl_keras.backbones.engines import has_openvino
 from tl_keras.serving import engines
-from tl_keras.serving.engines import Choice, build_engine
+from tl_keras.serving.engines import ServingEngine, build_engine
 from tl_keras.serving.graphs import Graph, as_strings
 
 LABELS = ("a", "b")
@@ -39,7 +39,7 @@ class FakeGraph:
 def build(monkeypatch):
     """Builds an engine of these, and gives what it was, what was shown and all that were loaded."""
 
-    def run(wanted: Choice, fakes: dict[str, FakeGraph], *, has_openvino: bool = True):
+    def run(wanted: ServingEngine, fakes: dict[str, FakeGraph], *, has_openvino: bool = True):
         loaded, shown = {"tensorflow float32": FakeGraph()}, list[str]()
 
         def load(choice, *_):
@@ -59,35 +59,35 @@ def build(monkeypatch):
 def test_by_default_the_precision_is_that_of_the_evaluation(build):
     """bfloat16 moved probabilities of MobileNetV2 by 0.09; the export allows 0.001."""
     fast = FakeGraph(seconds=0.5)
-    found, choice, _, loaded = build(Choice("auto", "auto"), {"openvino float32": fast})
+    found, choice, _, loaded = build(ServingEngine("auto", "auto"), {"openvino float32": fast})
     assert (found, choice) == (fast, "openvino float32")
     assert sorted(loaded) == ["openvino float32", "tensorflow float32"]  # bfloat16 is not even tried
-    assert build(Choice("auto", "auto"), {}, has_openvino=False)[1] == "tensorflow float32"
+    assert build(ServingEngine("auto", "auto"), {}, has_openvino=False)[1] == "tensorflow float32"
 
 
 def test_an_engine_that_rounds_is_not_taken(build):
     off = FakeGraph(difference=0.002, seconds=0.1)
-    _, choice, shown, _ = build(Choice("auto", "auto"), {"openvino float32": off})
+    _, choice, shown, _ = build(ServingEngine("auto", "auto"), {"openvino float32": off})
     assert (choice, off.closed) == ("tensorflow float32", 1)
     assert "its probabilities differ from the graph's by 2.0e-03" in shown[0]
     with pytest.raises(RuntimeError, match="differ from the graph's"):
-        build(Choice("openvino", "float32"), {"openvino float32": FakeGraph(difference=0.002)})
+        build(ServingEngine("openvino", "float32"), {"openvino float32": FakeGraph(difference=0.002)})
 
 
 @pytest.mark.parametrize("difference", [0.092, 0.15])
 def test_who_asks_for_bfloat16_gets_it_and_is_told_what_it_costs(build, difference):
     rounded = FakeGraph(difference=difference)
-    found, choice, shown, loaded = build(Choice("openvino", "bfloat16"), {"openvino bfloat16": rounded})
+    found, choice, shown, loaded = build(ServingEngine("openvino", "bfloat16"), {"openvino bfloat16": rounded})
     assert (found, choice) == (rounded, "openvino bfloat16")
     assert f"differ from the exported model's by up to {difference:.4f} on 7 images" in shown[0]
     assert loaded["tensorflow float32"].closed == 1
     with pytest.raises(RuntimeError):
-        build(Choice("openvino", "bfloat16"), {"openvino bfloat16": FakeGraph(difference=float("nan"))})
+        build(ServingEngine("openvino", "bfloat16"), {"openvino bfloat16": FakeGraph(difference=float("nan"))})
 
 
 def test_engines_that_lost_are_closed(build):
     slow = FakeGraph(seconds=2.0)
-    found, _, _, loaded = build(Choice("auto", "float32"), {"openvino float32": slow})
+    found, _, _, loaded = build(ServingEngine("auto", "float32"), {"openvino float32": slow})
     assert (found, slow.closed, found.closed) == (loaded["tensorflow float32"], 1, 0)
 
 
@@ -95,7 +95,9 @@ def test_engines_that_lost_are_closed(build):
 def test_pixels_that_are_not_finite_are_invalid_in_openvino(trained):
     path = trained[1]
     labels = ("blue", "green", "red")
-    graph, choice = build_engine(path, labels, wanted=Choice("openvino", "float32"), samples=[], show=lambda _: None)
+    graph, choice = build_engine(
+        path, labels, wanted=ServingEngine("openvino", "float32"), samples=[], show=lambda _: None
+    )
     pixels = np.full((2, 16, 16, 3), 200, np.float32)
     pixels[1, 2, 3, 0] = np.nan
     plain = Graph(path, precision="float32")

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from tl_keras.audit.labels import make_stand_in
+from tl_keras.audit.labels import build_surrogate
 from tl_keras.audit.neighbours import Neighbours
 
 _SPREADS = 3.5  # Iglewicz & Hoaglin 1993
@@ -54,7 +54,7 @@ def measure_shift(points: np.ndarray, is_test: np.ndarray) -> dict[str, Any] | N
         return None
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     found = cross_val_predict(
-        make_stand_in(len(rows), 2), points[rows], is_test[rows], cv=folds, method="predict_proba"
+        build_surrogate(len(rows), 2), points[rows], is_test[rows], cv=folds, method="predict_proba"
     )[:, 1]
     area = float(roc_auc_score(is_test[rows], found))
     return {"auroc": area, "train": counts[0], "test": counts[1]}

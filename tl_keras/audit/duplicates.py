@@ -129,23 +129,23 @@ def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding]
         Findings, at most one of a kind for each image; and in which other splits each image has a copy, bool `(n, 3)`,
         columns as `SPLITS`.
     """
-    alike = _Alike(pairs)
+    copies = _CopyGroups(pairs)
     findings, found = list[Finding](), set[int]()
     firsts: dict[int, dict[tuple[str, int], int]] = collections.defaultdict(dict)
-    for row in sorted(alike.rows, key=lambda row: (_ORDER[images.splits[row]], row)):
-        before = [other for group in alike.groups(row) for other in firsts[group].values()]
-        own = list(_describe(row, before, alike, images, found))
+    for row in sorted(copies.rows, key=lambda row: (_ORDER[images.splits[row]], row)):
+        before = [other for group in copies.groups(row) for other in firsts[group].values()]
+        own = list(_describe(row, before, copies, images, found))
         findings += own
         if own:
             found.add(row)
-        one_kind = firsts[alike.group(row)]
+        one_kind = firsts[copies.group(row)]
         key = images.splits[row], int(images.labels[row])
         if one_kind.setdefault(key, row) in found and not own:
             one_kind[key] = row
-    return findings, _find_copied(alike, images)
+    return findings, _find_copied(copies, images)
 
 
-class _Alike:
+class _CopyGroups:
     """Which rows are alike: groups of equal ones, and groups that nearly are."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -179,13 +179,15 @@ class _Alike:
         return Pair(row, other, _EXACT if self._same_bytes.connected(row, other) else _PIXELS)
 
 
-def _describe(row: int, before: Sequence[int], alike: _Alike, images: Images, found: Set[int]) -> Iterator[Finding]:
+def _describe(
+    row: int, before: Sequence[int], copies: _CopyGroups, images: Images, found: Set[int]
+) -> Iterator[Finding]:
     """The findings of a row that is like some before it, each against the one that it is most like."""
 
     def about(others: Sequence[int], kind: str, more: Callable[[int], str] = lambda _: "") -> Iterator[Finding]:
         if others:
-            other = max(others, key=lambda other: (alike.pair(row, other).likeness, other not in found, -other))
-            pair, name = alike.pair(row, other), images.ids[other]
+            other = max(others, key=lambda other: (copies.pair(row, other).likeness, other not in found, -other))
+            pair, name = copies.pair(row, other), images.ids[other]
             evidence = f"{pair.how} as {name}" + (f" ({pair.detail})" if pair.detail else "") + more(other)
             exact = pair.how != _NEAR
             kind = kind if exact or kind != "duplicate" else "near_duplicate"
@@ -205,14 +207,14 @@ def _describe(row: int, before: Sequence[int], alike: _Alike, images: Images, fo
         yield from about([other for other in before if other not in found], "duplicate")
 
 
-def _find_copied(alike: _Alike, images: Images) -> np.ndarray:
+def _find_copied(copies: _CopyGroups, images: Images) -> np.ndarray:
     """In which other splits rows have a copy, bool `(n, 3)`."""
     splits: dict[int, set[str]] = collections.defaultdict(set)
-    for row in alike.rows:
-        splits[alike.group(row)].add(images.splits[row])
+    for row in copies.rows:
+        splits[copies.group(row)].add(images.splits[row])
     copied = np.zeros((len(images.ids), len(SPLITS)), bool)
-    for row in alike.rows:
-        found = set[str]().union(*(splits[group] for group in alike.groups(row))) - {images.splits[row]}
+    for row in copies.rows:
+        found = set[str]().union(*(splits[group] for group in copies.groups(row))) - {images.splits[row]}
         copied[row] = [split in found for split in SPLITS]
     return copied
 

@@ -18,9 +18,10 @@ from tl_keras.audit.distribution import find_outliers, measure_shift
 from tl_keras.audit.duplicates import Images, Look, describe_pairs, find_candidates, find_pairs
 from tl_keras.audit.files import look_at
 from tl_keras.audit.findings import Finding, sort
-from tl_keras.audit.labels import cross_validate, find_label_issues, make_stand_in, too_many
+from tl_keras.audit.labels import build_surrogate, cross_validate, find_label_issues, too_many
 from tl_keras.audit.neighbours import find_neighbours
 from tl_keras.run import map_ahead
+from tl_keras.statistics.intervals import auroc_interval
 
 _SMALLEST_CLASS = 10  # evaluated examples: fewer say next to nothing about a class
 _CHANCE = 0.5
@@ -77,8 +78,7 @@ def examine(
     digests: Sequence[bytes],
     embeddings: np.ndarray,
     read: ContentStream,
-    every: bool,
-    interval: Callable[[float, int, int], tuple[float, float]],
+    all_pixels: bool,
     known: Sequence[Finding] = (),
 ) -> Audit:
     """Looks for copies, wrong labels, outliers and a shift between train and what is evaluated.
@@ -88,8 +88,8 @@ def examine(
         digests: of each file's bytes.
         embeddings: float `(n, dim)`.
         read: rows → (row, encoded bytes) of each.
-        every: look at the pixels of every image, which finds blank ones too; else of those alone that may be copies.
-        interval: area under the curve, positives and negatives → its 95 % interval.
+        all_pixels: whether the pixels of every image are compared, which finds blank images too; otherwise only those
+            of images that may be copies.
         known: what is known already, of files.
 
     Returns:
@@ -97,8 +97,8 @@ def examine(
     """
     findings = list(known)
     neighbours = find_neighbours(embeddings)
-    may_be = np.arange(len(images.ids)) if every else find_candidates(neighbours)
-    hurried = not every and len(may_be) > _LOOKED_AT_AT_MOST
+    may_be = np.arange(len(images.ids)) if all_pixels else find_candidates(neighbours)
+    hurried = not all_pixels and len(may_be) > _LOOKED_AT_AT_MOST
     wanted = find_candidates(neighbours, at_most=_LOOKED_AT_AT_MOST) if hurried else may_be
     looks = dict[int, Look]()
     for row, look in map_ahead(look_at, read(wanted), threads=os.cpu_count(), ahead=_AHEAD):
@@ -117,12 +117,12 @@ def examine(
     compared = (splits == "train") | (splits == images.evaluated)
     shift = measure_shift(neighbours.points[compared], splits[compared] == images.evaluated)
     if shift:
-        shift["auroc_ci95"] = list(interval(shift["auroc"], shift["test"], shift["train"]))
+        shift["auroc_ci95"] = list(auroc_interval(shift["auroc"], shift["test"], shift["train"]))
     return Audit(sort(findings), neighbours.points, shift, copied, len(may_be) - len(wanted))
 
 
 @_silence()
-def predict_stand_in(points: np.ndarray, images: Images) -> np.ndarray:
+def predict_surrogate(points: np.ndarray, images: Images) -> np.ndarray:
     """What a logistic regression, fitted on train, says of the evaluated split; before there is a classifier.
 
     Args:
@@ -136,7 +136,7 @@ def predict_stand_in(points: np.ndarray, images: Images) -> np.ndarray:
     train = splits == "train"
     if len(np.unique(images.labels[train])) < 2 or not (splits == images.evaluated).any():
         return np.zeros(0, np.int64)
-    model = make_stand_in(int(train.sum()), len(images.names)).fit(points[train], images.labels[train])
+    model = build_surrogate(int(train.sum()), len(images.names)).fit(points[train], images.labels[train])
     return np.asarray(model.predict(points[splits == images.evaluated]))
 
 
@@ -147,8 +147,8 @@ def describe_data(audit: Audit, images: Images) -> list[str]:
         lines.append(f"labels: not judged: {len(images.ids):,} images of {len(images.names):,} classes are too many")
     if audit.shift:
         low, high = audit.shift["auroc_ci95"]
-        told = f"AUROC {audit.shift['auroc']:.2f} [{low:.2f}, {high:.2f}], where 0.5 is chance"
-        lines.append(f"shift: {_describe_shift(split, low)} ({told})")
+        figures = f"AUROC {audit.shift['auroc']:.2f} [{low:.2f}, {high:.2f}], where 0.5 is chance"
+        lines.append(f"shift: {_describe_shift(split, low)} ({figures})")
     if audit.not_looked_at:
         lines.append(
             f"copies: {audit.not_looked_at:,} images that may be copies were not looked at, to save time: --mode=audit "

@@ -18,8 +18,8 @@ _TOLERANCE = 1e-3
 _MARGIN = 0.3  # between two probabilities: below it, most are hard images with the right label (--only=labels)
 
 
-def make_stand_in(count: int, classes: int) -> Any:
-    """What stands in for a classifier before there is one: a logistic regression on main components.
+def build_surrogate(count: int, classes: int) -> Any:
+    """Builds the surrogate classifier of an audit: a logistic regression on principal components.
 
     Of very many images and classes it would take hours; then it is a linear discriminant analysis with the shrinkage of
     Ledoit & Wolf 2004, which finds nearly as many planted errors.
@@ -56,7 +56,7 @@ def cross_validate(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
         return rows[:0], np.zeros((0, len(counts)))
     found = np.zeros((len(rows), len(counts)), np.float32)
     folds = StratifiedKFold(min(_FOLDS, int(counts.max())), shuffle=True, random_state=0)
-    model = make_stand_in(len(rows), len(known))
+    model = build_surrogate(len(rows), len(known))
     found[:, known] = cross_val_predict(model, points[rows], labels[rows], cv=folds, method="predict_proba")
     return rows, found
 

@@ -13,14 +13,23 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tl_keras.backbones.engines import BATCH_SIZE, Choice, PixelEngine, TensorFlowEngine, build_engine, choose_engine
+from tl_keras.backbones.engines import (
+    BATCH_SIZE,
+    EngineChoice,
+    PixelEngine,
+    TensorFlowEngine,
+    build_engine,
+    choose_engine,
+)
 from tl_keras.backbones.store import EmbeddingStore, check_space, make_folder
 from tl_keras.errors import UserError
 
 VIEWS = ("", "flip")  # as the image is, mirrored
 _ROUGH = ("bfloat16", "float16")
-_NO_TRUNK = Choice("tensorflow", "float32", "the whole network is trained")
+_READ_BATCH = 4096
+_NO_TRUNK = EngineChoice("tensorflow", "float32", "the whole network is trained")
 
+ReadEmbeddings = Callable[[np.ndarray], np.ndarray]  # positions, int `(m,)` → float32 `(m, dim)`
 ImageStream = Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
@@ -44,7 +53,7 @@ class Embedded:
     broken: list[int]
     computed: int
     seconds: float
-    choice: Choice
+    choice: EngineChoice
     exact: np.ndarray | None = None
     exact_store: EmbeddingStore | None = None
 
@@ -83,6 +92,18 @@ class Embedded:
         mixed = np.empty((len(keys), *parts[0].shape[1:]), np.float32)
         mixed[~exact], mixed[exact] = parts
         return mixed
+
+    def read_float32(self, positions: np.ndarray) -> np.ndarray:
+        """Reads the embeddings of any number of images.
+
+        Args:
+            positions: int `(m,)`.
+
+        Returns:
+            float32 `(m, dim)`.
+        """
+        parts = [positions[start : start + _READ_BATCH] for start in range(0, len(positions), _READ_BATCH)]
+        return np.concatenate([self.read(part).astype(np.float32) for part in parts])
 
 
 def embed(
@@ -138,11 +159,13 @@ def embed(
     sizes = [sum(_embedding_bytes(trunk, one.choice.precision) for trunk in trunks) for one in passes]
     sizes = sizes if trunks else [int(np.prod(address["image_shape"]))]
     check_space(store_dir, needs=[(one.count, size) for one, size in zip(passes, sizes, strict=True)])
+    cached = sum(map(len, wanted.values())) - total
+    megabytes = sum(one.count * size for one, size in zip(passes, sizes, strict=True)) / 1e6
+    layers = ", ".join(one["cut"] for one in addresses)
+    mixed = "; val and test in float32" if precise else ""
     show(
-        f"trunk: {', '.join(one['cut'] for one in addresses)}, {choice.engine}, {choice.precision} ({choice.reason}"
-        f"{'; val and test in float32' if precise else ''}); {total:,} images to compute, "
-        f"{sum(map(len, wanted.values())) - total:,} in the store, "
-        f"{sum(one.count * size for one, size in zip(passes, sizes, strict=True)) / 1e6:,.0f} MB to write"
+        f"embeddings of {layers}: {total:,} images to compute, {cached:,} cached, {megabytes:,.0f} MB to write; engine "
+        f"{choice.engine}, {choice.precision} ({choice.reason}{mixed})"
     )
     done, computing_since = 0, time.perf_counter()
     for one in passes:
@@ -179,7 +202,7 @@ class _Pass:
 
     def __init__(
         self,
-        choice: Choice,
+        choice: EngineChoice,
         wanted: Mapping[int, np.ndarray],
         addresses: Sequence[dict[str, Any]],
         store_dir: str,
@@ -227,7 +250,7 @@ def _divide(
     return rough, precise
 
 
-def _take_runner(runner: Any, choice: Choice, trunk: keras.Model | None) -> Any:
+def _take_runner(runner: Any, choice: EngineChoice, trunk: keras.Model | None) -> Any:
     """The engine at the precision of `choice`; it is built once, always for the same batch: its bits depend on that."""
     if runner is None:
         return build_engine(choice, trunk, batch_size=BATCH_SIZE)
@@ -266,7 +289,7 @@ def embed_tail(
         UserError: the disk is full, or the store can't be used.
     """
     start, done = time.perf_counter(), 0
-    choice = Choice("tensorflow", "float32", "")
+    choice = EngineChoice("tensorflow", "float32", "")
     address = {"backbone": "tail", "behind": embedded.name, **_identify(tail), **choice.address()}
     store = EmbeddingStore(str(embedded.store.path.parent), address)
     engine = None
@@ -320,14 +343,14 @@ def _choose_engine(
     precision: str,
     store_dir: Path,
     addresses: list[dict[str, Any]],
-) -> tuple[Choice, Any]:
+) -> tuple[EngineChoice, Any]:
     if trunk is None:
         return _NO_TRUNK, PixelEngine()
     names = [hashlib.sha256(repr(sorted(address.items())).encode()).hexdigest()[:16] for address in addresses]
     notes = [store_dir / f"{name}.engine.json" for name in names]
     sample = next((pixels for _, pixels in images(positions[:BATCH_SIZE])), None)
     if sample is None:
-        return Choice("tensorflow", "float32", "no image could be decoded"), None
+        return EngineChoice("tensorflow", "float32", "no image could be decoded"), None
     return choose_engine(engine, precision, trunk, sample, count=len(positions), notes=notes)
 
 

@@ -37,7 +37,7 @@ _OPENVINO_SAMPLE = 8  # images that tell its speed: it runs them by four
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """What runs the trunk, and why.
 
     Attributes:
@@ -171,7 +171,7 @@ class PixelEngine:
 Engine = TensorFlowEngine | OpenVinoEngine | PixelEngine
 
 
-def build_engine(choice: Choice, trunk: keras.Model | None, *, batch_size: int) -> Engine:
+def build_engine(choice: EngineChoice, trunk: keras.Model | None, *, batch_size: int) -> Engine:
     """Builds what was chosen; without a trunk what hands the pixels on.
 
     Raises:
@@ -185,7 +185,7 @@ def build_engine(choice: Choice, trunk: keras.Model | None, *, batch_size: int) 
 
 def choose_engine(
     engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, *, count: int, notes: Sequence[Path]
-) -> tuple[Choice, Engine | None]:
+) -> tuple[EngineChoice, Engine | None]:
     """Takes the fastest engine that is installed, at the fastest precision that is true to float32.
 
     bfloat16 is taken only where it is at least 1.3 times faster than the same engine's float32, and true to it.
@@ -212,15 +212,15 @@ def choose_engine(
     if engine == "auto" and (on_gpu or not has_openvino()):
         engine = "tensorflow"
     if engine != "auto" and precision != "auto":
-        return Choice(engine, precision, "asked for"), None
+        return EngineChoice(engine, precision, "as requested"), None
     if on_gpu:
-        return Choice(engine, "float32", "on the GPU, with TensorFloat-32 where it has it"), None
+        return EngineChoice(engine, "float32", "on the GPU, with TensorFloat-32 if it has it"), None
     if engine == "tensorflow" and not has_bfloat16():
-        return Choice(engine, "float32", "this CPU has no bfloat16 instructions"), None
+        return EngineChoice(engine, "float32", "this CPU has no bfloat16 instructions"), None
     wanted = {"engine": engine, "precision": precision, "openvino": openvino_version()}
     kept = [one for one in map(_read_note, notes) if one and one["wanted"] == wanted and count < _GREW * one["count"]]
     if kept:
-        choice, built, count = Choice(*kept[0]["choice"]), None, kept[0]["count"]
+        choice, built, count = EngineChoice(*kept[0]["choice"]), None, kept[0]["count"]
     else:
         choice, built = _measure(engine, precision, trunk, sample, count)
     content = {"choice": dataclasses.astuple(choice), "wanted": wanted, "count": count}
@@ -298,29 +298,33 @@ def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 def _check_wanted(engine: str, precision: str, on_gpu: bool) -> None:
     if engine == "openvino" and not has_openvino():
-        raise UserError("--engine=openvino is not installed. Install it: pip install 'tl_keras[openvino]'.")
+        raise UserError(
+            "OpenVINO is not installed. Install it, or leave --engine out: pip install 'tl_keras[openvino]'."
+        )
     if precision == "float16" and engine == "openvino":
-        raise UserError("--precision=float16 is a GPU's, and OpenVINO runs on the CPU here. Use --precision=auto.")
+        raise UserError("--precision=float16 needs a GPU, and OpenVINO runs on the CPU here. Use --precision=auto.")
     if precision == "float16" and not on_gpu:
         raise UserError("--precision=float16 needs a GPU, and TensorFlow sees none. Use --precision=auto.")
     if precision == "bfloat16" and on_gpu:
-        raise UserError("--precision=bfloat16 is the CPU's; on a GPU use --precision=float16 or auto.")
+        raise UserError("--precision=bfloat16 runs on the CPU only. On a GPU use --precision=float16 or auto.")
 
 
-def _measure(engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, count: int) -> tuple[Choice, Engine]:
+def _measure(
+    engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, count: int
+) -> tuple[EngineChoice, Engine]:
     """The fastest of the engines asked for; a trunk that is soon done is not worth a comparison."""
     notes: list[str] = []
     best: _Timed | None = None
     for name in ("openvino", "tensorflow") if engine == "auto" else (engine,):
         if best and best.seconds_for(count) < _WORTH_SECONDS[name]:
-            notes.append(f"{name} not tried: the trunk takes less than {_WORTH_SECONDS[name]:.0f} s")
+            notes.append(f"{name} not benchmarked: the trunk takes less than {_WORTH_SECONDS[name]:.0f} s")
             break
         try:
             timed = _measure_precision(name, precision, trunk, sample, count)
         except UserError as error:
             if engine != "auto":
                 raise
-            notes.append(f"openvino is left out: {error}")
+            notes.append(f"openvino can't be used: {error}")
             continue
         if timed.note:
             notes.append(timed.note)
@@ -332,7 +336,7 @@ def _measure(engine: str, precision: str, trunk: keras.Model, sample: np.ndarray
         best = best or timed
     if best is None:
         raise UserError(notes[-1])
-    return Choice(best.name, best.precision, "; ".join(notes) or "asked for"), best.engine
+    return EngineChoice(best.name, best.precision, "; ".join(notes) or "as requested"), best.engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,13 +359,13 @@ def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np
     wanted = "float32" if precision == "auto" else precision
     # an engine always has the same batch, however few images there are: its bits must not depend on their number
     size = _OPENVINO_SAMPLE if name == "openvino" else BATCH_SIZE
-    exact = build_engine(Choice(name, wanted, ""), trunk, batch_size=size)
+    exact = build_engine(EngineChoice(name, wanted, ""), trunk, batch_size=size)
     exact_embeddings, exact_seconds = _time(exact, sample[:size])
     timed = _Timed(name, wanted, exact, exact_seconds, size, "")
     if precision != "auto":
         return timed
     if timed.seconds_for(count) < _WORTH_SECONDS["bfloat16"]:
-        note = f"the trunk takes less than {_WORTH_SECONDS['bfloat16']:.0f} s"
+        note = f"bfloat16 not benchmarked: the trunk takes less than {_WORTH_SECONDS['bfloat16']:.0f} s"
         return dataclasses.replace(timed, note=note)
     if not has_bfloat16():
         return dataclasses.replace(timed, note="this CPU has no bfloat16 instructions")
@@ -369,10 +373,10 @@ def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np
     fast_embeddings, fast_seconds = _time(fast, sample[:size])
     faster = exact_seconds / fast_seconds
     cosine = min(mean_cosine(*pair) for pair in zip(exact_embeddings, fast_embeddings, strict=True))
-    saw = f"bfloat16 is {faster:.2f} times as fast, mean cosine to float32 {cosine:.4f}"
+    saw = f"bfloat16 is {faster:.2f} times as fast, mean cosine similarity to float32 {cosine:.4f}"
     if faster >= FASTER_AT_LEAST and cosine >= COSINE_AT_LEAST:
         return _Timed(name, "bfloat16", fast, fast_seconds, size, saw)
-    return dataclasses.replace(timed, note=f"{saw}; needed: {FASTER_AT_LEAST} and {COSINE_AT_LEAST}")
+    return dataclasses.replace(timed, note=f"{saw}; required: {FASTER_AT_LEAST} and {COSINE_AT_LEAST}")
 
 
 def _time(engine: Any, images: np.ndarray) -> tuple[list[np.ndarray], float]:

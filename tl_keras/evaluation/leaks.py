@@ -12,9 +12,9 @@ import numpy as np
 
 from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
-from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.tables import DIGESTS
 from tl_keras.run import read_csv, read_json
+from tl_keras.statistics.intervals import accuracy_interval, with_interval
 
 
 @dataclasses.dataclass(frozen=True)

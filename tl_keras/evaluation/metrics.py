@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
-from tl_keras.evaluation.averages import average
-from tl_keras.evaluation.calibration import error_interval, expected_calibration_error, losses
-from tl_keras.evaluation.intervals import (
+from tl_keras.statistics.averages import average
+from tl_keras.statistics.calibration import error_interval, expected_calibration_error, losses
+from tl_keras.statistics.intervals import (
     accuracy_interval,
     auroc_interval,
     f1_intervals,

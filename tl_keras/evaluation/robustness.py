@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tl_keras.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
-from tl_keras.evaluation.intervals import accuracy_interval, mean_interval
+from tl_keras.statistics.intervals import accuracy_interval, mean_interval
 
 _BATCH = 32
 

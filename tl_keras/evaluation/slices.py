@@ -13,8 +13,8 @@ from scipy import stats
 from tl_keras.config import nearest
 from tl_keras.data.manifests import Table, read_table
 from tl_keras.errors import UserError
-from tl_keras.evaluation.intervals import with_interval
 from tl_keras.evaluation.metrics import measure
+from tl_keras.statistics.intervals import with_interval
 
 SLICES = (
     *("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value"),

@@ -12,22 +12,21 @@ import numpy as np
 import sklearn
 import tensorflow as tf
 
-from tl_keras import __version__
 from tl_keras.data.examples import Examples
 from tl_keras.data.splits import evaluated_split
-from tl_keras.evaluation.calibration import (
-    RELIABILITY,
+from tl_keras.evaluation.metrics import count_pairs, measure, measure_classes, most_confused
+from tl_keras.evaluation.slices import SLICES, Attributes, describe_worst, measure_slices, slice_cells
+from tl_keras.run import RunFolder, write_atomically
+from tl_keras.statistics.calibration import RELIABILITY, reliability
+from tl_keras.statistics.coverage import (
     THRESHOLD_CONFIDENCE,
     accuracy_by_coverage,
     choose_threshold,
     fewest_for_threshold,
     measure_threshold,
-    reliability,
 )
-from tl_keras.evaluation.intervals import with_interval
-from tl_keras.evaluation.metrics import count_pairs, measure, measure_classes, most_confused
-from tl_keras.evaluation.slices import SLICES, Attributes, describe_worst, measure_slices, slice_cells
-from tl_keras.run import RunFolder, write_atomically
+from tl_keras.statistics.intervals import with_interval
+from tl_keras.version import __version__
 
 DIGESTS = "digests.npy"
 _PREDICTIONS_HEADER = ("id", "split", "label", "predicted", "probability", "label_probability")

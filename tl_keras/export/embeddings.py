@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tl_keras.backbones.embed import ReadEmbeddings
 from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
 from tl_keras.run import check_writable, disk_errors
 
 _ROWS = 1000  # read and written at once
-
-ReadEmbeddings = Callable[[np.ndarray], np.ndarray]
 
 
 def check_output(path: str) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from tl_keras.classifier import Classifier, Servable, read_run_id, write_decoding
+from tl_keras.classifier.probe_layers import has_votes
 from tl_keras.data.images import explain_broken
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
 from tl_keras.export.warmup import write_warmup
-from tl_keras.folded import has_votes
 from tl_keras.run import disk_errors, sync_tree
 
 AGREE_AT_LEAST = 0.99
@@ -51,7 +51,7 @@ def describe_request(path: Path) -> list[str]:
     """How to serve this model here, and a `curl` line that asks whoever serves it about one photograph."""
     body = """'{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}'"""
     return [
-        f"try it: python -m tl_keras.main --mode=serve --classifier={path}",
+        f"try it: tl_keras serve --classifier={path}",
         f"and ask it: echo {body} | curl -d @- http://localhost:8501/v1/models/{path.parent.name}:predict",
     ]
 
@@ -111,7 +111,7 @@ def export_saved_model(
             with contextlib.nullcontext(parity) if not known else ParityProcess() as fresh:
                 agreement = fresh.compare(unfinished, samples, expected)
             show(
-                f"export: {agreement.count} images through the exported model in a fresh process: decisions agree in "
+                f"export: exported model checked on {agreement.count} images in a new process: decisions agree in "
                 f"{agreement.decisions:.3f}, largest difference of a probability {agreement.largest_difference:.1e}"
             )
             check_agreement(agreement, precision, has_votes=has_votes(classifier.network))

@@ -8,11 +8,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import keras
 import numpy as np
 
 from tl_keras.audit.duplicates import Images
-from tl_keras.audit.examine import Audit, describe_data, predict_stand_in
+from tl_keras.audit.examine import Audit, describe_data, predict_surrogate
 from tl_keras.audit.findings import FINDINGS_HEADER, Finding, count
 from tl_keras.backbones.capacity import check_network
 from tl_keras.backbones.engines import BATCH_SIZE
@@ -23,54 +22,49 @@ from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
 from tl_keras.evaluation.tables import describe_environment, write_examples
-from tl_keras.modes.inspection import examine_examples, list_images, measure_leaks, read_embeddings
-from tl_keras.modes.lineage import read_config
-from tl_keras.modes.reporting import attempt, report_audit
-from tl_keras.modes.steps import Job, load_backbone, load_job
-from tl_keras.run import UNFINISHED, Result, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
+from tl_keras.jobs.inspection import examine_examples, list_images, measure_leaks
+from tl_keras.jobs.lineage import load_run_config
+from tl_keras.jobs.result import Result
+from tl_keras.jobs.start import Job, load_network, start
+from tl_keras.report.compose import compose_audit_report, try_report
+from tl_keras.run import UNFINISHED, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
 _JUDGED = {"label", "outlier"}  # by a model, not by what is in the file
 _MANY = 300_000  # images; of fewer it is done in minutes
 _NEIGHBOUR_SECONDS = 42  # of 100,000 embeddings (benchmarks/results/audit.json); it grows with their square
-_STAND_IN = "a logistic regression on these embeddings"
+_UNTRAINED = (
+    "warning: --weights=none: an untrained network finds few modified copies, and finds wrong labels and outliers only "
+    "by chance. Leave the flag out, or give a weights file"
+)
+_SURROGATE = "a logistic regression on these embeddings"
 
 
-def run(config: Config) -> Result:
+def run(config: Config, screen: Screen | None = None) -> Result:
     """Looks at files, at copies within and across splits, at labels, outliers and the balance of classes.
 
     Nothing of the user's files is changed. Findings go to `audit.csv`; with --write_clean_csv the rest to a manifest.
     With --classifier it looks at that run's data, with that run's network and predictions.
     """
-    screen, watch = Screen(), Stopwatch()
-    keras.utils.set_random_seed(config.run.seed)
+    screen, watch = screen or Screen(), Stopwatch()
     asked, config = config, _follow_classifier(config, screen)
     if config.audit.write_clean_csv:
         _check_clean_path(config)
     if config.backbone.weights == "none" and not asked.read.classifier:
-        screen.line(
-            "warning: --weights=none: a network that has learnt nothing finds few copies that were changed, and wrong "
-            "labels and outliers by chance alone. Leave it out, or give a weights file"
-        )
-    with watch.stage("backbone"):
-        preset, backbone = load_backbone(config.backbone)
-        check_network(backbone, batch_size=BATCH_SIZE, exported=False)
-    size = int(backbone.input_shape[1])
-    job = load_job(config, preset, screen, watch, image_size=size, asked=asked)
+        screen.line(_UNTRAINED)
+    network = load_network(config, screen, watch)
+    backbone = network.backbone
+    check_network(backbone, batch_size=BATCH_SIZE, exported=False)
+    job = start(network, asked=asked)
     _check_clean(config, job)
     with watch.stage("trunk"):
-        embedded = job.embed([backbone], preset, image_size=size)[0]
+        embedded = job.embed([backbone])[0]
     rows, images = list_images(job.examples)
     if not len(rows):
         raise UserError(f"none of the images can be read: {job.folder.path}/broken.csv says why. Mend them.")
-    if len(rows) > _MANY:
-        hours = _NEIGHBOUR_SECONDS * (len(rows) / 1e5) ** 2 / 3600
-        screen.line(
-            f"note: to find the neighbours of {len(rows):,} images takes about {hours:.1f} hours on two cores, and "
-            f"{4e-9 * len(rows) * backbone.output_shape[-1]:.0f} GB"
-        )
+    _estimate_time(screen, len(rows), int(backbone.output_shape[-1]))
     with watch.stage("audit"):
-        embeddings, progress = read_embeddings(embedded, rows), screen.progress
-        audit = examine_examples(job.examples, job.oddities, embeddings, every=True, show_progress=progress)
+        embeddings, progress = embedded.read_float32(rows), screen.progress
+        audit = examine_examples(job.examples, job.oddities, embeddings, all_pixels=True, show_progress=progress)
         digests = [job.examples.digests[row].tobytes() for row in rows]
         predicted, judge = _predict(asked, audit, images, digests)
         leaks, leak_lines = measure_leaks(audit, images, predicted, judge)
@@ -85,18 +79,18 @@ def run(config: Config) -> Result:
     environment = describe_environment(engine=embedded.choice.engine, precision=embedded.choice.precision)
     with watch.stage("report"):
         write = functools.partial(
-            report_audit,
+            compose_audit_report,
             job.folder,
             job.examples,
             audit,
             lines=lines,
-            image_size=size,
+            image_size=network.image_size,
             resize=config.backbone.resize,
             flags=asked.as_flags(),
             notes=job.warnings,
             environment=environment,
         )
-        status = attempt(write, screen.line)
+        status = try_report(write, screen.line)
     metrics = {
         "n": len(rows),
         "findings": audit.counts(),
@@ -107,8 +101,18 @@ def run(config: Config) -> Result:
         "timing": {"seconds": dict(watch.seconds)},
     }
     job.folder.write_json("metrics.json", metrics)
-    screen.line(f"{len(audit.findings):,} findings on {len(rows):,} images · {job.folder.path}/audit.csv")
+    screen.result(f"{len(audit.findings):,} findings on {len(rows):,} images · {job.folder.path}/audit.csv")
     return Result(job.folder.path, None, metrics, status, is_complete=not status)
+
+
+def _estimate_time(screen: Screen, count: int, dim: int) -> None:
+    """Shows how long the search for neighbors takes, if that is hours."""
+    if count > _MANY:
+        hours = _NEIGHBOUR_SECONDS * (count / 1e5) ** 2 / 3600
+        screen.line(
+            f"note: finding the nearest neighbors of {count:,} images takes about {hours:.1f} hours on two cores, and "
+            f"{4e-9 * count * dim:.0f} GB of memory"
+        )
 
 
 def _follow_classifier(config: Config, screen: Screen) -> Config:
@@ -120,7 +124,7 @@ def _follow_classifier(config: Config, screen: Screen) -> Config:
         raise UserError(
             f"--classifier={path} is no run folder, and does not say what it was trained on. Give runs/NAME."
         )
-    trained, own = load_trained(path), read_config(path)
+    trained, own = load_trained(path), load_run_config(path)
     if own.mode == "finetune" and own.training.trainable != "head":
         screen.line(
             "note: this network was trained on these labels: wrong ones may look right to it, and test unlike train"
@@ -193,7 +197,7 @@ def _predict(config: Config, audit: Audit, images: Images, digests: Sequence[byt
         told = _recall(Path(run_dir), images, digests)
         if all(one in numbers for one in told):
             return np.array([numbers[one] for one in told if one], np.int64), run_dir
-    return predict_stand_in(audit.points, images), _STAND_IN
+    return predict_surrogate(audit.points, images), _SURROGATE
 
 
 def _recall(run_dir: Path, images: Images, digests: Sequence[bytes]) -> list[str | None]:

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
-from tl_keras import __version__
 from tl_keras.backbones.engines import read_cpu_flags
 from tl_keras.backbones.store import list_stores
 from tl_keras.config import Config, default_store_dir
 from tl_keras.data.tfds_source import import_tfds
 from tl_keras.errors import UserError
-from tl_keras.run import Result, Screen, existing_parent
+from tl_keras.jobs.result import Result
+from tl_keras.run import Screen, existing_parent
+from tl_keras.version import __version__
 
-_PYTHON = ((3, 10), (3, 14))
+_PYTHON = ((3, 11), (3, 14))
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "scikit-learn", "scipy", "numpy", "absl-py", "protobuf")
 _FREE_BYTES = 5 << 30
 _CPU_FLAGS = {
@@ -47,9 +48,9 @@ class Finding:
     advice: str = ""
 
 
-def run(config: Config) -> Result:
+def run(config: Config, screen: Screen | None = None) -> Result:
     """Looks at versions, devices, CPU, TFDS, caches and disk. Exit 1 where something needs doing."""
-    screen = Screen()
+    screen = screen or Screen()
     store_dir = config.engine.store_dir or default_store_dir()
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _check_versions,
@@ -62,10 +63,7 @@ def run(config: Config) -> Result:
     for check in checks:
         for finding in check():
             failed += bool(finding.advice)
-            screen.line(
-                f"{'to do' if finding.advice else 'ok   '} {finding.what}"
-                + f": {finding.advice}" * bool(finding.advice)
-            )
+            screen.line(f"to do {finding.what}: {finding.advice}" if finding.advice else f"ok    {finding.what}")
     screen.line(f"{failed} to do" if failed else "all ok")
     return Result(exit_status=1 if failed else 0)
 
@@ -74,7 +72,7 @@ def _check_versions() -> Iterator[Finding]:
     supported = _PYTHON[0] <= sys.version_info[:2] < _PYTHON[1]
     yield Finding(
         f"tl_keras {__version__}, Python {platform.python_version()}",
-        "" if supported else "use Python 3.10 to 3.13",
+        "" if supported else "use Python 3.11 to 3.13",
     )
     installed = []
     for name in _PACKAGES:

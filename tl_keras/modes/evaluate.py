@@ -19,13 +19,10 @@ from tl_keras.data.images import make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, UNUSED, carve, evaluated_split
 from tl_keras.errors import UserError
-from tl_keras.evaluation.calibration import measure_threshold
-from tl_keras.evaluation.intervals import with_interval
 from tl_keras.evaluation.leaks import TrainedOn, measure_seen, read_trained_on
 from tl_keras.evaluation.metrics import headline
-from tl_keras.evaluation.report.card import load_card
 from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
-from tl_keras.evaluation.slices import read_attributes
+from tl_keras.evaluation.slices import Attributes, read_attributes
 from tl_keras.evaluation.tables import (
     describe_device,
     describe_environment,
@@ -33,20 +30,102 @@ from tl_keras.evaluation.tables import (
     format_table,
     write_evaluation,
 )
-from tl_keras.modes.comparing import compare_runs
-from tl_keras.modes.lineage import find_weights, list_training_runs, read_config, trace_weights
-from tl_keras.modes.reporting import Judged, attempt, report
-from tl_keras.run import INTERRUPTED, Result, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.jobs.comparison import compare_runs
+from tl_keras.jobs.lineage import find_weights, list_training_runs, load_run_config, trace_weights
+from tl_keras.jobs.result import Result
+from tl_keras.report.card import Card, load_card
+from tl_keras.report.compose import Judged, compose_report, try_report
+from tl_keras.run import INTERRUPTED, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.statistics.coverage import measure_threshold
+from tl_keras.statistics.intervals import with_interval
 
 _CORRUPTED_BATCH = 32
 
 
-def run(config: Config) -> Result:
-    """Scores a classifier on the val and test of its own data, or on all labelled images of another source."""
-    screen, watch = Screen(), Stopwatch()
+def run(config: Config, screen: Screen | None = None) -> Result:
+    """Measures a classifier on the val and test of its own data, or on all labeled images of another source."""
+    screen = screen or Screen()
     if config.evaluation.compare:
         return compare_runs(config, screen)
-    path, card = Path(str(config.read.classifier)), load_card(config.evaluation.card)
+    task = _start(config, screen)
+    with task.watch.stage("prediction"):
+        probabilities, broken = _predict(task.classifier, task.examples, screen)
+    with task.watch.stage("evaluation"):
+        probabilities = task.remove_broken(probabilities, broken)
+        metrics, status = _measure(task, probabilities)
+    task.folder.write_json("metrics.json", metrics)
+    for line in [*task.warnings, *describe_evaluation(metrics)]:
+        screen.line(line)
+    if config.evaluation.report:
+        with task.watch.stage("report"):
+            status = try_report(functools.partial(_write_report, task, probabilities, metrics), screen.line) or status
+        metrics["timing"]["seconds"] = dict(task.watch.seconds)
+        task.folder.write_json("metrics.json", metrics)
+    split = evaluated_split(metrics)
+    own = split == "val" and config.data.dataset is None
+    note = " (its run made selections on it; there is no test split)" if own else ""
+    screen.result(f"{headline(split, metrics[split])}{note} · {task.folder.path}")
+    return Result(run_dir=task.folder.path, metrics=metrics, exit_status=status, is_complete=not status)
+
+
+@dataclasses.dataclass
+class _Task:
+    """One evaluation.
+
+    Attributes:
+        config: all settings.
+        screen: what the user sees.
+        watch: seconds by stage.
+        path: the run folder or the exported version folder.
+        classifier: the classifier in it.
+        folder: the folder of the evaluation.
+        examples: labeled images; those that can't be decoded are removed when they are found.
+        attributes: attributes of the examples (--slices).
+        card: the user's entries for the model card.
+        trained_on: images that the classifier was trained on, if that is known.
+        notes: remarks on the data, already shown.
+        warnings: warnings about the metrics, shown beside them.
+    """
+
+    config: Config
+    screen: Screen
+    watch: Stopwatch
+    path: Path
+    classifier: LoadedClassifier
+    folder: RunFolder
+    examples: Examples
+    attributes: Attributes | None
+    card: Card
+    trained_on: TrainedOn | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def report_broken(self, rows: list[tuple[str, str]]) -> None:
+        """Writes `broken.csv`: id and reason of each image that can't be read."""
+        self.folder.write_csv("broken.csv", ("id", "reason"), rows)
+
+    def remove_broken(self, probabilities: dict[str, np.ndarray], broken: dict[int, str]) -> dict[str, np.ndarray]:
+        """Removes images that could not be decoded, and splits that have no others.
+
+        Args:
+            probabilities: split → float32 `(n, classes)`.
+            broken: position → reason.
+
+        Returns:
+            The probabilities of the others.
+        """
+        if broken:
+            kept = {split: ~np.isin(self.examples.positions(split), list(broken)) for split in probabilities}
+            probabilities = {split: values[kept[split]] for split, values in probabilities.items()}
+            limit = self.config.data.max_broken_fraction
+            self.examples = self.examples.without(broken, max_broken_fraction=limit, report=self.report_broken)
+        _tell_broken(self.examples, self.folder, self.screen)
+        return {split: values for split, values in probabilities.items() if len(values)}
+
+
+def _start(config: Config, screen: Screen) -> _Task:
+    """Loads the classifier and its data, and creates the folder of the evaluation."""
+    path, card, watch = Path(str(config.read.classifier)), load_card(config.evaluation.card), Stopwatch()
     with watch.stage("classifier"):
         classifier = load(str(path))
     with watch.stage("data"):
@@ -59,59 +138,57 @@ def run(config: Config) -> Result:
             config=config.as_dict(),
             flags=config.as_flags(),
         )
-        tell_broken = functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
-        limit = config.data.max_broken_fraction
-        examples = scan(source, splits, max_broken_fraction=limit, show_progress=screen.progress, report=tell_broken)
+        screen.log_to(folder.path / "run.log")
+        examples = scan(
+            source,
+            splits,
+            max_broken_fraction=config.data.max_broken_fraction,
+            show_progress=screen.progress,
+            report=functools.partial(folder.write_csv, "broken.csv", ("id", "reason")),
+        )
+    task = _Task(config, screen, watch, path, classifier, folder, examples, attributes, card)
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
-    trained_on, unknown = _read_trained_on(path)
-    notes = [*_list_origin(config, path, source.class_names), *([unknown] if unknown else [])]
-    for note in notes:
+    task.trained_on, unknown = _read_trained_on(path)
+    task.notes = [*_list_origin(config, path, source.class_names), *([unknown] if unknown else [])]
+    for note in task.notes:
         screen.line(note)
+    return task
 
-    status = 0
-    with watch.stage("prediction"):
-        probabilities, broken = _predict(classifier, examples, screen)
-    with watch.stage("evaluation"):
-        if broken:
-            kept = {split: ~np.isin(examples.positions(split), list(broken)) for split in probabilities}
-            probabilities = {split: values[kept[split]] for split, values in probabilities.items()}
-            examples = examples.without(broken, max_broken_fraction=limit, report=tell_broken)
-        probabilities = {split: values for split, values in probabilities.items() if len(values)}
-        _tell_broken(examples, folder, screen)
-        target = config.evaluation.target_accuracy
-        metrics: dict[str, Any] = write_evaluation(
-            folder, examples, probabilities, target_accuracy=target, attributes=attributes
-        )
-        metrics |= _reject_as_run(metrics, path, examples, probabilities)
-        metrics["leaks"], warnings = measure_seen(trained_on, examples, probabilities)
-        if config.evaluation.corruptions:
-            count = config.evaluation.corruption_images
-            more, status = _try_corruptions(classifier, examples, evaluated_split(probabilities), count, screen)
-            metrics |= more
+
+def _measure(task: _Task, probabilities: dict[str, np.ndarray]) -> tuple[dict[str, Any], int]:
+    """The content of `metrics.json`, and the exit status: 1 if the corruptions could not be measured."""
+    config, examples, status = task.config.evaluation, task.examples, 0
+    metrics: dict[str, Any] = write_evaluation(
+        task.folder, examples, probabilities, target_accuracy=config.target_accuracy, attributes=task.attributes
+    )
+    metrics |= _reject_as_run(metrics, task.path, examples, probabilities)
+    metrics["leaks"], task.warnings = measure_seen(task.trained_on, examples, probabilities)
+    if config.corruptions:
+        split = evaluated_split(probabilities)
+        more, status = _try_corruptions(task.classifier, examples, split, config.corruption_images, task.screen)
+        metrics |= more
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
-    rate = round(count / watch.seconds["prediction"], 1)
-    metrics["timing"] = {"seconds": dict(watch.seconds), "trunk_images": count, "trunk_images_per_second": rate}
-    folder.write_json("metrics.json", metrics)
-    for line in [*warnings, *describe_evaluation(metrics)]:
-        screen.line(line)
-    if config.evaluation.report:
-        with watch.stage("report"):
-            judged = _judge(classifier, path, examples, probabilities)
-            settings, flags = config.as_dict(), config.as_flags()
-            write = functools.partial(
-                report, folder, judged, metrics, config=settings, flags=flags, card=card, notes=[*notes, *warnings]
-            )
-            status = attempt(write, screen.line) or status
-        metrics["timing"]["seconds"] = dict(watch.seconds)
-        folder.write_json("metrics.json", metrics)
-    split = evaluated_split(metrics)
-    own = split == "val" and config.data.dataset is None
-    note = " (its run made choices on it; there is no test split)" if own else ""
-    screen.line(f"{headline(split, metrics[split])}{note} · {folder.path}")
-    return Result(run_dir=folder.path, metrics=metrics, exit_status=status, is_complete=not status)
+    metrics["timing"] = {
+        "seconds": dict(task.watch.seconds),
+        "trunk_images": count,
+        "trunk_images_per_second": round(count / task.watch.seconds["prediction"], 1),
+    }
+    return metrics, status
+
+
+def _write_report(task: _Task, probabilities: dict[str, np.ndarray], metrics: dict[str, Any]) -> Path:
+    return compose_report(
+        task.folder,
+        _judge(task.classifier, task.path, task.examples, probabilities),
+        metrics,
+        config=task.config.as_dict(),
+        flags=task.config.as_flags(),
+        card=task.card,
+        notes=[*task.notes, *task.warnings],
+    )
 
 
 def _tell_broken(examples: Examples, folder: RunFolder, screen: Screen) -> None:
@@ -152,10 +229,10 @@ def _try_corruptions(
     try:
         return {"robustness": _corrupt(classifier, examples, split, count, screen)}, 0
     except KeyboardInterrupt:
-        screen.line("corruptions: interrupted, and left out; all else is there")
+        screen.line("corruptions: interrupted; the evaluation is complete without them")
         return {}, INTERRUPTED
     except UserError as error:
-        screen.line(f"warning: {error} All else is there.")
+        screen.line(f"warning: {error} The evaluation is complete without them.")
         return {}, 1
 
 
@@ -208,7 +285,7 @@ def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
 def _own_config(path: Path) -> Config:
     if not (path / "config.json").is_file():
         raise UserError(f"--dataset is missing: {path} does not say what data it was made from. Give --dataset.")
-    return read_config(path)
+    return load_run_config(path)
 
 
 def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
@@ -255,7 +332,7 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
     """What a classifier was fitted on, its network in earlier runs included; or a note that this can't be known."""
     if not (path / "config.json").is_file():
         return None, "note: an exported model does not say which of these images it was trained on; its run folder does"
-    config = read_config(path)
+    config = load_run_config(path)
     began = trace_weights(config.backbone.weights)[1]
     before = list_training_runs(config.backbone.weights)
     unknown = f"note: what {began} was trained on, with which the network began, can't be known"

@@ -11,18 +11,19 @@ from tl_keras.errors import UserError
 from tl_keras.export.deploy import write_deployment
 from tl_keras.export.saved_model import describe_request, export_saved_model
 from tl_keras.export.warmup import BATCH_SIZES, make_photograph
-from tl_keras.run import Result, Screen, check_writable, read_json
+from tl_keras.jobs.result import Result
+from tl_keras.run import Screen, check_writable, read_json
 from tl_keras.serving.measure import measure_speed
 
 _PHOTOGRAPHS = 8
 
 
-def run(config: Config) -> Result:
+def run(config: Config, screen: Screen | None = None) -> Result:
     """Exports a run's classifier, compared with what the run evaluated on some of its real images.
 
     With `--deploy` it writes what TF Serving is started with, too; of a model that is exported already that alone.
     """
-    screen, path, metrics = Screen(), Path(str(config.read.classifier)), dict[str, Any]()
+    screen, path, metrics = screen or Screen(), Path(str(config.read.classifier)), dict[str, Any]()
     if config.serve.deploy:
         check_writable(Path(config.serve.deploy), f"--deploy={config.serve.deploy}")
     if is_exported(path):
@@ -49,7 +50,7 @@ def run(config: Config) -> Result:
         for line in describe_request(exported_path):
             screen.line(line)
     if config.serve.deploy:
-        screen.line("deploy: timing the model in each batch size")
+        screen.line("deploy: benchmarking the model in each batch size")
         speed = measure_speed(exported_path, samples, batch_sizes=BATCH_SIZES)
         files = write_deployment(
             Path(config.serve.deploy),
@@ -62,9 +63,11 @@ def run(config: Config) -> Result:
         )
         screen.line(f"deploy: {config.serve.deploy}: {', '.join(files)}")
         if "models.config.new" in files:
-            screen.line(f"deploy: {config.serve.deploy}/models.config says something else and is kept")
+            screen.line(
+                f"deploy: {config.serve.deploy}/models.config differs and is kept; compare it with models.config.new"
+            )
     if metrics:
-        screen.line(f"exported · {exported_path}")
+        screen.result(f"exported · {exported_path}")
     return Result(exported=exported_path, metrics=metrics)
 
 

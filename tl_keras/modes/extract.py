@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -20,100 +19,121 @@ from tl_keras.backbones.cut import read_layer
 from tl_keras.backbones.embed import Embedded
 from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.backbones.zoo import find_preset
-from tl_keras.classifier import Classifier
+from tl_keras.classifier.probe_layers import size_in_bytes
 from tl_keras.config import Config, ProbeConfig, is_run
-from tl_keras.data.examples import Examples, draw_shots
+from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS, evaluated_split
 from tl_keras.errors import UserError
-from tl_keras.evaluation.intervals import accuracy_interval, with_interval
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.evaluation.tables import format_table, write_examples
 from tl_keras.export.embeddings import check_output, write_embeddings
 from tl_keras.export.parity import ParityProcess
-from tl_keras.folded import size_in_bytes
-from tl_keras.modes.inspection import read_embeddings
-from tl_keras.modes.steps import PREDICT_BATCH, Job, Views, load_backbone, load_job
+from tl_keras.jobs.finish import Views, close, close_without_probe, export, judge
+from tl_keras.jobs.result import Result
+from tl_keras.jobs.start import Job, Network, load_network, start
 from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_probe
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_memory
 from tl_keras.probes.search import Labelled, Search, choose_parameter
-from tl_keras.run import Result, Screen, Stopwatch, read_json, write_atomically
+from tl_keras.run import Screen, Stopwatch, read_json, write_atomically
+from tl_keras.statistics.intervals import accuracy_interval, with_interval
 from tl_keras.training.batches import predict_logits
 from tl_keras.training.heads import attach
 
 _COLUMNS = ("layer", "probe", "dim", "parameter", "value", "val_accuracy", "ci95_low", "ci95_high", "seconds")
+_PREDICT_BATCH = 128
 _HEADER = ("layer", "probe", "parameter", "dim", "val accuracy", "seconds")
 
 
-def run(config: Config) -> Result:
-    """Fits probes on the embeddings of one layer or several; what is best on val is evaluated and exported.
+def run(config: Config, screen: Screen | None = None) -> Result:
+    """Fits probes on the embeddings of one layer or several; the best on val is evaluated and exported.
 
-    Layer, probe and its parameter are chosen on val (or by cross-validation within train and val); test is looked at
-    once, by the winner, at the end.
+    Layer, probe and its parameter are selected on val (or by cross-validation within train and val); test is evaluated
+    once, with the winner, at the end.
     """
-    screen, watch = Screen(), Stopwatch()
-    keras.utils.set_random_seed(config.run.seed)
     if config.probe.embeddings_output:
         check_output(config.probe.embeddings_output)
-    with watch.stage("backbone"):
-        preset, backbone = load_backbone(config.backbone, with_top=_wants_top(config))
-        layers = config.probe.feature_layer or (backbone.operations[-1].name,)
-        trunks = [read_layer(backbone, layer, pooling=config.probe.pooling) for layer in layers]
-        _check_pooling(trunks, layers, config.probe.pooling)
-        check_network(backbone, batch_size=BATCH_SIZE, exported=config.run.export)
-    job = load_job(config, preset, screen, watch, image_size=int(backbone.input_shape[1]))
+    network = load_network(config, screen or Screen(), Stopwatch(), with_top=_wants_top(config))
+    trunks = _cut_trunks(network)
+    check_network(network.backbone, batch_size=BATCH_SIZE, exported=config.run.export)
+    job = start(network)
     if not job.embeddings_only:
-        _check(config.probe, _draw(job.examples, config), trunks)
-        probes = ", ".join(config.probe.probe)
-        screen.line(f"probe: {probes} on {', '.join(layers)}; weights: {config.backbone.weights}")
-
-    with watch.stage("trunk"):
-        embedded = job.embed(trunks, preset, image_size=int(backbone.input_shape[1]))
-    every, job.examples = job.examples, _draw(job.examples, config)
-    write_examples(job.folder, job.examples)
+        _check(config.probe, _draw(job, 0).examples, trunks)
+        _introduce(network)
+    with job.watch.stage("trunk"):
+        embedded = job.embed(trunks)
+    first = _draw(job, 0)
+    write_examples(first.folder, first.examples)
     if config.probe.embeddings_output:
-        with watch.stage("embeddings"):
-            screen.line(write_embeddings(config.probe.embeddings_output, job.examples, embedded[0].read))
+        with job.watch.stage("embeddings"):
+            job.screen.line(write_embeddings(config.probe.embeddings_output, first.examples, embedded[0].read))
     if job.embeddings_only:
-        return job.finish_without_probe(embedded[0])
-    _check_refit(config.probe, job.examples)  # all of test may have turned out broken
+        return close_without_probe(first, embedded[0])
+    _check_refit(config.probe, first.examples)  # every image of test may be broken
 
     # the process that checks the export loads TensorFlow while the probe is fitted
     with ParityProcess() if config.run.export else contextlib.nullcontext() as parity:
-        with watch.stage("probe"):
-            candidates, winner = _compare(job, trunks, embedded)
-            more: dict[str, Any] = {"candidates": [one.as_dict() for one in candidates], "probe": winner.as_dict()}
-            fitted = winner.fitted
-            if config.probe.refit == "train+val":
-                fitted = _refit(job, job.examples, winner, winner.value)
-                _warn_of_convergence(job, fitted, None)
-            head = fold(fitted, num_classes=len(job.examples.class_names))
-            if config.probe.repeats > 1:
-                more["few_shot"] = _repeat(job, every, winner, fitted)
-        with watch.stage("evaluation"):
+        with job.watch.stage("probe"):
+            candidates, winner = _compare(first, trunks, embedded)
+            fitted = _refit_winner(first, winner)
+            few_shot = _repeat(job, winner, fitted)
+        head = fold(fitted, num_classes=len(job.examples.class_names))
+        with job.watch.stage("evaluation"):
             logits = {"val": winner.val_logits}
             if len(job.examples.positions("test")):
                 logits["test"] = _predict(job.examples, winner.embedded, head, "test")
-        screen.line(f"head: {winner.probe}, {size_in_bytes(head) / 1e6:,.1f} MB in the exported model")
-        classifier = Classifier(
-            attach(head, winner.trunk),
-            name=f"{job.examples.source.name}-{preset.name}",
-            labels=job.examples.class_names,
-            backbone=preset.name,
-            embedding_layer=winner.trunk.layers[-1].name,
-            resize=config.backbone.resize,
+        job.screen.line(f"head: {winner.probe}, {size_in_bytes(head) / 1e6:,.1f} MB in the exported model")
+        outcome = judge(
+            first,
+            job.name_classifier(attach(head, winner.trunk), winner.trunk.layers[-1].name),
+            logits,
+            embedded=winner.embedded,
+            selected=_describe_selection(candidates, winner),
+            entries={"candidates": [one.as_dict() for one in candidates], "probe": winner.as_dict(), **few_shot},
         )
-        chosen = ""
-        if len(candidates) > 1:
-            chosen = "layers and probes were chosen on it; "
-        elif winner.search:
-            how = "by cross-validation with it" if "cross" in winner.search.chosen_by else "on it"
-            chosen = f"the probe's parameters were chosen {how}; "
-        read = functools.partial(read_embeddings, winner.embedded)
-        views = Views(read, read, int(winner.trunk.output_shape[1]))
-        return job.finish(
-            classifier, logits, embedded=winner.embedded, parity=parity, chosen=chosen, views=views, more=more
-        )
+        outcome = export(first, outcome, parity)
+        read, dim = winner.embedded.read_float32, int(winner.trunk.output_shape[1])
+        return close(first, outcome, Views(read, read, dim))
+
+
+def _cut_trunks(network: Network) -> list[keras.Model]:
+    """The backbone up to each of the layers that are read.
+
+    Raises:
+        UserError: there is no such layer, or a pooling was requested where there is no feature map.
+    """
+    probe, backbone = network.config.probe, network.backbone
+    layers = probe.feature_layer or (backbone.operations[-1].name,)
+    trunks = [read_layer(backbone, layer, pooling=probe.pooling) for layer in layers]
+    _check_pooling(trunks, layers, probe.pooling)
+    return trunks
+
+
+def _introduce(network: Network) -> None:
+    """Shows what will be fitted."""
+    probe = network.config.probe
+    layers = ", ".join(probe.feature_layer or (network.backbone.operations[-1].name,))
+    weights = network.config.backbone.weights
+    network.screen.line(f"probe: {', '.join(probe.probe)} on {layers}; weights: {weights}")
+
+
+def _refit_winner(job: Job, winner: _Candidate) -> Fitted:
+    """The probe that is evaluated and exported: the winner, or the winner fitted on train and val together."""
+    if job.config.probe.refit != "train+val":
+        return cast(Fitted, winner.fitted)
+    fitted = _refit(job, winner, winner.value)
+    _warn_of_convergence(job, fitted, None)
+    return fitted
+
+
+def _describe_selection(candidates: Sequence[_Candidate], winner: _Candidate) -> str:
+    """What was selected on val, a clause with its semicolon; may be empty."""
+    if len(candidates) > 1:
+        return "layers and probes were selected on it; "
+    if not winner.search:
+        return ""
+    how = "by cross-validation with it" if "cross" in winner.search.chosen_by else "on it"
+    return f"the probe's parameters were selected {how}; "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +216,9 @@ def _compare(
         raise ValueError("no probe was tried")
     if several:
         best = [one.layer == winner.layer and one.probe == winner.probe for one in candidates]
-        rows = [(*one.as_row(), "best on val" * is_best) for one, is_best in zip(candidates, best, strict=True)]
+        rows = [
+            (*one.as_row(), "best on val" if is_best else "") for one, is_best in zip(candidates, best, strict=True)
+        ]
         for line in format_table((*_HEADER, ""), rows):
             job.screen.line(line)
     else:
@@ -232,11 +254,11 @@ def _check(config: ProbeConfig, examples: Examples, trunks: Sequence[keras.Model
             check_memory(probe, count=count, dim=int(trunk.output_shape[1]))
 
 
-def _draw(examples: Examples, config: Config, repeat: int = 0) -> Examples:
-    """One of several draws of a few training examples; where there is but one, the examples are drawn already."""
-    if config.probe.repeats == 1:
-        return examples
-    return draw_shots(examples, shots=int(config.data.shots or 0), seed=config.run.seed + repeat)
+def _draw(job: Job, repeat: int) -> Job:
+    """The job with one of several random draws of `--shots`; with a single draw, it is part of the splits already."""
+    if job.config.probe.repeats == 1:
+        return job
+    return dataclasses.replace(job, examples=job.draw(job.config.run.seed + repeat))
 
 
 def _check_refit(config: ProbeConfig, examples: Examples) -> None:
@@ -259,7 +281,7 @@ def _read(examples: Examples, embedded: Embedded, *splits: str) -> Labelled:
 
 def _predict(examples: Examples, embedded: Embedded, head: keras.Model, split: str) -> np.ndarray:
     """By the folded head: what is measured is what is served."""
-    return predict_logits(head, embedded.read, examples.positions(split), batch_size=PREDICT_BATCH)
+    return predict_logits(head, embedded.read, examples.positions(split), batch_size=_PREDICT_BATCH)
 
 
 def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train: Labelled, val: Labelled) -> _Candidate:
@@ -319,29 +341,32 @@ def _warn_of_convergence(job: Job, fitted: Fitted, search: Search | None) -> Non
         job.warn(f"note: the best {PROBES[name].parameter} of {name} is the end of its grid, {search.value:.3g}")
 
 
-def _refit(job: Job, examples: Examples, winner: _Candidate, value: float) -> Fitted:
-    """The winner on train and val together; val's figures stay those of the one fitted on train alone."""
-    both = _read(examples, winner.embedded, "train", "val")
+def _refit(job: Job, winner: _Candidate, value: float) -> Fitted:
+    """The winner on train and val together; the figures of val stay those of the one fitted on train alone."""
+    both = _read(job.examples, winner.embedded, "train", "val")
     return fit_probe(winner.probe, value, *both, _recipe(job))
 
 
-def _repeat(job: Job, examples: Examples, winner: _Candidate, first: Fitted) -> dict[str, Any]:
-    """The winner's layer and probe on other draws of as many examples a class; the first is the run's own."""
-    config, accuracies = job.config, []
-    split = evaluated_split(name for name in SPLITS if len(examples.positions(name)))
-    val = _read(examples, winner.embedded, "val")
+def _repeat(job: Job, winner: _Candidate, first: Fitted) -> dict[str, Any]:
+    """Fits the winner on other random draws of `--shots` (--repeats), for mean and standard deviation.
+
+    Returns:
+        The entry `few_shot` of `metrics.json`; empty without repeats.
+    """
+    config, accuracies = job.config, list[float]()
+    if config.probe.repeats == 1:
+        return {}
+    split = evaluated_split(name for name in SPLITS if len(job.examples.positions(name)))
+    val = _read(job.examples, winner.embedded, "val")
     for repeat in range(config.probe.repeats):
-        drawn = _draw(examples, config, repeat)
-        fitted = first
+        drawn, fitted = _draw(job, repeat), first
         if repeat:
-            _, fitted = _fit(job, winner.probe, _read(drawn, winner.embedded, "train"), val)
-            fitted = _refit(job, drawn, winner, fitted.value) if config.probe.refit == "train+val" else fitted
-        head = fold(fitted, num_classes=len(drawn.class_names))
-        logits = _predict(drawn, winner.embedded, head, split)
-        accuracies.append(float((logits.argmax(1) == drawn.labels(split)).mean()))
+            _, fitted = _fit(job, winner.probe, _read(drawn.examples, winner.embedded, "train"), val)
+            fitted = _refit(drawn, winner, fitted.value) if config.probe.refit == "train+val" else fitted
+        head = fold(fitted, num_classes=len(job.examples.class_names))
+        logits = _predict(drawn.examples, winner.embedded, head, split)
+        accuracies.append(float((logits.argmax(1) == drawn.examples.labels(split)).mean()))
         job.screen.progress(f"draw {repeat + 1}/{config.probe.repeats}: {split} accuracy {accuracies[-1]:.3f}")
-    summary = summarize(accuracies)
-    job.screen.line(
-        f"{config.data.shots} examples a class, {len(accuracies)} draws: {split} accuracy {describe_spread(summary)}"
-    )
-    return {"shots": config.data.shots, "split": split, **summary}
+    summary, shots = summarize(accuracies), config.data.shots
+    job.screen.line(f"{shots} images per class, {len(accuracies)} draws: {split} accuracy {describe_spread(summary)}")
+    return {"few_shot": {"shots": shots, "split": split, **summary}}

@@ -14,14 +14,15 @@ from tl_keras.classifier import TOP_K, load
 from tl_keras.config import Config
 from tl_keras.data.sources import list_images, read_files
 from tl_keras.errors import UserError
-from tl_keras.run import Result, Screen, csv_writer, disk_errors
+from tl_keras.jobs.result import Result
+from tl_keras.run import Screen, csv_writer, disk_errors
 
 _DIGITS = 6
 
 
-def run(config: Config) -> Result:
+def run(config: Config, screen: Screen | None = None) -> Result:
     """Classifies files, folders and globs; a broken image has its reason in `error` and never stops the others."""
-    screen = Screen(sys.stderr)  # standard output may be the CSV
+    screen = Screen(sys.stderr, shows=screen.shows if screen else "all")  # standard output may be the CSV
     paths = _find(config.read.images)
     classifier = load(str(config.read.classifier))
     broken = done = 0
@@ -39,7 +40,7 @@ def run(config: Config) -> Result:
             screen.progress(f"predicting {done:,}/{len(paths):,}")
     note = f", {broken:,} broken: see the column error" if broken else ""
     where = f" · {config.read.output}" if config.read.output else ""
-    screen.line(f"{done - broken:,} images classified{note}{where}")
+    screen.result(f"{done - broken:,} images classified{note}{where}")
     return Result()
 
 

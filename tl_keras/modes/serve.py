@@ -15,7 +15,8 @@ from tl_keras.config import Config
 from tl_keras.errors import UserError
 from tl_keras.export.saved_model import name_model, write_version
 from tl_keras.export.warmup import BATCH_SIZES, make_photograph, read_warmup
-from tl_keras.run import INTERRUPTED, Result, Screen
+from tl_keras.jobs.result import Result
+from tl_keras.run import INTERRUPTED, Screen
 
 try:
     from tl_keras.serving.calls import Limits
@@ -33,9 +34,9 @@ _SAMPLES = 4
 _REQUESTS_IN_FLIGHT = 16  # of the largest size allowed: what all clients together may hold
 
 
-def run(config: Config) -> Result:
+def run(config: Config, screen: Screen | None = None) -> Result:
     """Serves models until the process is told to end: Ctrl-C, or SIGTERM."""
-    screen, settings = Screen(), config.serve
+    screen, settings = screen or Screen(), config.serve
     signal.signal(signal.SIGTERM, _end)  # while models are loaded; then the server has its own
     with _find(config, screen) as (entries, roots, samples):
         interrupted = serve(
@@ -60,7 +61,7 @@ def run(config: Config) -> Result:
 
 
 def _end(number: int, _: Any) -> NoReturn:
-    """Ends as Python ends, so that what was written for as long goes."""
+    """Exits through Python, so that temporary folders are removed."""
     del number
     sys.exit(0)
 
@@ -91,7 +92,7 @@ def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry]
         with tempfile.TemporaryDirectory(prefix="tl_keras-serve-") as folder:
             model = Path(folder) / (config.run.model_name or name_model(classifier.name))
             (model / "1").mkdir(parents=True)
-            screen.line(f"serving the run {config.read.classifier}: its model is written to {model} for as long")
+            screen.line(f"serving the run {config.read.classifier}: its model is written to {model} while it is served")
             write_version(classifier, model / "1", name=model.name, max_pixels=config.run.max_pixels)
             own, _ = load_samples(str(find_folder(config.read.classifier)))
             yield [ModelEntry(model.name, model)], [model], own

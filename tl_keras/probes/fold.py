@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from tl_keras.folded import NearestNeighbours, SupportVectors
+from tl_keras.classifier.probe_layers import NearestNeighbours, SupportVectors
 from tl_keras.probes.estimators import PROBES, Fitted
 
 NEIGHBOURS_SMOOTHING = 1.0  # one vote, spread over all classes

@@ -62,7 +62,7 @@ def choose_parameter(
     probe = PROBES[name]
     folds, fewest, chosen_by = _make_folds(train, val, choose_by=choose_by, recipe=recipe)
     cores = joblib.cpu_count()
-    paths = [_PATHS.get(name, _Path)(name, recipe, cores if len(folds) == 1 else 1) for _ in folds]
+    paths = [_PATHS.get(name, _RegularizationPath)(name, recipe, cores if len(folds) == 1 else 1) for _ in folds]
     scores: dict[float, list[float]] = {}
 
     def score(fold: int, values: Sequence[float]) -> dict[float, float]:
@@ -144,7 +144,7 @@ def _scale(fit: Labelled, score: Labelled, recipe: Recipe) -> tuple[Labelled, La
     return (scaler.transform(fit[0]), fit[1]), (scaler.transform(score[0]), score[1])
 
 
-class _Path:
+class _RegularizationPath:
     """Scores values of a parameter, side by side on several cores."""
 
     def __init__(self, name: str, recipe: Recipe, cores: int) -> None:
@@ -165,7 +165,7 @@ class _Path:
         return float(np.mean(estimator.predict(score[0]) == score[1]))
 
 
-class _WarmPath(_Path):
+class _WarmStartPath(_RegularizationPath):
     """Logistic regression: each value starts from the solution of the one before, the simplest first."""
 
     def __init__(self, name: str, recipe: Recipe, cores: int) -> None:
@@ -187,7 +187,7 @@ class _WarmPath(_Path):
         return found
 
 
-class _RoughPath(_Path):
+class _LowTolerancePath(_RegularizationPath):
     """Linear SVM: a hundred iterations to a hundredth tell which value is best; the last fit is solved to the end."""
 
     def _build(self, value: float) -> Any:
@@ -195,7 +195,7 @@ class _RoughPath(_Path):
         return super()._build(value).set_params(tol=_ROUGH_TOLERANCE, max_iter=iterations)
 
 
-class _KernelPath(_Path):
+class _KernelPath(_RegularizationPath):
     """SVM with an RBF kernel: the kernel does not depend on C and is computed once."""
 
     _kernels: tuple[np.ndarray, np.ndarray] | None = None
@@ -207,7 +207,7 @@ class _KernelPath(_Path):
         return super().score(values, (self._kernels[0], fit[1]), (self._kernels[1], score[1]))
 
 
-class _NeighboursPath(_Path):
+class _NeighboursPath(_RegularizationPath):
     """Nearest neighbours: they are looked up once, for the largest number of them."""
 
     def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
@@ -223,9 +223,9 @@ class _NeighboursPath(_Path):
         return found
 
 
-_PATHS: dict[str, type[_Path]] = {
-    "logistic_regression": _WarmPath,
-    "linear_svm": _RoughPath,
+_PATHS: dict[str, type[_RegularizationPath]] = {
+    "logistic_regression": _WarmStartPath,
+    "linear_svm": _LowTolerancePath,
     "rbf_svm": _KernelPath,
     "knn": _NeighboursPath,
 }

@@ -6,27 +6,48 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+Verbosity = Literal["all", "warnings", "nothing"]
 
 
 class Screen:
-    """What the user sees: lines, and a progress line that is rewritten where the stream is a terminal."""
+    """The lines that a run shows, and a progress line that is rewritten in place if the stream is a terminal.
 
-    def __init__(self, stream: Any = None) -> None:
-        """Args: stream: standard output where not given."""
+    Lines are also written to the log of the run, as soon as it has a folder.
+    """
+
+    def __init__(self, stream: Any = None, *, shows: Verbosity = "all") -> None:
+        """Starts with an empty screen.
+
+        Args:
+            stream: where lines are shown (default: standard output).
+            shows: `all` lines, `warnings` and results only, or `nothing`.
+        """
         self._stream = stream or sys.stdout
+        self.shows = shows
         self._progress_length = 0
         self._last_progress = 0.0
+        self._log: Path | None = None
+        self._unlogged: list[str] = []
 
     def line(self, text: str) -> None:
-        """Shows one line."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
-        if self._last_progress and not self._stream.isatty():
-            self._last_progress = time.monotonic()  # what follows is a stage of its own
+        """Shows one line, if it is a warning or all lines are shown."""
+        if self.shows == "all" or (self.shows == "warnings" and text.startswith("warning:")):
+            self._show(text)
+        self.log(text)
+
+    def result(self, text: str) -> None:
+        """Shows the result of the run."""
+        if self.shows != "nothing":
+            self._show(text)
+        self.log(text)
 
     def progress(self, text: str) -> None:
         """Shows how far a stage is: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+        if self.shows != "all":
+            return
         now = time.monotonic()
         if self._stream.isatty() and now - self._last_progress > 0.1:
             self._clear()
@@ -35,7 +56,29 @@ class Screen:
         elif not self._stream.isatty() and now - self._last_progress > 10:
             if self._last_progress:
                 print(text, file=self._stream, flush=True)
+                self.log(text)
             self._last_progress = now
+
+    def log_to(self, path: Path) -> None:
+        """Appends to a log file everything that was shown, and from now on every line."""
+        self._log = path
+        shown, self._unlogged = self._unlogged, []
+        for text in shown:
+            self.log(text)
+
+    def log(self, text: str) -> None:
+        """Appends a line to the log, without showing it; a full disk does not stop the run."""
+        if self._log is None:
+            self._unlogged.append(text)
+            return
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{text}\n")
+
+    def _show(self, text: str) -> None:
+        self._clear()
+        print(text, file=self._stream, flush=True)
+        if self._last_progress and not self._stream.isatty():
+            self._last_progress = time.monotonic()  # the next stage starts now
 
     def _clear(self) -> None:
         if self._progress_length:

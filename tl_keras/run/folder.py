@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -21,25 +20,6 @@ UNFINISHED = "unfinished.json"  # in the folder of a run until it has ended
 _CONFIG = "config.json"
 # settings that say how a run is started, not what it computes
 _HOW_STARTED = frozenset(("resume", "overwrite", "run_dir"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a mode came to.
-
-    Attributes:
-        run_dir: the run folder, if there is one.
-        exported: the exported version folder, if there is one.
-        metrics: the content of `metrics.json`.
-        exit_status: 0; 130 if the user interrupted the run; 1 if something is not as it should be.
-        is_complete: whether nothing is left to do; or else the same command continues the run.
-    """
-
-    run_dir: Path | None = None
-    exported: Path | None = None
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    exit_status: int = 0
-    is_complete: bool = True
 
 
 class RunFolder:

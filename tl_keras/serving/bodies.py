@@ -58,7 +58,7 @@ async def read_body(request: Request, limits: calls.Limits, held: Held, workers:
         raise TooLargeError(message)
     try:
         chunks = await asyncio.wait_for(_collect(request, limits, held, message), limits.seconds)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's body did not come in time") from None
     size = sum(map(len, chunks))
     # copying a large body takes a tenth of a second, but no lock; the threads for small requests are free sooner

@@ -160,7 +160,7 @@ class OpenVinoGraph:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ServingEngine:
     """What runs a model.
 
     Attributes:
@@ -177,8 +177,8 @@ class Choice:
 
 
 def build_engine(
-    path: Path, labels: Sequence[str], *, wanted: Choice, samples: Sequence[bytes], show: Callable[[str], None]
-) -> tuple[Any, Choice]:
+    path: Path, labels: Sequence[str], *, wanted: ServingEngine, samples: Sequence[bytes], show: Callable[[str], None]
+) -> tuple[Any, ServingEngine]:
     """Loads a version in the engine asked for, or the fastest of those here that answer as the graph does.
 
     Args:
@@ -198,8 +198,8 @@ def build_engine(
     images = as_strings([*(list(samples) * _COMPARED)[: _COMPARED - 1], b"no image"])
     expected = graph.run("serving_default", {IMAGE_INPUT: images})
     clock = functools.partial(time_run, images=images, seconds=_TIMED_SECONDS)
-    plain = Choice("tensorflow", "float32")
-    found: dict[Choice, tuple[Any, float]] = {plain: (graph, clock(graph))} if plain in _list(wanted) else {}
+    plain = ServingEngine("tensorflow", "float32")
+    found: dict[ServingEngine, tuple[Any, float]] = {plain: (graph, clock(graph))} if plain in _list(wanted) else {}
     reason = ""
     for choice in _list(wanted):
         if choice == plain:
@@ -229,30 +229,30 @@ def build_engine(
     return chosen, best
 
 
-def _describe_rounding(choice: Choice, difference: float, count: int) -> str:
+def _describe_rounding(choice: ServingEngine, difference: float, count: int) -> str:
     return (
         f"{choice}: probabilities differ from the exported model's by up to {difference:.4f} on {count} images; "
         "--precision=float32 answers as the model was evaluated"
     )
 
 
-def _list(wanted: Choice) -> list[Choice]:
+def _list(wanted: ServingEngine) -> list[ServingEngine]:
     """What comes into question."""
     engines = [wanted.engine]
     if wanted.engine == "auto":
         engines = ["tensorflow", "openvino"] if has_openvino() else ["tensorflow"]
     # bfloat16 changes probabilities by up to 0.1 (MobileNetV2), the export allows 0.001: it must be requested
     precision = "float32" if wanted.precision == "auto" else wanted.precision
-    return [Choice(engine, precision) for engine in engines]
+    return [ServingEngine(engine, precision) for engine in engines]
 
 
-def _load(choice: Choice, graph: Graph, path: Path, labels: Sequence[str]) -> Any:
+def _load(choice: ServingEngine, graph: Graph, path: Path, labels: Sequence[str]) -> Any:
     if choice.engine == "openvino":
         return OpenVinoGraph(graph, path, labels, precision=choice.precision)
     return Graph(path, precision=choice.precision)
 
 
-def _check_answers(tried: Any, choice: Choice, images: np.ndarray, expected: dict[str, np.ndarray]) -> float:
+def _check_answers(tried: Any, choice: ServingEngine, images: np.ndarray, expected: dict[str, np.ndarray]) -> float:
     """Compares the answers of an engine with those of the exported graph.
 
     Returns:

@@ -88,7 +88,7 @@ class Gate:
         seconds = max(0.0, self._limits.deadline(context.time_remaining()) - time.monotonic())
         try:
             content = await asyncio.wait_for(context.read(), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise expired("the request's message had come") from None
         if not isinstance(content, bytes):
             raise invalid("the call has no message")

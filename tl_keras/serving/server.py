@@ -25,7 +25,7 @@ from tl_keras.run import INTERRUPTED
 from tl_keras.serving import calls
 from tl_keras.serving import grpc as grpc_api
 from tl_keras.serving.batching import Batcher
-from tl_keras.serving.engines import Choice, build_engine
+from tl_keras.serving.engines import ServingEngine, build_engine
 from tl_keras.serving.errors import RequestError
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.metrics import Metrics
@@ -95,13 +95,13 @@ def serve(
     Raises:
         UserError: a port is taken, or no model can be loaded.
     """
-    chosen: dict[str, Choice] = {}
+    chosen: dict[str, ServingEngine] = {}
 
     def load(name: str, number: int, path: Path) -> calls.Served:
         del number
         labels = tuple(read_labels(path))
         # later versions run as the first: while they are loaded, their elder has requests to answer
-        asked_for = Choice(engine, precision)
+        asked_for = ServingEngine(engine, precision)
         build = functools.partial(build_engine, path, labels, samples=samples, show=show)
         try:
             graph, chosen[name] = build(wanted=chosen.get(name, asked_for))

@@ -14,7 +14,7 @@ _CROP_AREA = (0.5, 1.0)  # share of the image that a crop keeps
 _CROP_ASPECT = (3 / 4, 4 / 3)  # width to height, both as in Szegedy et al. 2014, section 6, but a larger least area
 _LARGEST_DRAW = 2**62
 
-ReadEmbeddings = Callable[[np.ndarray, np.ndarray], np.ndarray]
+ReadViews = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class EpochOrder:
@@ -38,7 +38,7 @@ class EpochOrder:
 
 
 def make_batches(
-    read: ReadEmbeddings,
+    read: ReadViews,
     positions: np.ndarray,
     labels: np.ndarray,
     *,
@@ -115,7 +115,7 @@ def crop_and_mirror(images: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(cropped, images.shape)
 
 
-def predict_logits(model: keras.Model, read: ReadEmbeddings, positions: np.ndarray, *, batch_size: int) -> np.ndarray:
+def predict_logits(model: keras.Model, read: ReadViews, positions: np.ndarray, *, batch_size: int) -> np.ndarray:
     """Logits of every example, in order.
 
     Args:

@@ -265,7 +265,7 @@ def _compile(
     optimizer = build_optimizer(
         training.optimizer, schedule, momentum=training.momentum, weight_decay=training.weight_decay
     )
-    # XLA is a trap on the CPU: depthwise networks run twenty times slower (DESIGN.md)
+    # XLA is a trap on the CPU: depthwise networks run twenty times slower
     model.compile(optimizer, loss=loss, metrics=[accuracy], jit_compile=False, steps_per_execution=steps_per_execution)
 
 

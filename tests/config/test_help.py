@@ -1,0 +1,127 @@
+"""The help of a mode: its flags only, wrapped, with its own defaults; and the files generated from the settings."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_main
+from tl_keras.config.completion import completion
+from tl_keras.config.help import EXAMPLES, mode_help, overview, show_flag
+from tl_keras.config.reference import FLAGS_FILE, KEYWORDS_FILE, flags_page, keywords_module
+from tl_keras.config.settings import MODES, find_default, list_fields
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(params=[100, 72])
+def width(request, monkeypatch) -> int:
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_help_of_a_mode_has_its_flags_only_and_fits_the_terminal(mode, everything, width):
+    lines = mode_help(mode, everything=everything).splitlines()
+    assert max(map(len, [line for line in lines if EXAMPLES[mode] not in line])) <= width
+    shown = {match[1] for line in lines if (match := re.match(r"  --(?:\[no\])?(\w+)", line))}
+    own = {field.name for _, field in list_fields(mode)}
+    basic = {field.name for _, field in list_fields(mode) if mode in field.metadata["basic"]}
+    assert shown - {"flagfile", "dry_run", "quiet", "version"} == (own if everything else basic)
+    assert f"  {EXAMPLES[mode]}" in lines[:5]
+
+
+def test_the_help_of_predict_is_short():
+    assert len(mode_help("predict").splitlines()) < 25
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_help_shows_a_dozen_flags_at_most(mode):
+    assert sum(mode in field.metadata["basic"] for _, field in list_fields(mode)) <= 13
+
+
+def test_defaults_are_those_of_the_mode():
+    for mode in MODES:
+        text = " ".join(mode_help(mode, everything=True).split())
+        for _, field in list_fields(mode):
+            default = find_default(field, mode)
+            if default not in {None, "", ()} and not isinstance(default, (bool, tuple)) and default != 64 << 20:
+                shown = f"{default:,}" if isinstance(default, int) and default >= 1_000_000 else default
+                assert f"(default: {shown})" in text[text.index(show_flag(field)) :]
+    assert "(default: VGG16)" in " ".join(mode_help("extract").split())
+    assert "(default: ResNet50)" in " ".join(mode_help("finetune").split())
+    assert "(default: 64 MiB)" in " ".join(mode_help("serve", everything=True).split())
+
+
+def test_no_help_text_repeats_its_default():
+    for _, field in list_fields():
+        assert "default" not in field.metadata["help"].replace("by default only", "")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_example_is_a_command_that_is_understood(mode, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(*EXAMPLES[mode].split()[1:], "--dry_run") == 0
+    assert capfd.readouterr().out.startswith(f"--mode={mode}\n")
+
+
+def test_the_overview_is_short_and_names_the_way_on():
+    lines = overview().splitlines()
+    assert len(lines) < 20
+    assert max(map(len, lines)) <= 100
+    assert "`tl_keras MODE --help`" in overview()
+
+
+def test_the_installed_module_is_the_command():
+    command = [sys.executable, "-m", "tl_keras"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == (overview() + "\n", "")
+
+
+def test_generated_files_are_up_to_date():
+    advice = "run python -m tl_keras.config.reference"
+    assert KEYWORDS_FILE.read_text(encoding="utf-8") == keywords_module(), advice
+    assert FLAGS_FILE.read_text(encoding="utf-8") == flags_page(), advice
+
+
+# completion
+
+
+def complete(line: str) -> list[str]:
+    """What bash offers at the end of a line."""
+    script = (
+        completion("bash")
+        + f"""
+COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=({line})
+compopt() {{ :; }}
+_tl_keras; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    )
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    return found.stdout.split()
+
+
+def test_bash_completes_modes_flags_and_choices():
+    assert complete("tl_keras fi") == ["finetune"]
+    assert complete("tl_keras finetune --bat") == ["--batch_size="]
+    assert complete("tl_keras predict --bat") == []
+    assert complete("tl_keras --mode=finetune --opt") == ["--optimizer="]
+    assert complete("tl_keras finetune --optimizer=ada") == ["adam", "adamw"]
+    assert complete("tl_keras finetune --norep") == ["--noreport"]
+    assert set(complete("tl_keras export --")) >= {"--classifier=", "--deploy=", "--help", "--quiet"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_flag_can_be_completed(shell, capfd):
+    assert run_main("completion", shell) == 0
+    script = capfd.readouterr().out
+    for mode in MODES:
+        assert mode in script
+    for _, field in list_fields():
+        assert field.name in script

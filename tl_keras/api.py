@@ -1,0 +1,201 @@
+"""The modes as Python functions, with the settings of the command line as keywords."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+from tl_keras.config import Config, build_config, convert_keywords
+from tl_keras.config.keywords import (
+    AuditKeywords,
+    EvaluateKeywords,
+    ExportKeywords,
+    ExtractKeywords,
+    FinetuneKeywords,
+    PredictKeywords,
+)
+from tl_keras.errors import UserError
+from tl_keras.jobs.result import Result
+from tl_keras.run import Screen, end_run
+
+_CHATTER = re.compile(
+    r"^(WARNING: All log messages before|[IW]\d{4} |To enable the following instructions|.*failed call to cuInit)"
+)
+
+
+def finetune(*, verbose: bool = False, **settings: Unpack[FinetuneKeywords]) -> Result:
+    """Trains a head, and the requested layers of a pretrained backbone, on labeled images.
+
+    Args:
+        verbose: whether the lines of the command line are shown; they are in `run.log` in any case.
+        **settings: the settings of `tl_keras finetune --help=all`, with the same defaults.
+
+    Returns:
+        Metrics and paths of the run; `.classifier` is the trained classifier.
+
+    Raises:
+        UserError: a setting is wrong, or the data, the weights or the disk can't be used; one line says which.
+    """
+    return _call("finetune", settings, verbose=verbose)
+
+
+def extract(*, verbose: bool = False, **settings: Unpack[ExtractKeywords]) -> Result:
+    """Trains a scikit-learn classifier on the embeddings of a pretrained backbone.
+
+    Args:
+        verbose: see `finetune`.
+        **settings: the settings of `tl_keras extract --help=all`, with the same defaults.
+
+    Returns:
+        See `finetune`.
+
+    Raises:
+        UserError: see `finetune`.
+    """
+    return _call("extract", settings, verbose=verbose)
+
+
+def evaluate(*, verbose: bool = False, **settings: Unpack[EvaluateKeywords]) -> Result:
+    """Measures a trained classifier on labeled images, or compares finished runs.
+
+    Args:
+        verbose: see `finetune`.
+        **settings: the settings of `tl_keras evaluate --help=all`, with the same defaults.
+
+    Returns:
+        Metrics, and the folder of the evaluation.
+
+    Raises:
+        UserError: see `finetune`.
+    """
+    return _call("evaluate", settings, verbose=verbose)
+
+
+def predict(*, verbose: bool = False, **settings: Unpack[PredictKeywords]) -> Result:
+    """Classifies images, and writes a CSV file; `load_classifier(...).predict` returns predictions instead.
+
+    Args:
+        verbose: see `finetune`.
+        **settings: the settings of `tl_keras predict --help=all`, with the same defaults.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: see `finetune`.
+    """
+    return _call("predict", settings, verbose=verbose)
+
+
+def audit(*, verbose: bool = False, **settings: Unpack[AuditKeywords]) -> Result:
+    """Finds duplicates, data leakage, label errors and outliers in a data set.
+
+    Args:
+        verbose: see `finetune`.
+        **settings: the settings of `tl_keras audit --help=all`, with the same defaults.
+
+    Returns:
+        Counts of the findings as metrics, and the folder of the audit.
+
+    Raises:
+        UserError: see `finetune`.
+    """
+    return _call("audit", settings, verbose=verbose)
+
+
+def export(*, verbose: bool = False, **settings: Unpack[ExportKeywords]) -> Result:
+    """Exports a trained classifier as a SavedModel.
+
+    Args:
+        verbose: see `finetune`.
+        **settings: the settings of `tl_keras export --help=all`, with the same defaults.
+
+    Returns:
+        The exported version folder as `.exported`.
+
+    Raises:
+        UserError: see `finetune`.
+    """
+    return _call("export", settings, verbose=verbose)
+
+
+def run_mode(config: Config, screen: Screen) -> Result:
+    """Runs a mode, and marks its run folder as complete.
+
+    Args:
+        config: the settings.
+        screen: what the user sees.
+
+    Raises:
+        UserError: see `finetune`; the log of the run has its text too.
+    """
+    with quiet_tensorflow(level="2" if config.mode == "doctor" else "3"):
+        mode = importlib.import_module(f"tl_keras.modes.{config.mode}")
+    try:
+        result: Result = mode.run(config, screen)
+    except UserError as error:
+        screen.log(f"tl_keras: error: {' '.join(str(error).split())}")
+        raise
+    if result.run_dir and result.is_complete:
+        for kept in end_run(Path(str(result.run_dir)), keep_replaced=bool(result.exit_status)):
+            screen.line(f"the earlier run is kept: {kept}")
+    return result
+
+
+@contextlib.contextmanager
+def quiet_tensorflow(*, level: str) -> Iterator[None]:
+    """Hides what TensorFlow's C++ code writes to stderr while it is loaded; its errors are shown.
+
+    TF_CPP_MIN_LOG_LEVEL alone does not: the first lines are written before the setting is read (TF 2.21). Failures are
+    also raised as exceptions; at level 2 each truncated JPEG would write a line.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+            _start_devices()
+            _reset_keras()
+        except ImportError as error:
+            raise UserError(
+                f"TensorFlow can't be imported: {error}. Try: pip install --force-reinstall tensorflow keras."
+            ) from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            caught.seek(0)
+            for line in caught.read().decode("utf-8", "replace").splitlines():
+                if line.strip() and not _CHATTER.match(line):
+                    print(line, file=sys.stderr)
+
+
+def _call(mode: str, settings: Mapping[str, Any], *, verbose: bool) -> Result:
+    config = build_config(mode, convert_keywords(settings))
+    return run_mode(config, Screen(shows="all" if verbose else "nothing"))
+
+
+def _start_devices() -> None:
+    """Lets TensorFlow find its devices now, while its messages about them are hidden."""
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].config.list_logical_devices()
+
+
+def _reset_keras() -> None:
+    """Resets what `~/.keras/keras.json` sets for other programs: our networks are float32, channels last."""
+    if "keras" in sys.modules:
+        sys.modules["keras"].config.set_image_data_format("channels_last")
+        sys.modules["keras"].config.set_floatx("float32")

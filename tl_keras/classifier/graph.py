@@ -1,0 +1,131 @@
+"""The classifier as one TensorFlow graph: decoding, preprocessing, network and labels; the signatures of the export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import (  # the documented way has no public name (TF 2.21)
+    convert_variables_to_constants_v2,
+)
+
+from tl_keras.classifier.classifier import Classifier
+from tl_keras.classifier.probe_layers import size_in_bytes
+from tl_keras.data.images import decode_batch
+from tl_keras.errors import UserError
+
+TOP_K = 5
+EXAMPLE_FEATURE = "image_bytes"  # of the tf.train.Examples that the signature `classify` takes
+GRAPH_LIMIT_BYTES = 2_000_000_000  # a protobuf holds at most 2 GiB
+
+
+class Servable(tf.Module):  # type: ignore[misc]
+    """A classifier as a graph: the signatures of the exported model.
+
+    The network is frozen to constants: no variable is tracked, so that it loads through a TF1 session as in TF Serving,
+    and TensorFlow's optimiser can fold and fuse it.
+    """
+
+    def __init__(self, classifier: Classifier, *, max_pixels: int | None = None) -> None:
+        """Freezes the classifier's network.
+
+        Args:
+            classifier: what was trained.
+            max_pixels: larger images are invalid; None: there is no limit.
+
+        Raises:
+            UserError: the network is too large for one graph.
+        """
+        super().__init__(name="classifier")
+        size = size_in_bytes(classifier.network)
+        if size > GRAPH_LIMIT_BYTES:
+            raise UserError(
+                f"the network has {size / 1e9:.1f} GB of weights; one graph holds 2 GB. Choose a smaller backbone."
+            )
+        self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
+        self._network = _freeze(classifier.network, classifier.embedding_layer)
+        self._labels = classifier.labels
+        self.endpoints = self._make_endpoints()  # "signatures" is a name that SavedModel keeps for itself
+
+    def _make_endpoints(self) -> dict[str, Any]:
+        image_bytes = tf.TensorSpec((None,), tf.string, name="image_bytes")
+        side = self._image_size
+        pixels = tf.TensorSpec((None, side, side, 3), tf.float32, name="images")
+        examples = tf.TensorSpec((None,), tf.string, name="inputs")  # TF Serving's Classify API wants these names
+
+        @tf.function(input_signature=(image_bytes,), autograph=False)
+        def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self._classify(image_bytes)
+
+        @tf.function(input_signature=(pixels,), autograph=False)
+        def serve_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            # ReLU6 makes a number of any pixel: what is not finite would get a probability like an image
+            is_valid = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3))
+            return self._answer(self._run(images)[1], is_valid)
+
+        @tf.function(input_signature=(image_bytes,), autograph=False)
+        def serve_embeddings(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            images, valid = self._decode(image_bytes)
+            embeddings = self._run(tf.cast(images, tf.float32))[0]
+            return {"embeddings": tf.where(valid[:, tf.newaxis], embeddings, 0.0)}
+
+        @tf.function(input_signature=(examples,), autograph=False)
+        def serve_examples(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            answer = self._classify(inputs, read=_read_example)
+            return {"classes": answer["labels"], "scores": answer["scores"]}
+
+        return {
+            "serving_default": serve,
+            "pixels": serve_pixels,
+            "embeddings": serve_embeddings,
+            "classify": serve_examples,
+        }
+
+    def _decode(self, image_bytes: tf.Tensor, read: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
+        decoded: tuple[tf.Tensor, tf.Tensor] = decode_batch(
+            image_bytes, image_size=self._image_size, resize=self._resize, max_pixels=self._max_pixels, read=read
+        )
+        return decoded
+
+    def _classify(self, image_bytes: tf.Tensor, read: Any = None) -> dict[str, tf.Tensor]:
+        images, valid = self._decode(image_bytes, read)
+        return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
+
+    def _run(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Embeddings and probabilities; an empty batch gets one row, which no convolution can do without."""
+        count = tf.shape(images)[0]
+        filler = tf.zeros((tf.maximum(1 - count, 0), *images.shape[1:]))
+        embeddings, probabilities = self._network(tf.concat([images, filler], 0))
+        return embeddings[:count], probabilities[:count]
+
+    def _answer(self, probabilities: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The outputs of a signature: zeros, empty labels and -1 for an image that is not valid."""
+        probabilities = tf.where(valid[:, tf.newaxis], probabilities, 0.0)
+        scores, class_ids = tf.math.top_k(probabilities, min(TOP_K, len(self._labels)))
+        labels = tf.gather(tf.constant(self._labels), class_ids)
+        return {
+            "probabilities": probabilities,
+            "labels": tf.where(valid[:, tf.newaxis], labels, ""),
+            "scores": scores,
+            "class_ids": tf.where(valid[:, tf.newaxis], tf.cast(class_ids, tf.int64), tf.constant(-1, tf.int64)),
+            "valid": valid,
+        }
+
+
+def _read_example(serialized: tf.Tensor) -> tf.Tensor:
+    """The image in a serialized `tf.train.Example`; empty where it has none."""
+    features = {EXAMPLE_FEATURE: tf.io.FixedLenFeature((), tf.string, default_value="")}
+    return tf.io.parse_single_example(serialized, features)[EXAMPLE_FEATURE]
+
+
+def _freeze(network: keras.Model, embedding_layer: str) -> Any:
+    """Images → embeddings and probabilities, as one function without variables."""
+    both = keras.Model(network.input, [network.get_layer(embedding_layer).output, network.output])
+
+    @tf.function(input_signature=(tf.TensorSpec((None, *network.input_shape[1:]), tf.float32),), autograph=False)
+    def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        embeddings, logits = both(images, training=False)
+        return embeddings, tf.cast(tf.nn.softmax(logits), tf.float32)  # a probe's logits are float64
+
+    return convert_variables_to_constants_v2(run.get_concrete_function())

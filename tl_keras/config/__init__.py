@@ -1,0 +1,50 @@
+"""Settings, their flags, and the checks of both."""
+
+from tl_keras.config.checks import MODEL_NAME, Config, lies_in, nearest, parse_kwargs
+from tl_keras.config.flags import build_config, convert_keywords, define_flags, from_dict, parse_flags, read_flags
+from tl_keras.config.settings import (
+    FINDINGS,
+    MODES,
+    PROBES,
+    AuditConfig,
+    BackboneConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ProbeConfig,
+    ReadConfig,
+    RunConfig,
+    ServeConfig,
+    TrainingConfig,
+    default_store_dir,
+    is_run,
+)
+
+__all__ = [
+    "FINDINGS",
+    "MODEL_NAME",
+    "MODES",
+    "PROBES",
+    "AuditConfig",
+    "BackboneConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ProbeConfig",
+    "ReadConfig",
+    "RunConfig",
+    "ServeConfig",
+    "TrainingConfig",
+    "build_config",
+    "convert_keywords",
+    "default_store_dir",
+    "define_flags",
+    "from_dict",
+    "is_run",
+    "lies_in",
+    "nearest",
+    "parse_flags",
+    "parse_kwargs",
+    "read_flags",
+]

@@ -1,0 +1,284 @@
+"""Command-line flags: made from the settings, and read back into a Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from tl_keras.config.checks import Config, check_choice, nearest
+from tl_keras.config.settings import AUDIT, FINETUNE, GROUPS, MODES, PATHS, find_default, is_run, list_fields
+from tl_keras.errors import UserError
+
+GENERAL: dict[str, str] = {
+    "dry_run": "print the resolved settings as a flag file and exit",
+    "quiet": "show only warnings, errors and the last line",
+    "version": "print the version and exit",
+}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_ILLEGAL = re.compile(r"flag --(\w+)=(.*?): ", re.DOTALL)
+
+
+def define_flags() -> flags.FlagValues:
+    """Makes every setting's flag, in a set of flags of its own: other packages' flags do not mix with ours."""
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    flags.DEFINE_string("mode", None, "what to do: " + ", ".join(MODES), flag_values=values)
+    for name, text in GENERAL.items():
+        flags.DEFINE_boolean(name, False, text, flag_values=values)
+    for group, field in list_fields():
+        _define_flag(values, group, field)
+    return values
+
+
+def parse_flags(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Parses the command line, where the mode may be the first word.
+
+    Args:
+        values: the flags.
+        arguments: the command line, without the program's name.
+
+    Raises:
+        UserError: a word that is neither a mode nor a flag, an unknown flag, or a value of the wrong type.
+    """
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        check_mode(arguments[0])
+        arguments[0] = f"--mode={arguments[0]}"
+    try:
+        rest = values(["tl_keras", *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_explain_unknown(error.flagname, values)) from error
+    except flags.Error as error:
+        raise UserError(f"{_explain_value(str(error), values)} {_suggest_help(values)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the flag file is not UTF-8: {error}. Save it as UTF-8.") from error
+    if rest:
+        raise UserError(_explain_word(rest[0]))
+
+
+def check_mode(mode: str) -> None:
+    """Checks a mode's name.
+
+    Raises:
+        UserError: there is no such mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"{mode!r} is not a mode. {nearest(mode, MODES)}Allowed: {', '.join(MODES)}.")
+
+
+def read_flags(values: flags.FlagValues, *, earlier: Config | None = None) -> Config:
+    """Builds the Config from parsed flags.
+
+    Args:
+        values: the flags.
+        earlier: the settings of a run that is resumed; flags that are given must agree with them.
+
+    Raises:
+        UserError: no mode, a flag that the mode does not use, or a value that is not allowed.
+    """
+    mode = values["mode"].value
+    if mode is None:
+        raise UserError(f"--mode is missing. Allowed: {', '.join(MODES)}. For example: --mode={FINETUNE}.")
+    check_choice("mode", mode, tuple(MODES))
+    given = {
+        field.name: _expand_path(field.name, values[field.name].value)
+        for _, field in list_fields()
+        if values[field.name].present
+    }
+    return build_config(mode, given, earlier=earlier)
+
+
+def build_config(mode: str, given: dict[str, Any], *, earlier: Config | None = None) -> Config:
+    """Builds the Config of a mode from the settings that are given; the others have the defaults of the mode.
+
+    Args:
+        mode: one of `MODES`.
+        given: name of a setting → value.
+        earlier: the settings of a run that is resumed; settings that are given must agree with them.
+
+    Raises:
+        UserError: a setting that the mode does not use, or a value that is not allowed.
+    """
+    weights = str(given.get("weights", "imagenet"))
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for group, field in list_fields():
+        if field.name in given:
+            _check_used(field, mode)
+            groups[group][field.name] = given[field.name]
+            continue
+        follows_run = (field.name == "backbone" and is_run(weights)) or (
+            field.name in {"backbone", "dataset"} and mode == AUDIT and "classifier" in given
+        )
+        if mode in field.metadata["mode_defaults"] and not follows_run:
+            groups[group][field.name] = find_default(field, mode)
+        if field.name == "resize" and mode in field.metadata["modes"]:
+            groups[group] |= _read_resize(weights)
+    if earlier:
+        return _continue(earlier, mode, groups)
+    return Config(mode=mode, **{name: GROUPS[name](**values) for name, values in groups.items()})
+
+
+def convert_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings given as Python keywords, as the Config holds them: paths as text, sequences as tuples.
+
+    Raises:
+        UserError: there is no such setting, or a value is of the wrong type.
+    """
+    kinds = {name: kind for group in GROUPS.values() for name, kind in typing.get_type_hints(group).items()}
+    converted = {}
+    for name, value in given.items():
+        if name not in kinds:
+            raise UserError(f"{name} is not a setting. {nearest(name, kinds)}See `tl_keras MODE --help=all`.")
+        converted[name] = _expand_path(name, _convert(name, value, kinds[name]))
+    return converted
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    allowed = {kind, *typing.get_args(kind)}
+    if kind == tuple[str, ...]:
+        values = [value] if isinstance(value, (str, os.PathLike)) else list(value)
+        return tuple(os.fspath(one) for one in values)
+    if isinstance(value, os.PathLike) and str in allowed:
+        return os.fspath(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if float in allowed and is_number:
+        return float(value)
+    if type(value) in allowed or (value is None and type(None) in allowed):
+        return value
+    wanted = "text" if str in allowed else _KINDS["bool" if bool in allowed else "int" if int in allowed else "float"]
+    raise UserError(f"{name}={value!r} is not {wanted}.")
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The Config that `as_dict` gave, read back from JSON; fields that this version does not know are left out."""
+    groups = {
+        name: group(**{
+            field.name: tuple(values[name][field.name])
+            if isinstance(values[name][field.name], list)
+            else values[name][field.name]
+            for field in dataclasses.fields(group)
+            if field.name in values.get(name, {})
+        })
+        for name, group in GROUPS.items()
+    }
+    return Config(mode=values["mode"], **groups)
+
+
+def _check_used(field: dataclasses.Field[Any], mode: str) -> None:
+    modes = field.metadata["modes"]
+    if mode not in modes:
+        raise UserError(
+            f"--{field.name} is not used by --mode={mode}. It belongs to: {', '.join(modes)}. Leave it out."
+        )
+
+
+def _read_resize(weights: str) -> dict[str, str]:
+    """`resize` of the run that `--weights` names: its network was trained on images resized in this way."""
+    for folder in (weights, os.path.join(weights, "classifier")) if is_run(weights) else ():
+        try:
+            with open(os.path.join(folder, "classifier.json"), encoding="utf-8") as file:
+                return {"resize": str(json.load(file)["resize"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # whoever loads the run reports what is wrong with it
+    return {}
+
+
+def _continue(earlier: Config, mode: str, given: dict[str, dict[str, Any]]) -> Config:
+    """The settings of a run that is resumed.
+
+    Raises:
+        UserError: a flag that was given differs from the run's.
+    """
+    if mode != earlier.mode:
+        raise UserError(f"--resume: the run is one of --mode={earlier.mode}, not of --mode={mode}. Correct --mode.")
+    started = {"run_dir", "resume", "overwrite"}
+    fields = {field.name: field for _, field in list_fields()}
+    for group, settings in given.items():
+        for name, value in settings.items():
+            own = getattr(getattr(earlier, group), name)
+            is_default = value == fields[name].metadata["mode_defaults"].get(mode)
+            if name not in started and value != own and not is_default:
+                raise UserError(
+                    f"--{name}={value} is not what the run was started with ({own}). --resume continues a run with its "
+                    "own settings: leave the flag out, or start another run."
+                )
+    run_dir = given["run"].get("run_dir", earlier.run.run_dir)
+    run = dataclasses.replace(earlier.run, run_dir=run_dir, resume=True, overwrite=False)
+    return dataclasses.replace(earlier, run=run)
+
+
+def _expand_path(name: str, value: Any) -> Any:
+    """A flag's value as the Config holds it: lists as tuples, `~` in paths as the home folder, as a shell would."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(os.path.expanduser, value)) if name in PATHS else tuple(value)
+    if not isinstance(value, str):
+        return value
+    if name == "dataset" and value.startswith(("folder:", "csv:")):
+        kind, _, path = value.partition(":")
+        return f"{kind}:{os.path.expanduser(path)}"
+    return os.path.expanduser(value) if name in PATHS else value
+
+
+def _define_flag(values: flags.FlagValues, group: str, field: dataclasses.Field[Any]) -> None:
+    kind = typing.get_type_hints(GROUPS[group])[field.name]
+    text, default = field.metadata["help"], typing.cast(Any, field.default)
+    if kind is bool:
+        flags.DEFINE_boolean(field.name, default, text, flag_values=values)
+    elif kind == tuple[str, ...]:
+        flags.DEFINE_list(field.name, list(default) or None, text, flag_values=values)
+    elif int in {kind, *typing.get_args(kind)}:
+        flags.DEFINE_integer(field.name, default, text, flag_values=values)
+    elif float in {kind, *typing.get_args(kind)}:
+        flags.DEFINE_float(field.name, default, text, flag_values=values)
+    else:
+        flags.DEFINE_string(field.name, default, text, flag_values=values)
+
+
+def _explain_unknown(name: str, values: flags.FlagValues) -> str:
+    """An unknown flag, with the one that was probably meant."""
+    words = name.replace("-", "_")
+    positive = words.removeprefix("no_")
+    if words in MODES:
+        tip = f"Did you mean --mode={words}? "
+    elif words in {"helpshort", "helpfull", "usage"}:
+        tip = f"Did you mean {'--help=all' if words == 'helpfull' else '--help'}? "
+    elif words in values:
+        tip = f"Did you mean --{words}? "
+    elif positive != words and positive in values and values[positive].boolean:
+        tip = f"Did you mean --no{positive}? "
+    else:
+        tip = _suggest_flag(words, values)
+    return f"--{name} is not a flag. {tip}{_suggest_help(values)}"
+
+
+def _suggest_flag(name: str, values: flags.FlagValues) -> str:
+    found = difflib.get_close_matches(name, list(values), n=1, cutoff=0.6)
+    return f"Did you mean --{found[0]}? " if found else ""
+
+
+def _explain_value(text: str, values: flags.FlagValues) -> str:
+    """What absl says of a value, in plain words."""
+    found = _ILLEGAL.match(text)
+    if found and found[1] in values:
+        kind = _KINDS.get(values[found[1]].flag_type(), "such a value")
+        return f"--{found[1]}={found[2]} is not {kind}."
+    return text.removeprefix("ERROR:: ").rstrip(".") + "."
+
+
+def _explain_word(word: str) -> str:
+    """A word where a flag is expected."""
+    if word in MODES:
+        return f"{word!r} is not a flag. The mode is the first word, or --mode={word}."
+    return f"{word!r} is not a flag. Every setting is a flag: --name=value."
+
+
+def _suggest_help(values: flags.FlagValues) -> str:
+    mode = values["mode"].value
+    return f"`tl_keras {mode if mode in MODES else 'MODE'} --help=all` lists all flags."

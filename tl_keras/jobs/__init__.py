@@ -1,0 +1,1 @@
+"""The steps that modes share: start, finish, lineage of runs, comparison, inspection."""
