@@ -149,7 +149,7 @@ def draw_sure(random: np.random.Generator, count: int, shape: str) -> tuple[np.n
     return np.stack([confidence, 1 - confidence], 1), (random.random(count) > true).astype(int), true
 
 
-@pytest.mark.parametrize("count", [50, 200, 1000])
+@pytest.mark.parametrize("count", [50, 200, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_intervals_of_a_calibration_error_hold_the_true_one(shape, count):
     """Where there is none, the low end is 0 but in 2.5 of 100 trials, and nothing is missed above."""

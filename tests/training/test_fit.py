@@ -82,7 +82,7 @@ class Run:
     def learn(self, labels: np.ndarray) -> None:
         """Fits the model by plain Keras, to begin with known weights."""
         self.model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        self.model.fit(VALUES, labels, epochs=60, verbose=0)
+        self.model.fit(VALUES, labels, epochs=20, verbose=0)
 
     def on_val(self) -> tuple[float, float]:
         """Loss and accuracy of the model as it is, by numpy."""
