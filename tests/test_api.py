@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 
 import tl_keras
 from tests.conftest import COLOURS, make_image, run_main, write_image
+from tl_keras import api
 from tl_keras.config import build_config, convert_keywords, define_flags, parse_flags, read_flags
 from tl_keras.config.reference import API_MODES
 from tl_keras.config.settings import list_fields
 from tl_keras.jobs.result import Result
+from tl_keras.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +62,8 @@ def test_values_are_those_that_python_has():
     ("settings", "text"),
     [
         ({"epoch": 3}, "epoch is not a setting. Did you mean: epochs"),
+        ({"classes": 3}, "classes=3 is not a sequence of strings."),
+        ({"classes": [b"a"]}, "classes=[b'a'] is not a sequence of strings."),
         ({"epochs": "3"}, "epochs='3' is not a whole number."),
         ({"epochs": 2.5}, "epochs=2.5 is not a whole number."),
         ({"epochs": True}, "epochs=True is not a whole number."),
@@ -76,6 +81,40 @@ def test_a_mistake_is_the_command_lines_error(settings, text, capfd):
         tl_keras.finetune(**{"backbone": "SmallConvNet", "weights": "none", **settings})
     assert str(error.value).startswith(text)
     assert capfd.readouterr() == ("", "")
+
+
+def test_none_is_the_default_and_a_path_is_a_source():
+    assert build_config("finetune", convert_keywords({"backbone": None, "shots": None})).backbone.backbone == "ResNet50"
+    assert build_config("audit", convert_keywords({"classifier": None})) == build_config("audit", {})
+    for path, source in ((Path("photos"), "folder:photos"), (Path("a/b.csv"), "csv:a/b.csv")):
+        assert build_config("finetune", convert_keywords({"dataset": path})).data.dataset == source
+    assert build_config("finetune", convert_keywords({"seed": np.int64(3)})).run.seed == 3
+
+
+def test_a_run_that_is_resumed_has_its_own_settings(tmp_path, monkeypatch):
+    config = build_config("finetune", {"dataset": "digits", "backbone": "SmallConvNet", "epochs": 7})
+    RunFolder.create(str(tmp_path / "run"), overwrite=False, config=config.as_dict(), flags=config.as_flags())
+    seen = []
+    monkeypatch.setattr(api, "run_mode", lambda settings, screen: seen.append(settings) or Result())
+    tl_keras.finetune(resume=True, run_dir=tmp_path / "run")
+    assert (seen[0].data.dataset, seen[0].training.epochs, seen[0].run.resume) == ("digits", 7, True)
+    with pytest.raises(tl_keras.UserError, match="--epochs=8 is not what the run was started with"):
+        tl_keras.finetune(resume=True, run_dir=tmp_path / "run", epochs=8)
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    (tmp_path / "run" / "unfinished.json").unlink()
+    with pytest.raises(tl_keras.UserError, match="is complete: there is nothing to resume"):
+        tl_keras.finetune(resume=True, run_dir=tmp_path / "run")
+
+
+def test_an_interrupted_run_interrupts_the_program(monkeypatch):
+    monkeypatch.setattr(api, "run_mode", lambda settings, screen: Result(exit_status=130))
+    with pytest.raises(KeyboardInterrupt):
+        tl_keras.finetune(dataset="digits")
+
+
+def test_predictions_need_a_file():
+    with pytest.raises(tl_keras.UserError, match="output is missing"):
+        tl_keras.predict(classifier="x", images=["a.jpg"])
 
 
 def test_importing_a_package_leaves_the_functions_callable():
@@ -147,6 +186,15 @@ def test_an_error_is_in_the_log_too(colour_folder, store_dir, tmp_path, capfd):
     error = capfd.readouterr().err
     assert error.startswith("tl_keras: error: ")
     assert (tmp_path / "run" / "run.log").read_text(encoding="utf-8").endswith(error)
+
+
+def test_a_quiet_doctor_and_a_quiet_comparison_show_their_results(trained, tmp_path, capfd):
+    assert run_main("doctor", "--quiet", f"--store_dir={tmp_path}") in {0, 1}
+    assert capfd.readouterr().out.splitlines()[-1] in {"all ok", "1 to do", "2 to do", "3 to do"}
+    other = tmp_path / "other"
+    shutil.copytree(trained[0], other)
+    assert run_main("evaluate", "--quiet", f"--compare={trained[0]},{other}") == 0
+    assert "get the same 13 images right and wrong" in capfd.readouterr().out
 
 
 # types

@@ -165,6 +165,7 @@ def test_what_dry_run_prints_is_a_flag_file(capfd, tmp_path):
         (["--dataset=digits", "finetune"], "'finetune' is not a flag. The mode is the first word, or --mode=finetune."),
         (["--mode=finetune", "extract"], "'extract' is not a flag. The mode is the first word, or --mode=extract."),
         (["fintune"], "'fintune' is not a mode. Did you mean: finetune? Allowed: finetune, "),
+        (["finetune", "--mode=extract"], "the mode is 'finetune' and --mode=extract, perhaps from a flag file."),
         (["completion", "csh"], "completion: 'csh' is not a known shell. Allowed: bash, zsh, fish."),
         (["completion"], "completion: no shell is named. Allowed: bash, zsh, fish."),
     ],

@@ -9,11 +9,12 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from tl_keras.config import Config, build_config, convert_keywords
+from tl_keras.config import Config, build_config, convert_keywords, from_dict
 from tl_keras.config.keywords import (
     AuditKeywords,
     EvaluateKeywords,
@@ -24,8 +25,9 @@ from tl_keras.config.keywords import (
 )
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
-from tl_keras.run import Screen, end_run
+from tl_keras.run import INTERRUPTED, Screen, end_run, find_unfinished, has_ended, read_run_config
 
+_STDERR = threading.Lock()  # two threads that redirected it at once would lose it
 _CHATTER = re.compile(
     r"^(WARNING: All log messages before|[IW]\d{4} |To enable the following instructions|.*failed call to cuInit)"
 )
@@ -43,6 +45,8 @@ def finetune(*, verbose: bool = False, **settings: Unpack[FinetuneKeywords]) -> 
 
     Raises:
         UserError: a setting is wrong, or the data, the weights or the disk can't be used; one line says which.
+        KeyboardInterrupt: the user interrupted the run; its folder is complete as far as it goes, and `resume=True`
+            continues it.
     """
     return _call("finetune", settings, verbose=verbose)
 
@@ -92,6 +96,8 @@ def predict(*, verbose: bool = False, **settings: Unpack[PredictKeywords]) -> Re
     Raises:
         UserError: see `finetune`.
     """
+    if not settings.get("output"):
+        raise UserError("output is missing: the CSV file of predictions. load_classifier(...).predict returns them.")
     return _call("predict", settings, verbose=verbose)
 
 
@@ -161,9 +167,9 @@ def quiet_tensorflow(*, level: str) -> Iterator[None]:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
+    with _STDERR, tempfile.TemporaryFile() as caught:
+        sys.stderr.flush()
+        saved = os.dup(2)
         os.dup2(caught.fileno(), 2)
         try:
             yield
@@ -183,9 +189,44 @@ def quiet_tensorflow(*, level: str) -> Iterator[None]:
                     print(line, file=sys.stderr)
 
 
+def find_resumed(mode: str, given: dict[str, Any]) -> Config | None:
+    """The settings of the run that `resume` continues; None if there is no such run yet.
+
+    Args:
+        mode: the mode.
+        given: the given settings; `run_dir` is added if it is missing.
+
+    Raises:
+        UserError: `run_dir` is missing, and there is no unfinished run to take in its place.
+    """
+    run_dir = given.get("run_dir") or find_unfinished(mode)
+    if not run_dir:
+        raise UserError(
+            f"--resume: the folder runs has no unfinished run of --mode={mode}. Name the run with --run_dir."
+        )
+    given["run_dir"] = run_dir
+    found = read_run_config(os.path.expanduser(run_dir))
+    if not found and not given.keys() - {"resume", "run_dir"}:
+        raise UserError(f"--resume: {run_dir} holds no run. Check --run_dir, or give the settings of a new run.")
+    try:
+        return from_dict(found) if found else None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir}/config.json is not a run's. Give the folder of an unfinished run.") from error
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a run that is to be resumed is complete."""
+    return config.run.resume and bool(config.run.run_dir) and has_ended(Path(str(config.run.run_dir)))
+
+
 def _call(mode: str, settings: Mapping[str, Any], *, verbose: bool) -> Result:
-    config = build_config(mode, convert_keywords(settings))
-    return run_mode(config, Screen(shows="all" if verbose else "nothing"))
+    config = build_config(mode, convert_keywords(settings), find_earlier=find_resumed)
+    if is_finished(config):
+        raise UserError(f"the run in {config.run.run_dir} is complete: there is nothing to resume.")
+    result = run_mode(config, Screen(shows="all" if verbose else "nothing"))
+    if result.exit_status == INTERRUPTED:
+        raise KeyboardInterrupt
+    return result
 
 
 def _start_devices() -> None:

@@ -10,18 +10,14 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from tl_keras import config
-from tl_keras.api import run_mode
+from tl_keras.api import find_resumed, is_finished, run_mode
 from tl_keras.config.completion import completion
-from tl_keras.config.flags import GENERAL
 from tl_keras.config.help import find_help_request, overview
 from tl_keras.errors import UserError
-from tl_keras.run import INTERRUPTED, Screen, find_unfinished, has_ended, read_run_config
+from tl_keras.run import INTERRUPTED, Screen
 from tl_keras.version import __version__
 
 _NOTHING_LOST = "nothing is lost: the same command with --resume continues the run"
@@ -126,9 +122,9 @@ def _run(argv: list[str]) -> int:
     if values["version"].value:
         print(f"tl_keras {__version__}")
         return 0
-    settings = config.read_flags(values, earlier=_read_resumed(values))
+    settings = config.read_flags(values, find_earlier=find_resumed)
     run_dir = settings.run.run_dir
-    if settings.run.resume and run_dir and has_ended(Path(run_dir)):
+    if is_finished(settings):
         print(f"the run in {run_dir} is complete: there is nothing to resume")
         return 0
     if values["dry_run"].value:
@@ -142,37 +138,6 @@ def _run(argv: list[str]) -> int:
         screen.log(text)
         print(text, file=sys.stderr)
         return INTERRUPTED
-
-
-def _has_settings(values: flags.FlagValues) -> bool:
-    """Whether more is given than which run is to be resumed."""
-    return any(values[name].present for name in values if name not in {"mode", "resume", "run_dir", *GENERAL})
-
-
-def _read_resumed(values: flags.FlagValues) -> config.Config | None:
-    """The settings of the run that --resume continues; None if it is not given, or there is no such run yet.
-
-    Raises:
-        UserError: --run_dir is missing, and there is no unfinished run to take in its place.
-    """
-    if not values["resume"].value:
-        return None
-    mode, run_dir = str(values["mode"].value), values["run_dir"].value
-    if not run_dir:
-        run_dir = find_unfinished(mode)
-        if not run_dir:
-            raise UserError(
-                f"--resume: the folder runs has no unfinished run of --mode={mode}. Name the run with --run_dir."
-            )
-        values["run_dir"].value = run_dir
-        values["run_dir"].present += 1
-    found = read_run_config(os.path.expanduser(run_dir))
-    if not found and not _has_settings(values):
-        raise UserError(f"--resume: {run_dir} holds no run. Check --run_dir, or give the settings of a new run.")
-    try:
-        return config.from_dict(found) if found else None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir}/config.json is not a run's. Give the folder of an unfinished run.") from error
 
 
 def entry_point() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import numbers
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -22,6 +23,7 @@ GENERAL: dict[str, str] = {
     "quiet": "show only warnings, errors and the last line",
     "version": "print the version and exit",
 }
+FindEarlier = Callable[[str, dict[str, Any]], Config | None]
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _ILLEGAL = re.compile(r"flag --(\w+)=(.*?): ", re.DOTALL)
 
@@ -47,10 +49,11 @@ def parse_flags(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     Raises:
         UserError: a word that is neither a mode nor a flag, an unknown flag, or a value of the wrong type.
     """
-    arguments = list(arguments)
+    arguments, mode = list(arguments), None
     if arguments and not arguments[0].startswith("-"):
-        check_mode(arguments[0])
-        arguments[0] = f"--mode={arguments[0]}"
+        mode = arguments[0]
+        check_mode(mode)
+        arguments[0] = f"--mode={mode}"
     try:
         rest = values(["tl_keras", *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -61,6 +64,10 @@ def parse_flags(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise UserError(f"the flag file is not UTF-8: {error}. Save it as UTF-8.") from error
     if rest:
         raise UserError(_explain_word(rest[0]))
+    if mode and values["mode"].value != mode:
+        raise UserError(
+            f"the mode is {mode!r} and --mode={values['mode'].value}, perhaps from a flag file. Give one of them."
+        )
 
 
 def check_mode(mode: str) -> None:
@@ -73,12 +80,12 @@ def check_mode(mode: str) -> None:
         raise UserError(f"{mode!r} is not a mode. {nearest(mode, MODES)}Allowed: {', '.join(MODES)}.")
 
 
-def read_flags(values: flags.FlagValues, *, earlier: Config | None = None) -> Config:
+def read_flags(values: flags.FlagValues, *, find_earlier: FindEarlier | None = None) -> Config:
     """Builds the Config from parsed flags.
 
     Args:
         values: the flags.
-        earlier: the settings of a run that is resumed; flags that are given must agree with them.
+        find_earlier: see `build_config`.
 
     Raises:
         UserError: no mode, a flag that the mode does not use, or a value that is not allowed.
@@ -92,20 +99,22 @@ def read_flags(values: flags.FlagValues, *, earlier: Config | None = None) -> Co
         for _, field in list_fields()
         if values[field.name].present
     }
-    return build_config(mode, given, earlier=earlier)
+    return build_config(mode, given, find_earlier=find_earlier)
 
 
-def build_config(mode: str, given: dict[str, Any], *, earlier: Config | None = None) -> Config:
+def build_config(mode: str, given: dict[str, Any], *, find_earlier: FindEarlier | None = None) -> Config:
     """Builds the Config of a mode from the settings that are given; the others have the defaults of the mode.
 
     Args:
         mode: one of `MODES`.
         given: name of a setting → value.
-        earlier: the settings of a run that is resumed; settings that are given must agree with them.
+        find_earlier: finds the settings of the run that is resumed, with which the given settings must agree; may
+            add `run_dir` to them.
 
     Raises:
         UserError: a setting that the mode does not use, or a value that is not allowed.
     """
+    earlier = find_earlier(mode, given) if find_earlier and given.get("resume") else None
     weights = str(given.get("weights", "imagenet"))
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field in list_fields():
@@ -136,24 +145,36 @@ def convert_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in kinds:
             raise UserError(f"{name} is not a setting. {nearest(name, kinds)}See `tl_keras MODE --help=all`.")
-        converted[name] = _expand_path(name, _convert(name, value, kinds[name]))
+        if value is not None:  # None: the default
+            converted[name] = _expand_path(name, _convert(name, value, kinds[name]))
     return converted
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     allowed = {kind, *typing.get_args(kind)}
+    is_path = isinstance(value, os.PathLike)
     if kind == tuple[str, ...]:
-        values = [value] if isinstance(value, (str, os.PathLike)) else list(value)
-        return tuple(os.fspath(one) for one in values)
-    if isinstance(value, os.PathLike) and str in allowed:
-        return os.fspath(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if float in allowed and is_number:
-        return float(value)
-    if type(value) in allowed or (value is None and type(None) in allowed):
+        values = [value] if isinstance(value, (str, os.PathLike)) else value
+        if isinstance(values, Iterable) and all(isinstance(one, (str, os.PathLike)) for one in values):
+            return tuple(str(os.fspath(one)) for one in values)
+    elif str in allowed and (isinstance(value, str) or is_path):
+        text = str(os.fspath(value))
+        return _name_source(text) if is_path and name == "dataset" else text
+    elif bool in allowed and isinstance(value, bool):
         return value
+    elif int in allowed and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    elif float in allowed and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if kind == tuple[str, ...]:
+        raise UserError(f"{name}={value!r} is not a sequence of strings.")
     wanted = "text" if str in allowed else _KINDS["bool" if bool in allowed else "int" if int in allowed else "float"]
     raise UserError(f"{name}={value!r} is not {wanted}.")
+
+
+def _name_source(path: str) -> str:
+    """A path given as the data set: a folder, or a CSV file."""
+    return f"csv:{path}" if path.lower().endswith(".csv") else f"folder:{path}"
 
 
 def from_dict(values: dict[str, Any]) -> Config:

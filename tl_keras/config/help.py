@@ -22,6 +22,7 @@ from tl_keras.config.settings import (
     PREDICT,
     SERVE,
     find_default,
+    find_help,
     list_fields,
 )
 
@@ -147,7 +148,8 @@ def show_default(field: dataclasses.Field[Any], mode: str) -> str:
 
 def _describe_flag(field: dataclasses.Field[Any], mode: str, width: int) -> list[str]:
     default = show_default(field, mode)
-    text = f"{field.metadata['help']} (default: {default})" if default else field.metadata["help"]
+    text = find_help(field, mode)
+    text = f"{text} (default: {default})" if default else text
     return _wrap(show_flag(field), text, width)
 
 

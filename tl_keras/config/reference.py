@@ -22,6 +22,7 @@ from tl_keras.config.settings import (
     MODES,
     PATHS,
     PREDICT,
+    find_help,
     list_fields,
 )
 
@@ -65,7 +66,7 @@ def flags_page() -> str:
     for mode, text in MODES.items():
         lines += ["", f"## {mode}", "", f"{text[0].upper()}{text[1:]}.", "", "```bash", EXAMPLES[mode], "```"]
         rows = [
-            f"| `{_cell(show_flag(field))}` | {_cell(_describe(field))} | {_cell(show_default(field, mode))} |"
+            f"| `{_cell(show_flag(field))}` | {_cell(_describe(field, mode))} | {_cell(show_default(field, mode))} |"
             for _, field in list_fields(mode)
         ]
         if rows:
@@ -95,9 +96,9 @@ def _keyword_type(field: dataclasses.Field[typing.Any], kind: object) -> str:
     return f"{text} | None" if type(None) in typing.get_args(kind) else text
 
 
-def _describe(field: dataclasses.Field[typing.Any]) -> str:
+def _describe(field: dataclasses.Field[typing.Any], mode: str) -> str:
     allowed = describe_range(field)
-    text = str(field.metadata["help"])
+    text = find_help(field, mode)
     return f"{text} ({allowed})" if allowed else text
 
 

@@ -83,6 +83,7 @@ def setting(
     above: float | None = None,
     mode_defaults: dict[str, Any] | None = None,
     default_help: str = "",
+    mode_help: dict[str, str] | None = None,
     basic: tuple[str, ...] = (),
 ) -> Any:
     """Declares one setting.
@@ -98,6 +99,7 @@ def setting(
         above: lower limit of an open range: the value must be larger.
         mode_defaults: defaults that differ by mode.
         default_help: what a default of None or "" means.
+        mode_help: help that differs by mode.
         basic: modes whose `--help` shows it; `--help=all` shows the others too.
     """
     metadata = {
@@ -110,6 +112,7 @@ def setting(
         "above": above,
         "mode_defaults": mode_defaults or {},
         "default_help": default_help,
+        "mode_help": mode_help or {},
         "basic": basic,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -447,10 +450,14 @@ class ReadConfig:
 
     classifier: str | None = setting(
         None,
-        "run folder or exported version folder (serve: or saved_models/NAME; audit: a run folder, whose data and "
-        "network are used)",
+        "run folder or exported version folder",
         (*_READ, SERVE, AUDIT),
         metavar="DIR",
+        mode_help={
+            SERVE: "run folder, exported version folder, or saved_models/NAME for all its versions (left out: all "
+            "models in --export_dir)",
+            AUDIT: "run folder whose data is audited, with its network and its predictions",
+        },
         basic=(*_READ, SERVE, AUDIT),
     )
     images: tuple[str, ...] = setting(
@@ -602,6 +609,11 @@ def list_fields(mode: str | None = None) -> Iterator[tuple[str, dataclasses.Fiel
         for field in dataclasses.fields(group):
             if mode is None or mode in field.metadata["modes"]:
                 yield name, field
+
+
+def find_help(field: dataclasses.Field[Any], mode: str) -> str:
+    """The help of a setting in a mode."""
+    return str(field.metadata["mode_help"].get(mode, field.metadata["help"]))
 
 
 def find_default(field: dataclasses.Field[Any], mode: str) -> Any:

@@ -45,7 +45,7 @@ def compare_runs(config: Config, screen: Screen) -> Result:
     p_values = adjust_p_values([one.p_value for one in found])
     found = [dataclasses.replace(one, p_value=p) for one, p in zip(found, p_values, strict=True)]
     for (first, second), one in zip(pairs, found, strict=True):
-        screen.line(one.describe(runs[first].name, runs[second].name))
+        screen.result(one.describe(runs[first].name, runs[second].name))
     if len(pairs) > 1:
         screen.line(f"p values are adjusted for {len(pairs)} comparisons (Holm)")
     names = [[runs[first].name, runs[second].name] for first, second in pairs]

@@ -212,7 +212,7 @@ def export(job: Job, outcome: Outcome, parity: ParityProcess | None) -> Outcome:
                 run_id=job.folder.run_id,
             )
     except KeyboardInterrupt:
-        job.screen.line(
+        job.screen.warning(
             "export: interrupted; the rest of the run is complete. Export it with --mode=export "
             f"--classifier={job.folder.path}"
         )
@@ -235,7 +235,7 @@ def close(job: Job, outcome: Outcome, views: Views) -> Result:
         with job.watch.stage("report"):
             audit = _AuditForReport(job)
             write = functools.partial(_write_report, job, outcome, views, audit)
-            report_status = try_report(write, job.screen.line)
+            report_status = try_report(write, job.screen.line, job.screen.warning)
         is_complete = is_complete and not report_status
         outcome = record(job, outcome, audit.entries, status=report_status or status)
     job.screen.result(_last_line(job, outcome))

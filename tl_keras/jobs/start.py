@@ -139,7 +139,7 @@ class Job:
 
     def warn(self, text: str) -> None:
         """Shows a warning that the report repeats."""
-        self.screen.line(text)
+        self.screen.warning(text)
         self.warnings.append(text)
 
     def draw(self, seed: int) -> Examples:

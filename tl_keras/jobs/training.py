@@ -103,7 +103,7 @@ class _Repetition:
                 self._train(seed)
         except KeyboardInterrupt:
             interrupted, self.status = True, INTERRUPTED
-            job.screen.line(
+            job.screen.warning(
                 f"seeds: interrupted after {len(self._accuracies)} of {count}; the run is kept and will be completed"
             )
         if len(self._accuracies) > 1:

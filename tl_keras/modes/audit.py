@@ -90,7 +90,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
             notes=job.warnings,
             environment=environment,
         )
-        status = try_report(write, screen.line)
+        status = try_report(write, screen.line, screen.warning)
     metrics = {
         "n": len(rows),
         "findings": audit.counts(),

@@ -63,8 +63,11 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     for check in checks:
         for finding in check():
             failed += bool(finding.advice)
-            screen.line(f"to do {finding.what}: {finding.advice}" if finding.advice else f"ok    {finding.what}")
-    screen.line(f"{failed} to do" if failed else "all ok")
+            if finding.advice:
+                screen.warning(f"to do {finding.what}: {finding.advice}")
+            else:
+                screen.line(f"ok    {finding.what}")
+    screen.result(f"{failed} to do" if failed else "all ok")
     return Result(exit_status=1 if failed else 0)
 
 

@@ -58,7 +58,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
         screen.line(line)
     if config.evaluation.report:
         with task.watch.stage("report"):
-            status = try_report(functools.partial(_write_report, task, probabilities, metrics), screen.line) or status
+            status = _try_report(task, probabilities, metrics) or status
         metrics["timing"]["seconds"] = dict(task.watch.seconds)
         task.folder.write_json("metrics.json", metrics)
     split = evaluated_split(metrics)
@@ -179,6 +179,11 @@ def _measure(task: _Task, probabilities: dict[str, np.ndarray]) -> tuple[dict[st
     return metrics, status
 
 
+def _try_report(task: _Task, probabilities: dict[str, np.ndarray], metrics: dict[str, Any]) -> int:
+    write = functools.partial(_write_report, task, probabilities, metrics)
+    return try_report(write, task.screen.line, task.screen.warning)
+
+
 def _write_report(task: _Task, probabilities: dict[str, np.ndarray], metrics: dict[str, Any]) -> Path:
     return compose_report(
         task.folder,
@@ -229,7 +234,7 @@ def _try_corruptions(
     try:
         return {"robustness": _corrupt(classifier, examples, split, count, screen)}, 0
     except KeyboardInterrupt:
-        screen.line("corruptions: interrupted; the evaluation is complete without them")
+        screen.warning("corruptions: interrupted; the evaluation is complete without them")
         return {}, INTERRUPTED
     except UserError as error:
         screen.line(f"warning: {error} The evaluation is complete without them.")

@@ -66,8 +66,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
             screen.line(
                 f"deploy: {config.serve.deploy}/models.config differs and is kept; compare it with models.config.new"
             )
-    if metrics:
-        screen.result(f"exported · {exported_path}")
+    screen.result(f"exported · {exported_path}" if metrics else f"deployment · {config.serve.deploy}")
     return Result(exported=exported_path, metrics=metrics)
 
 

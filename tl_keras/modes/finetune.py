@@ -90,9 +90,9 @@ def _describe_end(job: Job, trained: Trained) -> None:
     config = job.config
     if trained.interrupted:
         skipped = f" {config.evaluation.seeds - 1} more seeds were not trained;" if config.evaluation.seeds > 1 else ""
-        job.screen.line(
+        job.screen.warning(
             f"training: interrupted; the best epoch so far will be evaluated and saved;{skipped} nothing is exported"
         )
-        job.screen.line(f"to continue: --mode=finetune --resume --run_dir={job.folder.path}")
+        job.screen.warning(f"to continue: --mode=finetune --resume --run_dir={job.folder.path}")
     if trained.diverged:
         job.warn(f"warning: {trained.diverged} The best weights before that are kept")

@@ -55,7 +55,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
             ),
             read_warmup=read_warmup,
             samples=samples,
-            show=screen.line,
+            show=screen.result,  # the addresses, and what becomes of versions
         )
     return Result(exit_status=INTERRUPTED if interrupted else 0)
 

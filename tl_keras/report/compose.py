@@ -65,7 +65,7 @@ class Judged:
     read_embeddings: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-def try_report(write: Callable[[], Path], show: Callable[[str], None]) -> int:
+def try_report(write: Callable[[], Path], show: Callable[[str], None], warn: Callable[[str], None]) -> int:
     """Writes a report; if that fails, the run is complete without it.
 
     Returns:
@@ -74,14 +74,14 @@ def try_report(write: Callable[[], Path], show: Callable[[str], None]) -> int:
     try:
         show(f"report: {write()}")
     except KeyboardInterrupt:
-        show("report: interrupted; the run is complete without it")
+        warn("report: interrupted; the run is complete without it")
         return INTERRUPTED
     except UserError as error:
-        show(f"warning: the report could not be written: {_in_a_line(error)} The run is complete without it.")
+        warn(f"warning: the report could not be written: {_in_a_line(error)} The run is complete without it.")
         return 1
     except Exception as error:  # a bug in the last step must not lose the run
         reason = f"{type(error).__name__}: {_in_a_line(error)}"
-        show(f"warning: the report could not be written: {reason}. The run is complete without it; please report this.")
+        warn(f"warning: the report could not be written: {reason}. The run is complete without it; please report this.")
         return 1
     return 0
 

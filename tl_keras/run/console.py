@@ -33,8 +33,17 @@ class Screen:
         self._unlogged: list[str] = []
 
     def line(self, text: str) -> None:
-        """Shows one line, if it is a warning or all lines are shown."""
-        if self.shows == "all" or (self.shows == "warnings" and text.startswith("warning:")):
+        """Shows one line, if all lines are shown; one that begins with `warning:` is a warning."""
+        if text.startswith("warning:"):
+            self.warning(text)
+            return
+        if self.shows == "all":
+            self._show(text)
+        self.log(text)
+
+    def warning(self, text: str) -> None:
+        """Shows a warning."""
+        if self.shows != "nothing":
             self._show(text)
         self.log(text)
 
