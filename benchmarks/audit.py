@@ -139,7 +139,7 @@ def measure_labels(arguments: Any) -> dict[str, Any]:
     from sklearn.preprocessing import StandardScaler
 
     from tl_keras.audit import labels as module
-    from tl_keras.audit.neighbours import find_neighbours
+    from tl_keras.audit.neighbors import find_neighbors
 
     root = arguments.work / "audit_flowers"
     manifest = list(csv.DictReader((root / "manifest.csv").open(newline="")))
@@ -153,7 +153,7 @@ def measure_labels(arguments: Any) -> dict[str, Any]:
     npz.unlink(missing_ok=True)
     run_process(["-m", "tl_keras.main", "--mode=extract", f"--dataset=csv:{root / 'manifest.csv'}", *network, *flags])
     with np.load(npz) as arrays:
-        names, points = arrays["id"].tolist(), find_neighbours(arrays["embedding"]).points
+        names, points = arrays["id"].tolist(), find_neighbors(arrays["embedding"]).points
     label_of = {row["path"]: row["label"] for row in manifest}
     classes = sorted(set(label_of.values()))
     labels = np.array([classes.index(label_of[name]) for name in names])
@@ -199,10 +199,10 @@ def draw_embeddings() -> np.ndarray:
 
 
 def measure_neighbours(arguments: Any) -> dict[str, Any]:
-    from tl_keras.audit.neighbours import find_neighbours
+    from tl_keras.audit.neighbors import find_neighbors
 
     embeddings = draw_embeddings()
-    return {"seconds": spread([clock(lambda: find_neighbours(embeddings)) for _ in range(arguments.runs)])}
+    return {"seconds": spread([clock(lambda: find_neighbors(embeddings)) for _ in range(arguments.runs)])}
 
 
 def measure_libraries(_: Any) -> dict[str, Any]:
@@ -211,9 +211,9 @@ def measure_libraries(_: Any) -> dict[str, Any]:
     import hnswlib
     from sklearn.neighbors import NearestNeighbors
 
-    from tl_keras.audit.neighbours import find_neighbours
+    from tl_keras.audit.neighbors import find_neighbors
 
-    found = find_neighbours(draw_embeddings())
+    found = find_neighbors(draw_embeddings())
     points, count = found.points, len(found.points)
 
     def search_faiss() -> np.ndarray:

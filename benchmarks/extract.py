@@ -68,7 +68,7 @@ def measure_network(arguments: Any, name: str) -> dict[str, Any]:
     folder = write_photographs(arguments, IMAGES[name])
     keras.utils.set_random_seed(0)
     backbone = build_backbone(find_preset(name), weights="none", image_size=224)
-    source = load_source(f"folder:{folder}", data_dir=None, allow_unlabelled=True)
+    source = load_source(f"folder:{folder}", data_dir=None, allow_unlabeled=True)
     positions = np.arange(len(source.ids))
     examples = scan(source, source.splits, max_broken_fraction=0, show_progress=quiet, report=quiet)
     images = functools.partial(make_images, source.read, image_size=224, resize="crop", batch_size=BATCH_SIZE)

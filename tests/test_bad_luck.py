@@ -109,7 +109,7 @@ def test_a_run_folder_that_exists_is_never_written_over(colour_folder, tmp_path,
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     arguments = [f"--dataset=folder:{colour_folder}", *SMALL_NETWORK, f"--run_dir={tmp_path / 'run'}"]
     assert run_main("--mode=finetune", *arguments) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
 
 

@@ -83,7 +83,7 @@ def test_images_that_are_in_train_and_test_are_told_without_a_report(data, finet
         run = finetune("run", *NETWORK, "--weights=none", "--epochs=1", f"--dataset=csv:{tmp_path / 'm.csv'}")
     finally:
         copy.unlink()
-    assert "warning: train has copies, byte for byte, of 1 of the 31 test images" in capsys.readouterr().out
+    assert "warning: train has exact copies of 1 of the 31 test images" in capsys.readouterr().out
     assert read(run)["leaks"]["test"]["leaked"] == 1
 
 
@@ -116,7 +116,7 @@ def test_a_tail_that_diverges_leaves_the_heads_stage(finetune, capsys):
     run = finetune("run", f"--weights={first}", *explode, "--learning_rate=0.01", status=1)
     captured = capsys.readouterr()
     assert "warning: the loss became " in captured.out
-    assert "tail: no epoch is better on val than the stage before, whose weights are kept" in captured.out
+    assert "tail: no epoch improved on val over the previous stage; its weights are kept" in captured.out
     assert "Traceback" not in captured.err
     assert read(run)["test"]["accuracy"] > 0.5
     assert has_ended(run)

@@ -7,20 +7,20 @@ import pytest
 
 from tl_keras.audit import distribution
 from tl_keras.audit.distribution import find_outliers, measure_shift
-from tl_keras.audit.neighbours import find_neighbours
+from tl_keras.audit.neighbors import find_neighbors
 
 
 def test_the_farthest_point_is_the_first_outlier():
     points = 5 + np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
     points[17] = -points[17]
-    rows, scores = find_outliers(find_neighbours(points))
+    rows, scores = find_outliers(find_neighbors(points))
     assert rows[0] == 17
     assert scores[0] > 10
     assert len(rows) < 12  # 200 draws of a normal distribution have hardly any
 
 
 def test_equal_points_have_no_outlier():
-    rows, _ = find_outliers(find_neighbours(np.ones((20, 4), np.float32)))
+    rows, _ = find_outliers(find_neighbors(np.ones((20, 4), np.float32)))
     assert len(rows) == 0
 
 

@@ -40,8 +40,8 @@ CASES = {
     "aspect": ("a.jpg", encode(picture(900, 200), "JPEG"), "900 x 200 pixels"),
     "animated": ("a.gif", encode(picture().convert("P"), "GIF", **FRAMES), "3 frames"),
     "cmyk": ("a.jpg", encode(picture(mode="CMYK"), "JPEG"), "JPEG in CMYK"),
-    "16-bit": ("a.png", encode(WIDE, "PNG"), "PNG with 16 bits a channel"),
-    "suffix": ("a.PNG", encode(picture(), "JPEG"), ".png is a JPEG"),
+    "16-bit": ("a.png", encode(WIDE, "PNG"), "PNG with 16 bits per channel"),
+    "suffix": ("a.PNG", encode(picture(), "JPEG"), "suffix .png, format JPEG"),
     "rotated": ("a.jpg", encode(picture(), "JPEG", exif=oriented(6)), "EXIF orientation 6"),
 }
 

@@ -13,7 +13,7 @@ from tl_keras.errors import UserError
 def test_a_network_that_is_widened_beyond_all_memory_is_refused_before_it_is_built(monkeypatch):
     with pytest.raises(UserError) as error:
         build_backbone(find_preset("MobileNetV2"), weights="none", image_size=224, kwargs={"alpha": 300})
-    assert str(error.value).startswith("MobileNetV2 with alpha=300 has some 1,188 GB of weights, and ")
+    assert str(error.value).startswith("MobileNetV2 with alpha=300 has about 1,188 GB of weights, but only ")
     assert str(error.value).endswith(" GB of memory are free. Give smaller --backbone_kwargs.")
 
 
@@ -26,11 +26,11 @@ def test_weights_and_maps_are_compared_with_what_is_free(monkeypatch, exported, 
         return
     with pytest.raises(UserError) as error:
         capacity.check_network(backbone, batch_size=32, exported=exported)
-    assert "SmallConvNet needs some 0.1 GB of memory here (0.0 GB of weights, which are held several times, and" in str(
+    assert "SmallConvNet needs about 0.1 GB of memory here (0.0 GB of weights in several copies, and" in str(
         error.value
     )
     assert str(error.value).endswith(
-        "Choose a smaller --backbone or --image_size, or leave the export out with --noexport."
+        "Choose a smaller --backbone or --image_size, or disable the export with --noexport."
     )
 
 
@@ -47,5 +47,5 @@ def test_nothing_is_computed_for_a_network_that_does_not_fit(colour_folder, tmp_
     arguments = (f"--dataset=folder:{colour_folder}", "--backbone=SmallConvNet", "--weights=none", "--image_size=16")
     for mode in ("finetune", "extract", "audit"):
         assert run_main(f"--mode={mode}", *arguments, f"--run_dir={tmp_path / mode}") == 1
-        assert capsys.readouterr().err.startswith("tl_keras: error: SmallConvNet needs some 0.0 GB of memory here (")
+        assert capsys.readouterr().err.startswith("tl_keras: error: SmallConvNet needs about 0.0 GB of memory here (")
         assert not (tmp_path / mode).exists()

@@ -103,7 +103,7 @@ def test_two_tensors_at_once_are_no_cut():
 
 def test_cut_inside_a_block_names_the_nearest_cuts(backbone):
     assert user_error(cut, backbone, at="a_bn") == (
-        "Toy cannot be cut after 'a_bn': a connection jumps over it. "
+        "Toy can't be cut after 'a_bn': a connection bypasses it. "
         "Nearest cuts: 'stem' before it, 'a_out' after it. Use one of them."
     )
 
@@ -155,14 +155,13 @@ def test_batch_normalization_is_trained_only_where_nothing_was_before(backbone):
 @pytest.mark.parametrize("trainable", ["last:0", "last:x", "last:-1", "last:", "lats:3", "from:", "Head", "", "head\n"])
 def test_malformed_trainable_is_told_what_is_allowed(backbone, trainable):
     assert user_error(choose, backbone, trainable) == (
-        f"--trainable={trainable!r} is not understood. "
-        "Allowed: head, last:N with N of 1 or more, from:LAYER, all. Correct it."
+        f"--trainable={trainable!r} is not understood. Allowed: head, last:N with N of 1 or more, from:LAYER, all."
     )
 
 
 def test_more_layers_than_there_are_is_told_how_many(backbone):
     assert user_error(choose, backbone, "last:11") == (
-        "--trainable=last:11 asks for more layers than Toy has. Allowed: last:1 to last:10. Use a smaller N, or all."
+        "--trainable=last:11 selects more layers than Toy has. Allowed: last:1 to last:10. Use a smaller N, or all."
     )
 
 
@@ -228,5 +227,5 @@ def test_an_unknown_layer_to_read_is_answered_with_shapes(backbone):
     message = user_error(read_layer, backbone, "topbn", pooling="avg")
     assert message.startswith("--feature_layer=topbn: Toy has no such layer. Nearest: top_bn (")
     assert "x5), " in message
-    assert "Layers that all later ones hang on: stem (" in message
+    assert "Ends of blocks: stem (" in message
     assert "preprocessing" not in message.partition("hang on")[2]

@@ -283,7 +283,7 @@ def test_embeddings_that_are_no_numbers_are_never_kept(tmp_path, value):
     with pytest.raises(UserError) as error:
         Job(tmp_path).run(trunk)
     assert str(error.value) == (
-        "the backbone gave NaN or infinity for an image, in float32. Nothing of that batch is kept. Check that "
+        "the backbone computed NaN or infinity for an image, in float32. The batch is not stored. Check that "
         "--weights fit the network."
     )
 

@@ -217,8 +217,8 @@ def test_a_full_disk_is_one_line_and_what_is_complete_stays(store):
     large = np.zeros((1000, 5000), np.float32)
     text = error_of(store.write, keys(*range(100, 1100)), large)
     assert text == (
-        f"the disk is full: the embedding store {store.path} can't grow. What is complete is kept; free space, run "
-        "again."
+        f"the disk is full: the embedding store {store.path} can't grow. Complete embeddings are kept: free space "
+        "and run again."
     )
     assert store.missing(keys(1, 2, *range(100, 1100))) == list(range(2, 1002))
     np.testing.assert_array_equal(store.read(keys(1, 2)), vectors(1, 2))
@@ -232,7 +232,7 @@ def test_a_file_that_is_no_store_is_named(store):
     store.path.write_bytes(b"no SQLite file" * 1000)
     text = error_of(EmbeddingStore, str(store.path.parent), ADDRESS)
     assert text == (
-        f"the embedding store {store.path} is damaged (file is not a database). Delete that file and run again."
+        f"the embedding store {store.path} is damaged (file is not a database). Delete the file and run again."
     )
 
 
@@ -246,7 +246,7 @@ def test_a_store_that_was_damaged_inside_is_named(store):
     damaged = EmbeddingStore(str(store.path.parent), ADDRESS)
     text = error_of(damaged.read, keys(*range(200)))
     assert text.startswith(f"the embedding store {store.path} is damaged (")
-    assert text.endswith("Delete that file and run again.")
+    assert text.endswith("Delete the file and run again.")
 
 
 def test_a_store_that_was_cleared_while_in_use_is_named(store):
@@ -261,7 +261,7 @@ def test_a_store_that_another_process_holds_is_named(store, monkeypatch):
     other = sqlite3.connect(store.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     store._connection.execute("PRAGMA busy_timeout=50")
-    assert f"the embedding store {store.path} is locked by another process for over" in error_of(
+    assert f"the embedding store {store.path} has been locked by another process for" in error_of(
         store.write, keys(1), vectors(1)
     )
     other.execute("ROLLBACK")
@@ -278,7 +278,9 @@ def test_space_is_compared_before_anything_is_computed(tmp_path, monkeypatch, fr
         check_space(str(tmp_path / "not" / "yet"), **arguments)
         return
     text = error_of(check_space, str(tmp_path / "not" / "yet"), **arguments)
-    assert text.startswith(f"the embedding store needs 0.4 GB for 100,000 images, {tmp_path}/not/yet has 0.4 GB free.")
+    assert text.startswith(
+        f"the embedding store needs 0.4 GB for 100,000 images, but {tmp_path}/not/yet has only 0.4 GB "
+    )
     assert "--store_dir" in text
 
 

@@ -80,7 +80,7 @@ def test_a_network_that_openvino_does_not_take_is_named():
     odd = keras.Model(images, keras.layers.Lambda(lambda y: tf.math.igamma(y, y))(x), name="odd")
     with pytest.raises(
         UserError,
-        match=r"^OpenVINO does not take odd: No conversion rule found for operations: Igamma\. Use --engine=tens",
+        match=r"^OpenVINO does not support odd: No conversion rule found for operations: Igamma\. Use --engine=tens",
     ):
         OpenVinoEngine(odd, batch_size=2, precision="float32")
 
@@ -288,7 +288,7 @@ def test_a_layer_keeps_its_engine_whichever_it_is_read_together_with(tmp_path, m
 def test_an_openvino_that_can_not_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(
-        UserError, match=r"^OpenVINO does not take .*: import of openvino halted.*Use --engine=tensorflow"
+        UserError, match=r"^OpenVINO does not support .*: import of openvino halted.*Use --engine=tensorflow"
     ):
         OpenVinoEngine(build_trunk(), batch_size=2, precision="float32")
 
@@ -332,7 +332,7 @@ def test_openvino_that_is_not_installed_is_one_line(tmp_path, machine):
 
 def test_float16_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [])
-    with pytest.raises(UserError, match=r"^--precision=float16 needs a GPU, and TensorFlow sees none\."):
+    with pytest.raises(UserError, match=r"^--precision=float16 needs a GPU, but TensorFlow finds none\."):
         choose(tmp_path, "float16")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
     assert choose(tmp_path, "float16")[0].precision == "float16"

@@ -162,26 +162,26 @@ def test_preprocessing_stays_in_float32_under_a_bfloat16_policy():
 
 def test_too_small_an_image_is_told_the_smallest():
     assert user_error(BACKBONES["Xception"], image_size=70) == (
-        "Xception does not take images of 70 pixels a side. Allowed: 71 or more. Set --image_size=299, its own."
+        "Xception does not support --image_size=70. Allowed: 71 or more. Its default is 299."
     )
 
 
 def test_an_image_size_without_imagenet_weights_is_told_those_with():
     assert user_error(BACKBONES["MobileNetV2"], weights="imagenet", image_size=200) == (
-        "MobileNetV2 has no ImageNet weights for images of 200 pixels a side. Allowed: 96, 128, 160, 192, 224. "
-        "Use one of these, or --weights=FILE with another size's."
+        "MobileNetV2 has no ImageNet weights for --image_size=200. Allowed: 96, 128, 160, 192, 224. "
+        "Use one of these, or --weights=FILE with the weights of another size."
     )
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"beta": 1}, "takes no argument beta=1. Allowed: alpha, depth_multiplier."),
-        ({"alpha": 0}, "does not take alpha=0. Allowed: a number above 0."),
-        ({"alpha": True}, "does not take alpha=True. Allowed: a number above 0."),
-        ({"alpha": float("nan")}, "does not take alpha=nan. Allowed: a number above 0."),
-        ({"alpha": "x\ny"}, "does not take alpha='x\\ny'. Allowed: a number above 0."),
-        ({"depth_multiplier": 1.5}, "does not take depth_multiplier=1.5. Allowed: a whole number of 1 or more."),
+        ({"beta": 1}, "has no argument beta=1. Allowed: alpha, depth_multiplier."),
+        ({"alpha": 0}, "does not support alpha=0. Allowed: a number above 0."),
+        ({"alpha": True}, "does not support alpha=True. Allowed: a number above 0."),
+        ({"alpha": float("nan")}, "does not support alpha=nan. Allowed: a number above 0."),
+        ({"alpha": "x\ny"}, "does not support alpha='x\\ny'. Allowed: a number above 0."),
+        ({"depth_multiplier": 1.5}, "does not support depth_multiplier=1.5. Allowed: a whole number of 1 or more."),
     ],
 )
 def test_wrong_arguments_are_told_what_is_allowed(kwargs, message):
@@ -190,13 +190,13 @@ def test_wrong_arguments_are_told_what_is_allowed(kwargs, message):
 
 def test_an_argument_where_there_are_none():
     assert user_error(BACKBONES["ResNet50"], kwargs={"alpha": 0.5}) == (
-        "ResNet50 takes no argument alpha=0.5. It takes none. Correct --backbone_kwargs."
+        "ResNet50 has no argument alpha=0.5. It has no arguments. Correct --backbone_kwargs."
     )
 
 
 def test_minimalistic_is_a_truth_value():
     message = user_error(BACKBONES["MobileNetV3Small"], kwargs={"minimalistic": 1})
-    assert "does not take minimalistic=1. Allowed: True or False." in message
+    assert "does not support minimalistic=1. Allowed: True or False." in message
 
 
 def test_arguments_reach_the_network():
@@ -213,9 +213,9 @@ def test_arguments_reach_the_network():
 )
 def test_arguments_without_imagenet_weights_are_told_keras_reason(name, kwargs, reason):
     message = user_error(BACKBONES[name], weights="imagenet", kwargs=kwargs)
-    assert message.startswith(f"Keras does not build {name} with image_size=224, ")
+    assert message.startswith(f"Keras can't build {name} with image_size=224, ")
     assert reason in message
-    assert message.endswith(". Change --backbone_kwargs, or --weights.")
+    assert message.endswith(". Change --backbone_kwargs or --weights.")
 
 
 # ImageNet weights, with the download replaced.
@@ -254,8 +254,8 @@ def test_offline_names_the_url_and_where_to_put_the_file(monkeypatch, keras_home
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/{url}"
     assert message == (
         f"Could not download the ImageNet weights of {name} from {url} (Name or service not known). "
-        f"Download that file on a machine with internet access and put it at "
-        f"{keras_home / 'models' / (file or pathlib.Path(url).name)}, or use --weights=none or a file."
+        f"Download the file on a machine with internet access and save it as "
+        f"{keras_home / 'models' / (file or pathlib.Path(url).name)}, or use --weights=none or --weights=FILE."
     )
 
 
@@ -293,8 +293,10 @@ def test_a_broken_file_where_keras_keeps_it(keras_home):
     (keras_home / "models").mkdir()
     (keras_home / "models" / "mobilenet_2_5_128_tf_no_top.h5").write_bytes(b"half a file")
     message = user_error(MOBILENET, weights="imagenet", image_size=128, kwargs=NARROW)
-    assert message.startswith("The ImageNet weights of MobileNet that Keras keeps in ~/.keras/models (or $KERAS_HOME/")
-    assert message.endswith(". Delete that file, so that it is downloaded again.")
+    assert message.startswith(
+        "The ImageNet weights of MobileNet in the cache of Keras, ~/.keras/models (or $KERAS_HOME/"
+    )
+    assert message.endswith(". Delete the file; it will be downloaded again.")
 
 
 def test_downloaded_weights_give_what_keras_gives(monkeypatch, keras_home):
@@ -312,7 +314,7 @@ def test_downloaded_weights_give_what_keras_gives(monkeypatch, keras_home):
 
 def test_small_conv_net_has_no_imagenet_weights():
     assert user_error(SMALL, weights="imagenet") == (
-        "SmallConvNet has no ImageNet weights. Allowed: --weights=none, or a file. Use one of them."
+        "SmallConvNet has no ImageNet weights. Allowed: --weights=none or --weights=FILE."
     )
 
 
@@ -404,14 +406,14 @@ def test_efficientnet_weights_of_imagenet_give_the_same_by_path(tmp_path, monkey
 @pytest.mark.parametrize("weights", ["imagenett", "no/such.h5", ".", "network.pth", ""])
 def test_no_weights_file(weights):
     assert user_error(SMALL, weights=weights) == (
-        f"--weights={weights!r} is no weights file. Allowed: imagenet, none, or an existing file that ends in "
-        ".h5, .hdf5, .keras. Correct it."
+        f"--weights={weights!r} is not a weights file. Allowed: imagenet, none, a run folder, or an existing file with "
+        "the suffix .h5, .hdf5, .keras. Check the path."
     )
 
 
 def test_an_existing_file_of_another_kind(tmp_path):
     (tmp_path / "network.pth").write_bytes(b"PK")
-    assert "is no weights file" in user_error(SMALL, weights=tmp_path / "network.pth")
+    assert "is not a weights file" in user_error(SMALL, weights=tmp_path / "network.pth")
 
 
 def zip_file(path, **members):
@@ -435,9 +437,9 @@ def zip_file(path, **members):
 def test_a_file_that_is_no_weights_file(tmp_path, file, write):
     write(tmp_path / file)
     message = user_error(SMALL, weights=tmp_path / file)
-    assert message.startswith(f"The weights file {tmp_path / file} cannot be read (")
+    assert message.startswith(f"The weights file {tmp_path / file} can't be read (")
     assert message.endswith(
-        "). Allowed: whole .h5, .weights.h5 and .keras files written by Keras. Copy or download it again."
+        "). Allowed: complete .h5, .weights.h5 and .keras files written by Keras. Copy or download it again."
     )
 
 
@@ -447,7 +449,7 @@ def test_a_truncated_file(tmp_path, file):
     (backbone.save_weights if "weights" in file else backbone.save)(tmp_path / file)
     content = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(content[: len(content) // 2])
-    assert "cannot be read (" in user_error(SMALL, weights=tmp_path / file)
+    assert "can't be read (" in user_error(SMALL, weights=tmp_path / file)
 
 
 @pytest.mark.parametrize("file", ["other.weights.h5", "other.h5", "other.keras"])
@@ -455,8 +457,8 @@ def test_the_weights_of_a_wider_network_name_the_first_layer_that_differs(tmp_pa
     other = build(MOBILENET, kwargs={"alpha": 0.5})
     (other.save_weights if "weights" in file else other.save)(tmp_path / file)
     assert user_error(MOBILENET, weights=tmp_path / file, kwargs=NARROW) == (
-        f"The weights file {tmp_path / file} does not fit MobileNet: its layer 'conv1' needs shapes (3, 3, 3, 8), the "
-        "file has (3, 3, 3, 16). Use a file of this network, with the --backbone_kwargs it was made with."
+        f"The weights file {tmp_path / file} does not fit MobileNet: its layer 'conv1' needs shapes (3, 3, 3, 8), but "
+        "the file has (3, 3, 3, 16). Use weights of this network, with the same --backbone_kwargs."
     )
 
 
@@ -465,7 +467,9 @@ def test_the_weights_of_another_network(tmp_path, file):
     other = build(SMALL)
     (other.save_weights if "weights" in file else other.save)(tmp_path / file)
     message = user_error(BACKBONES["VGG16"], weights=tmp_path / file)
-    assert "does not fit VGG16: its layer 'block1_conv1' needs shapes (3, 3, 3, 64), (64,), the file has " in message
+    assert (
+        "does not fit VGG16: its layer 'block1_conv1' needs shapes (3, 3, 3, 64), (64,), but the file has " in message
+    )
 
 
 def test_a_network_that_ends_too_early(tmp_path):
@@ -474,7 +478,7 @@ def test_a_network_that_ends_too_early(tmp_path):
     for file in ("short.weights.h5", "short.h5", "short.keras"):
         (short.save_weights if "weights" in file else short.save)(tmp_path / file)
         message = user_error(SMALL, weights=tmp_path / file)
-        assert "its layer 'conv2' needs shapes (3, 3, 32, 64), (64,), the file has none." in message
+        assert "its layer 'conv2' needs shapes (3, 3, 32, 64), (64,), but the file has none." in message
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
@@ -499,8 +503,8 @@ def test_the_top_needs_imagenets_own_image_size():
     with pytest.raises(UserError) as error:
         build_backbone(BACKBONES["VGG16"], weights="imagenet", image_size=96, with_top=True)
     assert str(error.value) == (
-        "the layers flatten, fc1, fc2 of VGG16 have ImageNet weights for images of 224 pixels a side alone, not 96. "
-        "Leave out --image_size, or read another layer."
+        "the layers flatten, fc1, fc2 of VGG16 have ImageNet weights only for images of 224 x 224 pixels, not 96. "
+        "Leave out --image_size, or use another layer."
     )
 
 

@@ -202,12 +202,14 @@ def test_a_run_that_has_not_ended_holds_no_classifier(seven, tmp_path, gone):
     shutil.copytree(seven, tmp_path / "run")
     path = tmp_path / "run" / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert error_of(load, str(tmp_path / "run")).startswith(f"{tmp_path}/run holds no classifier. Give a run folder")
+    assert error_of(load, str(tmp_path / "run")).startswith(
+        f"{tmp_path}/run contains no classifier. Give the folder of a"
+    )
 
 
 def test_a_file_is_no_classifier(tmp_path):
     (tmp_path / "x.keras").write_text("")
-    assert "holds no classifier" in error_of(load, str(tmp_path / "x.keras"))
+    assert "contains no classifier" in error_of(load, str(tmp_path / "x.keras"))
 
 
 def change(**values: object):
@@ -256,8 +258,11 @@ def test_a_damaged_classifier_is_named(seven, tmp_path, damage):
             lambda path: (path / "saved_model.pb").write_bytes((path / "saved_model.pb").read_bytes()[:-1000]),
             "the exported model {} is damaged: ",
         ),
-        (lambda path: (path / "assets" / "labels.txt").unlink(), "{} has no assets/labels.txt: it was not exported by"),
-        (lambda path: (path / "saved_model.pb").unlink(), "{} holds no classifier."),
+        (
+            lambda path: (path / "assets" / "labels.txt").unlink(),
+            "{} has no assets/labels.txt, so it was not exported by",
+        ),
+        (lambda path: (path / "saved_model.pb").unlink(), "{} contains no classifier."),
     ],
     ids=["no model", "an empty one", "half a model", "no labels", "no graph"],
 )
@@ -270,13 +275,16 @@ def test_a_damaged_export_is_named(trained, tmp_path, damage, text):
 def test_a_model_of_others_is_said_to_be_one(tmp_path):
     tf.saved_model.save(tf.Module(), str(tmp_path / "1"))
     assert is_exported(tmp_path / "1")
-    assert error_of(load, str(tmp_path / "1")).endswith("it was not exported by tl_keras.")
+    assert error_of(load, str(tmp_path / "1")).endswith(
+        "so it was not exported by tl_keras. Give a model exported by tl_keras."
+    )
 
 
 def test_what_is_trained_further_is_a_run_and_no_export(trained, tmp_path):
     run, model = trained
     assert (
-        error_of(load_trained, str(model)) == f"{model} is an exported model; here a run folder (runs/NAME) is needed."
+        error_of(load_trained, str(model))
+        == f"{model} is an exported model, but a run folder is needed here. Give a run folder: runs/NAME."
     )
     assert is_run(str(run))
     assert not is_run(str(run / "metrics.json"))
@@ -299,7 +307,7 @@ def test_a_network_that_one_graph_cannot_hold_is_refused_before_it_is_frozen():
 
     huge = Classifier(Network(), "x", ("a", "b"), "Huge", "pool", "crop")
     assert error_of(Servable, huge) == (
-        "the network has 2.4 GB of weights; one graph holds 2 GB. Choose a smaller backbone."
+        "the network has 2.4 GB of weights, but a graph can't be larger than 2 GB. Use a smaller --backbone."
     )
 
 
@@ -365,8 +373,8 @@ BROKEN = {
     "a missing path": ("/nope/x.jpg", "can't be read: No such file or directory"),
     "a folder": ("/", "can't be read: Is a directory"),
     "no bytes": (b"", "empty or unreadable file"),
-    "text": (b"no image", "not an image: JPEG, PNG, GIF, BMP and WebP are read"),
-    "TIFF": (encode(make_image(1), "TIFF"), "TIFF is not read by TensorFlow: convert it, for example with"),
+    "text": (b"no image", "not an image: supported formats are JPEG, PNG, GIF, BMP and WebP"),
+    "TIFF": (encode(make_image(1), "TIFF"), "TIFF is not supported by TensorFlow: convert it, for example"),
     "half a JPEG": (encode(make_image(1, size=(90, 90)), "JPEG")[:900], "can't be decoded: "),
     "half a PNG": (encode(make_image(1))[:300], "can't be decoded: "),
 }

@@ -48,7 +48,7 @@ def test_two_classes_with_unequal_numbers_of_support_vectors(scale):
 def test_a_class_that_was_not_fitted_can_not_be_folded():
     few = LABELS < 2
     fitted = fit_probe("ridge", 1.0, EMBEDDINGS[few], LABELS[few], Recipe(scale="none", max_iter=1000, seed=0))
-    with pytest.raises(ValueError, match="^the probe knows 2 classes of 3$"):
+    with pytest.raises(ValueError, match="^the probe has 2 of 3 classes$"):
         fold(fitted, num_classes=3)
 
 

@@ -331,7 +331,7 @@ def test_a_learning_rate_is_above_0(name, rate):
 @pytest.mark.parametrize("name", ["a/b", "/a", ".hidden", "..", ".", "a b", "写真", "é", "a:b", "a%20b"])
 def test_a_models_name_is_one_that_tf_serving_can_be_asked_for(name):
     text = error_of(Config, "finetune", run=RunConfig(model_name=name))
-    assert text.startswith(f"--model_name={name} is not a name that TF Serving's addresses can hold. Allowed: ")
+    assert text.startswith(f"--model_name={name} can't be part of a TF Serving URL. Allowed: ")
 
 
 def test_what_is_carved_leaves_something_to_train_on():
@@ -349,10 +349,11 @@ def test_overwrite_never_deletes_what_is_read(tmp_path, monkeypatch):
         for path in ("runs/x", "runs/x/classifier", "./link/"):
             text = error_of(Config, "evaluate", run=replace, read=ReadConfig(path))
             assert text == (
-                f"--overwrite would delete --classifier={path}: it lies in --run_dir={folder}. Give another --run_dir."
+                f"--overwrite would delete --classifier={path}, which is inside --run_dir={folder}. Give another "
+                "--run_dir."
             )
             text = error_of(Config, "finetune", run=replace, backbone=BackboneConfig(weights=path))
-            assert text.startswith(f"--overwrite would delete --weights={path}: ")
+            assert text.startswith(f"--overwrite would delete --weights={path}, ")
     for folder in ("runs/xy", "runs/x/classifier", "runs/y", None):
         Config("evaluate", run=RunConfig(run_dir=folder, overwrite=True), read=ReadConfig("runs/x"))
     Config("finetune", run=RunConfig(run_dir=".", overwrite=True))  # imagenet is no file
@@ -362,13 +363,13 @@ def test_overwrite_never_deletes_what_is_read(tmp_path, monkeypatch):
     ("probe", "text"),
     [
         ({"probe": ()}, "--probe is empty. "),
-        ({"probe": ("none",)}, "--probe=none gives embeddings alone: "),
-        ({"probe": ("none", "knn"), "embeddings_output": "x.npz"}, "--probe=none gives embeddings alone: "),
+        ({"probe": ("none",)}, "--probe=none only computes embeddings. "),
+        ({"probe": ("none", "knn"), "embeddings_output": "x.npz"}, "--probe=none only computes embeddings. "),
         ({"probe": ("knn", "svm")}, "--probe=svm is not known. "),
-        ({"feature_layer": ("a", "b", "a")}, "--feature_layer=a,b,a names one twice. Name each once."),
+        ({"feature_layer": ("a", "b", "a")}, "--feature_layer=a,b,a lists a name twice. List each once."),
         ({"probe_parameter": 1e10}, "--probe_parameter=10000000000.0 is out of range. Allowed: 1e-09 to"),
         ({"repeats": 1001}, "--repeats=1001 is out of range. Allowed: 1 to 1000."),
-        ({"embeddings_output": "x.NPZ"}, "--embeddings_output=x.NPZ: allowed are files that end in .npz or .parquet."),
+        ({"embeddings_output": "x.NPZ"}, "--embeddings_output=x.NPZ has an unknown suffix. Allowed: .npz, .parquet."),
     ],
 )
 def test_a_probe_that_can_not_be_is_refused_before_anything_is_loaded(probe, text):
@@ -378,10 +379,10 @@ def test_a_probe_that_can_not_be_is_refused_before_anything_is_loaded(probe, tex
 def test_one_value_is_one_probes_and_may_be_any_number_but_of_neighbours():
     Config("extract", probe=ProbeConfig(probe=("ridge",), probe_parameter=0.3))
     Config("extract", probe=ProbeConfig(probe=("knn",), probe_parameter=3.0))
-    assert "is no number of neighbours" in error_of(
+    assert "is not a number of neighbors" in error_of(
         Config, "extract", probe=ProbeConfig(probe=("knn",), probe_parameter=0.3)
     )
-    assert "--probe_parameter is one probe's" in error_of(
+    assert "--probe_parameter applies to a single probe" in error_of(
         Config, "extract", probe=ProbeConfig(probe=("knn", "ridge"), probe_parameter=3.0)
     )
 
@@ -494,7 +495,7 @@ def test_overwrite_never_deletes_a_file_that_is_read(monkeypatch, tmp_path, flag
     rest = ["--compare=x,run/a"] if flag == "compare" else [f"--{flag}=run/a"]
     rest += ["--classifier=x"] if flag in ("slices", "card") else []
     text = error_of(parse, "--mode=evaluate", "--run_dir=run", "--overwrite", *rest)
-    assert text == f"--overwrite would delete --{flag}=run/a: it lies in --run_dir=run. Give another --run_dir."
+    assert text == f"--overwrite would delete --{flag}=run/a, which is inside --run_dir=run. Give another --run_dir."
 
 
 def test_a_file_that_the_run_makes_itself_may_lie_in_its_folder(monkeypatch, tmp_path):
@@ -507,14 +508,17 @@ def test_a_file_that_the_run_makes_itself_may_lie_in_its_folder(monkeypatch, tmp
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--compare=a"], "--compare takes two run folders or more: --compare=runs/A,runs/B."),
-        (["--compare=a,./a"], "--compare=a,./a names one run twice. Name each once."),
+        (["--compare=a"], "--compare needs at least two run folders: --compare=runs/A,runs/B."),
+        (["--compare=a,./a"], "--compare=a,./a lists a run twice. List each run once."),
         *(
-            (["--compare=a,b", flag], f"nothing anew: leave out {flag.partition('=')[0]}.")
+            (["--compare=a,b", flag], f"computes nothing. Leave out {flag.partition('=')[0]}.")
             for flag in ("--classifier=c", "--dataset=digits", "--slices=s.csv", "--card=c", "--target_accuracy=0.9")
         ),
-        (["--compare=a,b", "--corruptions"], "nothing anew: leave out --corruptions."),
-        (["--classifier=c", "--corruption_images=7"], "--corruption_images is how many --corruptions draws: give both"),
+        (["--compare=a,b", "--corruptions"], "computes nothing. Leave out --corruptions."),
+        (
+            ["--classifier=c", "--corruption_images=7"],
+            "--corruption_images has no effect without --corruptions. Give both",
+        ),
     ],
 )
 def test_flags_of_evaluate_that_would_do_nothing_are_errors(flags, text):

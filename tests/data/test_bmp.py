@@ -84,10 +84,16 @@ def test_four_bits_a_pixel_are_two_in_a_byte():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (save(Image.fromarray(PIXELS))[:40], "BMP that is cut off"),
-        (make_bmp(16, (0xF800, 0x07E0, 0x001F))[:30] + b"\1\0\0\0" + b"\0" * 99, "compressed BMP is not read: convert"),
-        (b"BM" + b"\0" * 12 + b"\x0c" + b"\0" * 60, "BMP of OS/2 is not read: convert it, for example with"),
-        (save(Image.fromarray(PIXELS))[:28] + b"\2" + b"\0" * 99, "BMP of 2 bits a pixel is not read: convert it"),
+        (save(Image.fromarray(PIXELS))[:40], "truncated BMP"),
+        (
+            make_bmp(16, (0xF800, 0x07E0, 0x001F))[:30] + b"\1\0\0\0" + b"\0" * 99,
+            "compressed BMP is not supported: convert",
+        ),
+        (b"BM" + b"\0" * 12 + b"\x0c" + b"\0" * 60, "OS/2 BMP is not supported: convert it, for example with"),
+        (
+            save(Image.fromarray(PIXELS))[:28] + b"\2" + b"\0" * 99,
+            "BMP with 2 bits per pixel is not supported: convert",
+        ),
     ],
 )
 def test_other_kinds_are_refused_with_a_reason_and_leave_their_neighbours_alone(content, reason):

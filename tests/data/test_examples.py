@@ -66,7 +66,7 @@ def test_broken_images_are_named_with_their_reason_and_left_out():
     assert [(one_id, reason.split(":")[0]) for one_id, reason in rows[0]] == [
         ("1.jpg", "empty or unreadable file"),
         ("2.jpg", "not an image"),
-        ("4.jpg", "TIFF is not read by TensorFlow"),
+        ("4.jpg", "TIFF is not supported by TensorFlow"),
     ]
     assert examples.splits.tolist() == [0, UNUSED, UNUSED, 2, UNUSED]
     assert examples.broken == {1: rows[0][0][1], 2: rows[0][1][1], 4: rows[0][2][1]}
@@ -86,7 +86,7 @@ def test_more_broken_ones_than_allowed_stop_the_run_after_they_were_reported(bro
         scan(memory.source, np.zeros(20, np.int8), **arguments)
     assert str(error.value) == (
         f"{broken} of 20 images are broken, more than --max_broken_fraction=0.1. The first is 0.jpg: empty or "
-        "unreadable file. Mend or remove them, or allow more."
+        "unreadable file. Repair or remove them, or allow more."
     )
     assert len(rows[0]) == broken
 
@@ -150,7 +150,7 @@ def test_a_draw_changes_neither_val_nor_test_nor_what_it_is_drawn_from():
     assert np.bincount(drawn.labels("train")).tolist() == [1, 1]
     np.testing.assert_array_equal(drawn.splits[6:], splits[6:])
     np.testing.assert_array_equal(examples.splits, [0] * 6 + [1, 1, 2, 2])
-    with pytest.raises(UserError, match=r"^--shots=4 is more than a class has: the smallest has 3 in train\."):
+    with pytest.raises(UserError, match=r"^--shots=4 is more than the smallest class has in train, which is 3\."):
         draw_shots(examples, shots=4, seed=0)
 
 

@@ -66,7 +66,7 @@ def test_what_tensorflow_does_not_read_is_named_with_the_way_to_convert_it(name)
     content = encode(**UNREADABLE[name])
     assert name_format(content) == name
     assert explain_unreadable(content) == (
-        f"{name} is not read by TensorFlow: convert it, for example with ImageMagick: magick IN OUT.jpg"
+        f"{name} is not supported by TensorFlow: convert it, for example with ImageMagick: magick IN OUT.jpg"
     )
     with pytest.raises(tf.errors.InvalidArgumentError):
         tf.io.decode_image(content, channels=3, expand_animations=False)
@@ -98,7 +98,7 @@ def box(brand: bytes, *compatible: bytes) -> bytes:
 )
 def test_files_that_pillow_does_not_write_are_told_by_their_first_bytes(content, name):
     assert name_format(content) == name
-    assert explain_unreadable(content).startswith(f"{name} is not read by TensorFlow: ")
+    assert explain_unreadable(content).startswith(f"{name} is not supported by TensorFlow: ")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_files_that_pillow_does_not_write_are_told_by_their_first_bytes(content,
 )
 def test_what_is_no_image_is_said_to_be_none(content):
     assert name_format(content) == "unknown"
-    assert explain_unreadable(content) == "not an image: JPEG, PNG, GIF, BMP and WebP are read"
+    assert explain_unreadable(content) == "not an image: supported formats are JPEG, PNG, GIF, BMP and WebP"
 
 
 def test_an_empty_file_is_empty():

@@ -50,8 +50,8 @@ def test_a_backslash_that_is_in_a_files_name_stays(tmp_path):
     ("content", "text"),
     [
         (b"caf\xe9\n", "t.csv is not UTF-8: "),
-        (b'id,camera\n1,"A\n' + b"x" * 200_000, "is no CSV: field larger than field limit"),
-        (b"id,Camera,camera\n1,A,B\n", "t.csv has columns of one name: Camera, camera. Rename them."),
+        (b'id,camera\n1,"A\n' + b"x" * 200_000, "is not valid CSV: field larger than field limit"),
+        (b"id,Camera,camera\n1,A,B\n", "t.csv has several columns with the same name: Camera, camera. Rename them."),
     ],
 )
 def test_what_is_no_such_table(tmp_path, content, text):

@@ -49,8 +49,8 @@ def test_folders_that_look_like_splits_are_no_classes(tmp_path, first, second):
     for name in (first, second):
         write_colour_folder(tmp_path / name, each=2)
     assert error_of(load, tmp_path) == (
-        f"the folders {first}, {second} in {tmp_path} all hold the same folders (blue, green, red), as splits do. If "
-        "they are splits, rename them train, val and test. If they are classes, list the images with "
+        f"the folders {first}, {second} in {tmp_path} all contain the same folders (blue, green, red), like splits. If "
+        "they are splits, rename them to train, val and test. If they are classes, list the images with "
         "--dataset=csv:PATH."
     )
 
@@ -78,7 +78,7 @@ def test_classes_whose_subfolders_differ_are_classes(tmp_path):
 def test_a_wrapper_folder_is_named(tmp_path):
     write_colour_folder(tmp_path / "PetImages", each=2)
     assert error_of(load, tmp_path) == (
-        "only one class: PetImages. It holds 3 folders (blue, green, red). Did you mean "
+        "only one class: PetImages. It contains 3 folders (blue, green, red). Did you mean "
         f"--dataset=folder:{tmp_path}/PetImages?"
     )
 
@@ -106,8 +106,8 @@ def test_images_of_a_split_without_class_folders_are_counted(tmp_path):
     for number in range(7):
         write_image(tmp_path / "test" / f"{number}.jpg", make_image(number))
     assert load(tmp_path).notes == (
-        f"warning: 7 images in {tmp_path}/test lie in no class folder, and are left out: they have no label. Classify "
-        "them with --mode=predict. A split without class folders is carved from train",
+        f"warning: 7 images in {tmp_path}/test are not in a class folder and are left out, because they have "
+        "no label. Classify them with --mode=predict. A split without class folders is held out from train",
     )
 
 
@@ -124,30 +124,30 @@ def test_files_with_other_suffixes_are_counted(tmp_path):
     [
         (
             "path,label\na.jpg,cat\nb.jpg,Tomato, healthy\n",
-            "line 3 has 3 cells, and the header has 2. A cell with a comma in it needs quotes.",
+            "line 3 has 3 cells, but the header has 2. Put cells that contain a comma in quotes.",
         ),
         (
             "path;label\na.jpg;cat\nb.jpg;Tomato; healthy\n",
-            "line 3 has 3 cells, and the header has 2. A cell with a semicolon in it needs quotes.",
+            "line 3 has 3 cells, but the header has 2. Put cells that contain a semicolon in quotes.",
         ),
         (
             "path,label,id\na.jpg,cat,1\nb.jpg,dog,\n",
-            "line 3 has no id, and other lines have one. Ids decide which split an image belongs to: give every line "
-            "one, or leave the column out to take the paths.",
+            "line 3 has no id, but other lines have one. Ids determine the split of an image: give every line an id, "
+            "or remove the column to use the paths.",
         ),
         (
             "path,label,id\na.jpg,cat,p1\nb.jpg,dog,p1\n",
-            ": lines 2 and 3 both have the id p1. An id stands for one image: make ids unique. If the column holds "
-            "something else, such as a patient, rename it, and the paths are taken.",
+            ": lines 2 and 3 both have the id p1. Ids must be unique. If the column has another meaning, such as "
+            "a patient, rename it; then the paths are used.",
         ),
         ("path,label\na.jpg,cat\nb.jpg,dog\na.jpg,cat\n", ": lines 2 and 4 name a.jpg. Delete one of them."),
         (
             "path,label\na.jpg,cat\nb.jpg,dog\n./a.jpg,dog\n",
-            ": lines 2 and 4 name a.jpg, once as cat and once as dog. Keep the right one.",
+            ": lines 2 and 4 name a.jpg, with the labels cat and dog. Keep the correct one.",
         ),
         (
             "path,label\nhttps://example.org/a.jpg,cat\n",
-            " line 2: https://example.org/a.jpg is an address. Nothing is downloaded: give paths of files.",
+            " line 2: https://example.org/a.jpg is a URL. Images are not downloaded: give paths of files.",
         ),
     ],
 )
@@ -166,10 +166,10 @@ def test_manifests_that_mean_what_they_say_are_read(tmp_path, monkeypatch):
     assert len(load_csv(tmp_path, 'path,label,"a;b;c;d"\na.jpg,cat,1\n~/b.jpg,dog,2\n').ids) == 2
     assert list(load_csv(tmp_path, "path,label,id\na.jpg,cat,\nb.jpg,dog,\n").ids) == ["a.jpg", "b.jpg"]
     assert load_csv(tmp_path, "path,label\na.jpg,Blue\nb.jpg,blue\n").notes == (
-        "warning: classes differ in upper and lower case only: Blue and blue",
+        "warning: classes differ only in upper and lower case: Blue and blue",
     )
     assert load_csv(tmp_path, "path,label\na.jpg,nan\nb.jpg,blue\n").notes == (
-        "warning: the class nan may stand for images without a label",
+        "warning: the class nan may mean images without a label",
     )
 
 
@@ -212,8 +212,8 @@ def test_sixteen_bits_of_which_few_are_used_are_told():
         check.look(png16(np.zeros((8, 8))))
     check.look(b"\x89PNG\r\n\x1a\n" + b"\0" * 16 + b"\x10")
     assert check.notes() == [
-        "warning: 10 of 20 images with 16 bits a channel that were looked at use less than an eighth of the range. The "
-        "upper 8 bits are kept, so that these images are black or nearly so: rescale them, or convert them to 8 bits"
+        "warning: 10 of 20 inspected images with 16 bits per channel use less than an eighth of the range. Only the "
+        "upper 8 bits are used, so these images look nearly black: rescale them, or convert them to 8 bits"
     ]
 
 

@@ -232,7 +232,7 @@ def test_a_missing_file_is_an_unreadable_image(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("path,label\n3.jpg,a\nimg/../3.jpg,b\n", "lines 2 and 3 name 3.jpg, once as a and once as b."),
+        ("path,label\n3.jpg,a\nimg/../3.jpg,b\n", "lines 2 and 3 name 3.jpg, with the labels a and b."),
         ("path,label\nimg/1.jpg,a\nimg\\1.jpg,a\n", "lines 2 and 3 name img/1.jpg. Delete one of them."),
         ("path,label\n3.jpg,a\n,b\n", "m.csv line 3 has no path. Fill it in or delete it."),
         ("path,label\n\n3.jpg,a\n\nimg/1.jpg,\n", "m.csv line 5 has no label."),
@@ -312,7 +312,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 def test_a_flat_folder_is_read_without_labels_where_that_will_do(tmp_path):
     put(tmp_path, "b.jpg", "a.png", ".hidden.jpg", "notes.txt")
-    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabeled=True)
     assert (source.ids, source.class_names) == (["a.png", "b.jpg"], ())
     assert source.labels.tolist() == source.splits.tolist() == [0, 0]
     assert dict(source.read([0, 1])) == {0: b"a.png", 1: b"b.jpg"}
@@ -321,14 +321,14 @@ def test_a_flat_folder_is_read_without_labels_where_that_will_do(tmp_path):
 
 def test_class_folders_stay_classes_where_labels_are_not_needed(tmp_path):
     put(tmp_path, "x/1.jpg", "y/1.jpg")
-    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabeled=True)
     assert source.class_names == ("x", "y")
 
 
 def test_a_manifest_without_labels_will_do_where_none_are_needed(tmp_path):
     put(tmp_path, "1.jpg", "2.jpg")
     (tmp_path / "m.csv").write_text("path,split\n2.jpg,test\n1.jpg,train\n")
-    source = load_source(f"csv:{tmp_path / 'm.csv'}", data_dir=None, allow_unlabelled=True)
+    source = load_source(f"csv:{tmp_path / 'm.csv'}", data_dir=None, allow_unlabeled=True)
     assert (source.ids, source.class_names, source.splits.tolist()) == (["2.jpg", "1.jpg"], (), [2, 0])
     assert "Expected the columns path,label[,split]" in error_of(f"csv:{tmp_path / 'm.csv'}")
 
@@ -336,24 +336,24 @@ def test_a_manifest_without_labels_will_do_where_none_are_needed(tmp_path):
 def test_classes_are_asked_of_images_that_have_none(tmp_path):
     put(tmp_path, "1.jpg")
     with pytest.raises(UserError, match=r"^--classes: the data has no ") as error:
-        load_source(f"folder:{tmp_path}", data_dir=None, classes=("red",), allow_unlabelled=True)
-    assert "It has: ." not in str(error.value)
+        load_source(f"folder:{tmp_path}", data_dir=None, classes=("red",), allow_unlabeled=True)
+    assert "Classes: ." not in str(error.value)
 
 
 def test_an_image_beside_class_folders_is_no_class(tmp_path):
     put(tmp_path, "1.jpg", "x/2.jpg", "y/3.jpg")
-    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+    source = load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabeled=True)
     assert source.ids == ["x/2.jpg", "y/3.jpg"]
 
 
 def test_a_folder_without_any_image_is_refused_with_labels_or_without(tmp_path):
     put(tmp_path, "notes.txt")
     with pytest.raises(UserError, match=r"^no images in "):
-        load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabelled=True)
+        load_source(f"folder:{tmp_path}", data_dir=None, allow_unlabeled=True)
 
 
 def test_a_label_that_is_missing_in_one_line_is_missed_all_the_same(tmp_path):
     put(tmp_path, "1.jpg", "2.jpg")
     (tmp_path / "m.csv").write_text("path,label\n1.jpg,x\n2.jpg,\n")
     with pytest.raises(UserError, match="line 3 has no label"):
-        load_source(f"csv:{tmp_path / 'm.csv'}", data_dir=None, allow_unlabelled=True)
+        load_source(f"csv:{tmp_path / 'm.csv'}", data_dir=None, allow_unlabeled=True)

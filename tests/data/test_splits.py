@@ -100,7 +100,7 @@ def test_more_val_takes_from_train_alone():
 
 def test_a_source_without_train_is_told():
     text = one_line(carve, IDS[:3], given(train=0, val=1, test=2), val_fraction=0.1, test_fraction=None)
-    assert text.startswith("the data has no train split. Give it one")
+    assert text.startswith("the data has no train split. Add one")
 
 
 def draw(shots: int, seed: int = 0) -> np.ndarray:
@@ -140,7 +140,7 @@ def test_a_shot_stays_when_images_are_added_unless_one_with_a_smaller_hash_comes
 def test_more_shots_than_a_class_has_are_refused_with_the_number_it_has():
     labels = np.array([0] * 5 + [1] * 3)
     text = one_line(choose_shots, IDS[:8], labels, given(train=8), shots=4, seed=0)
-    assert text == "--shots=4 is more than a class has: the smallest has 3 in train. Give fewer."
+    assert text == "--shots=4 is more than the smallest class has in train, which is 3. Give a smaller number."
 
 
 NAMES = [f"c{number}" for number in range(8)]
@@ -164,12 +164,11 @@ def test_complete_classes_are_passed_in_silence():
     [
         (
             {"train": [0, 1, 2], "val": [0, 2], "test": [0, 1, 2]},
-            "warning: val has no example of c1: it can't be measured there. Add images, or carve more with "
-            "--val_fraction",
+            "warning: val has no example of c1, so it can't be evaluated there. Add images, or increase --val_fraction",
         ),
         (
             {"train": [0, 1, 2], "val": [0, 1, 2], "test": [1]},
-            "warning: test has no example of c0, c2: it can't be measured there. Add images, or carve more with "
+            "warning: test has no example of c0, c2, so it can't be evaluated there. Add images, or increase "
             "--test_fraction",
         ),
     ],
@@ -180,17 +179,17 @@ def test_a_class_without_val_or_test_is_named(labels, text):
 
 def test_of_many_classes_five_are_named():
     lines = check_classes(*classes(train=list(range(8)), val=[0], test=[0]), NAMES)
-    assert [line.split(" it ")[0] for line in lines] == [
-        f"warning: {split} has no example of c1, c2, c3, c4, c5 and 2 more classes:" for split in ("val", "test")
+    assert [line.split(" so it ")[0] for line in lines] == [
+        f"warning: {split} has no example of c1, c2, c3, c4, c5 and 2 more classes," for split in ("val", "test")
     ]
 
 
 @pytest.mark.parametrize(
     ("labels", "names", "text"),
     [
-        ({"train": [0, 0], "val": [0]}, ["cat"], "only one class: cat. A classifier needs two or more"),
-        ({"train": [0, 1], "test": [0]}, NAMES[:2], "val has no example, so that nothing can be chosen on it."),
-        ({"train": [0, 2], "val": [1]}, NAMES[:3], "train has no example of c1, which val or test has."),
+        ({"train": [0, 0], "val": [0]}, ["cat"], "only one class: cat. A classifier needs at least two."),
+        ({"train": [0, 1], "test": [0]}, NAMES[:2], "val has no examples, but it is needed for selection."),
+        ({"train": [0, 2], "val": [1]}, NAMES[:3], "train has no example of c1, but val or test does."),
     ],
 )
 def test_what_can_be_neither_learnt_nor_chosen_is_refused(labels, names, text):

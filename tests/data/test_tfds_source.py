@@ -233,12 +233,12 @@ def test_validation_is_val_and_hidden_labels_are_not_used(tmp_path):
     [
         (
             "unlabelled",
-            "--dataset=unlabelled is not a classification set: it has no image with one label (its features are ",
+            "--dataset=unlabelled is not a classification data set: it has no image with a single label (its features ",
         ),
         ("test_alone", "the TFDS data set test_alone has no train split (it has: test). Choose another."),
         ("shapes:9.9.9", "--dataset=shapes:9.9.9: TFDS can't load it: "),
         ("shapes/large", "--dataset=shapes/large: TFDS can't load it: "),
-        ("stanford_dog", "--dataset=stanford_dog is not a data set of TFDS. Did you mean: stanford_dogs"),
+        ("stanford_dog", "--dataset=stanford_dog is not a TFDS data set. Did you mean: stanford_dogs"),
     ],
 )
 def test_a_set_of_no_use_is_refused(tmp_path, name, text):
@@ -255,4 +255,4 @@ def test_data_of_ones_own_that_was_meant_is_guessed(tmp_path, monkeypatch, name,
     (tmp_path / name).mkdir() if kind == "folder" else (tmp_path / name).write_text("path,label")
     with pytest.raises(UserError) as error:
         tfds_source.load(name, data_dir=None)
-    assert f"For data of your own: --dataset={kind}:{name}." in str(error.value)
+    assert f"For your own data: --dataset={kind}:{name}." in str(error.value)

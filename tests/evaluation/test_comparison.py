@@ -118,7 +118,7 @@ def test_ids_that_stand_for_other_images_are_not_compared(tmp_path):
     with pytest.raises(UserError) as error:
         find_shared(read_runs([paths[0], other]))
     assert str(error.value) == (
-        "--compare: all 3 ids that a, c have in common stand for different images: the content of the files differs. "
+        "--compare: all 3 ids that a, c have in common name different images: the content of the files differs. "
         "Compare runs on the same images."
     )
 
@@ -155,8 +155,8 @@ def test_runs_are_compared_on_the_test_examples_that_all_have(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["z,test,x,x"], "have no example of test in common"),
-        (["a,test,y,x"], "a is 'x' to A and 'y' to B. Compare runs on the same labels"),
+        (["z,test,x,x"], "have no test example in common"),
+        (["a,test,y,x"], "a has the label 'x' in A and 'y' in B. Compare runs on the same labels"),
     ],
 )
 def test_runs_that_can_not_be_compared(tmp_path, rows, message):

@@ -76,7 +76,9 @@ def test_another_image_under_the_id_of_a_trained_one_is_told(tmp_path):
     examples = Examples(examples.source, examples.splits, np.frombuffer(digest("z"), "V32"), {})
     leaks, told = measure_seen(read_trained_on(run, {"train"}, []), examples, {"test": RIGHT})
     assert leaks == {}
-    assert told[0].startswith("warning: the classifier was trained on 1 other images of the same ids;")
+    assert told[0].startswith(
+        "warning: the classifier was trained on 1 images with the same ids but different content;"
+    )
 
 
 def test_what_is_not_known_is_not_measured():
@@ -97,5 +99,5 @@ def test_old_and_odd_folders(tmp_path):
         assert read_leaked(tmp_path, "test") == 0
     (tmp_path / "metrics.json").write_text('{"audit": {"leaks": {"split": "val", "leaked": 2}}}')
     assert (read_leaked(tmp_path, "val"), read_leaked(tmp_path, "test")) == (2, 0)
-    with pytest.raises(UserError, match="does not say which images it was trained on"):
+    with pytest.raises(UserError, match="does not record which images it was trained on"):
         read_digests(tmp_path)

@@ -43,14 +43,14 @@ def test_the_worst_is_named(tmp_path):
     expected = 4 * stats.fisher_exact([[8, 12], [20, 0]]).pvalue
     assert worst["p_value"] == pytest.approx(expected)
     line = describe_worst(found, accuracy=0.7)
-    assert line.startswith("slices: worst is camera=B: accuracy 0.400 [0.219, 0.613] n=20, all 0.700; p = ")
+    assert line.startswith("slices: lowest accuracy for camera=B: 0.400 [0.219, 0.613] n=20, overall 0.700; p = ")
     assert set(found["columns"]["parity"]) == {"0", "1"}
 
 
 def test_a_difference_that_may_be_chance_is_said_to_be(tmp_path):
     rows = "\n".join(f"{one},{number % 2}" for number, one in enumerate(IDS))
     found = measure_slices(read_attributes(write(tmp_path, f"id,parity\n{rows}\n"), IDS), IDS, PROBABILITIES, LABELS)
-    assert "which may be chance, p = 1.00" in describe_worst(found, accuracy=0.7)
+    assert "not significant, p = 1.00" in describe_worst(found, accuracy=0.7)
 
 
 def test_few_examples_are_not_called_the_worst_and_missing_values_are_a_value(tmp_path):
@@ -67,8 +67,11 @@ def test_few_examples_are_not_called_the_worst_and_missing_values_are_a_value(tm
         ("name,camera\na,b\n", "has the columns name, camera. It needs id"),
         ("id,label\n0.jpg,x\n", "has the columns id, label. It needs id"),
         ("", r"has the columns \(none\)"),
-        ("id,camera\n0.jpg,A\n1.jpg,A\n0.jpg,B\n", "line 4: 0.jpg stands there twice. Leave one row for each image"),
-        ("id,camera\nother/0.jpg,A\n", "knows none of the 40 examples. Its first id is 'other/0.jpg'; the data's are"),
+        ("id,camera\n0.jpg,A\n1.jpg,A\n0.jpg,B\n", "line 4: 0.jpg is listed twice. Keep one row per image"),
+        (
+            "id,camera\nother/0.jpg,A\n",
+            "contains none of the 40 examples. Its first id is 'other/0.jpg'; ids of the data look",
+        ),
     ],
 )
 def test_files_that_are_of_no_use(tmp_path, text, message):
@@ -84,7 +87,7 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_a_column_with_too_many_values(tmp_path):
     ids = [str(number) for number in range(300)]
     rows = "\n".join(f"{one},{one}" for one in ids)
-    with pytest.raises(UserError, match="column Serial has 300 values; at most 200 make groups"):
+    with pytest.raises(UserError, match="column Serial has 300 values; at most 200 are allowed"):
         read_attributes(write(tmp_path, f"id,Serial\n{rows}\n"), ids)
 
 

@@ -128,7 +128,7 @@ def test_lines_for_the_screen(folder):
     ece = found["test"]["ece"]
     assert describe_evaluation(found) == [
         f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
-        f"most often wrong on test: {NAMES[2]} taken for {NAMES[0]} (1)",
+        f"most frequent errors on test: {NAMES[2]} predicted as {NAMES[0]} (1)",
         "no confidence threshold guarantees an accuracy of 90 %: val has 2 images, and at least 47 are needed",
     ]
     found["calibration"] = {"temperature": 1.0, "supported": False, "before": {}}

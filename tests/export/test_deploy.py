@@ -179,8 +179,8 @@ def test_a_models_config_that_was_edited_is_kept(version, folder):
 
 def test_the_readme_says_which_precision_was_taken_and_why(version, folder, tmp_path):
     text = (folder / "README.md").read_text()
-    assert "has `--mixed_precision=bfloat16`: it is at least 1.3 times faster. Its probabilities differ" in text
-    assert "by 3.1e-03 at most" in text
+    assert "has `--mixed_precision=bfloat16`, which is at least 1.3 times as fast as float32 here. It changes" in text
+    assert "It changes probabilities by up to 3.1e-03." in text
     write_deployment(
         tmp_path / "plain",
         version,
@@ -190,7 +190,10 @@ def test_the_readme_says_which_precision_was_taken_and_why(version, folder, tmp_
         difference=None,
         cores=2,
     )
-    assert "The precision is float32: this CPU has no bfloat16." in (tmp_path / "plain" / "README.md").read_text()
+    assert (
+        "The precision is float32: this CPU has no bfloat16 instructions."
+        in (tmp_path / "plain" / "README.md").read_text()
+    )
 
 
 def test_ports_are_published_on_this_machine_alone(folder):
@@ -226,7 +229,7 @@ def test_the_client_asks_over_rest_and_grpc(trained, colour_folder, tmp_path):
             output = run_client(deploy, *ports, *flags, "--host=127.0.0.1", *images).stdout.splitlines()
             assert output[0].startswith(f"{images[0]}: red ")
             assert output[1].startswith(f"{images[1]}: blue ")
-            assert output[2] == f"{images[2]}: no image that can be read"
+            assert output[2] == f"{images[2]}: not a readable image"
         wrong = run_client(deploy, *ports, "--label=nobody", "--host=127.0.0.1", images[0])
         assert "400: Unrecognized servable version label: nobody" in wrong.stderr
         wrong = run_client(deploy, *ports, "--model=other", "--label=", "--host=127.0.0.1", images[0])

@@ -34,7 +34,7 @@ def test_an_npz_has_a_row_for_each_image_that_is_used(tmp_path, monkeypatch, row
     monkeypatch.setattr(embeddings, "_ROWS", rows)
     path = tmp_path / "deep" / "e.npz"
     line = write_embeddings(str(path), make_examples(), read)
-    assert line == f"embeddings: 6 of 5 numbers · {path}"
+    assert line == f"embeddings: 6 images, 5 dimensions · {path}"
     with np.load(path, allow_pickle=False) as file:
         assert set(file) == {"id", "split", "label", "embedding"}
         assert file["id"].tolist() == [one for one in IDS if one != "b/3.jpg"]
@@ -111,7 +111,7 @@ def test_embeddings_are_read_in_pieces_and_in_order(tmp_path, monkeypatch, name)
 
 def test_what_can_not_be_written_is_found_before_anything_is_computed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"is a folder\. Give the file a name in it\.$"):
+    with pytest.raises(UserError, match=r"is a folder\. Give the name of a file in it\.$"):
         check_output(str(tmp_path))
     with pytest.raises(UserError, match="file/e.npz can't be written"):
         check_output(str(tmp_path / "file" / "e.npz"))
@@ -121,7 +121,7 @@ def test_what_can_not_be_written_is_found_before_anything_is_computed(tmp_path, 
     with pytest.raises(UserError) as error:
         check_output(str(tmp_path / "e.parquet"))
     assert str(error.value) == (
-        "--embeddings_output=*.parquet needs pyarrow. Install it: pip install 'tl_keras[parquet]', or give a .npz."
+        "--embeddings_output=*.parquet needs pyarrow. Run pip install 'tl_keras[parquet]', or write a .npz file."
     )
     check_output(str(tmp_path / "e.npz"))
 

@@ -91,7 +91,7 @@ def test_a_model_that_still_hangs_on_kerass_variables_does_not_pass(tmp_path):
     assert tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"] is not None
     with ParityProcess() as fresh:
         text = error_of(fresh.compare, tmp_path / "1", [b"x"], np.ones((1, 2), np.float32))
-    assert text.startswith("the exported model can't be loaded as TF Serving loads it: ")
+    assert text.startswith("the exported model can't be loaded like in TF Serving: ")
     assert "variable" in text.lower()
     assert text.endswith(". Nothing was exported.")
 
@@ -150,7 +150,7 @@ def test_without_that_library_the_model_is_loaded_through_a_session(monkeypatch)
 def test_an_image_that_the_model_finds_invalid_is_an_error(process):
     process("print('{\"valid\": false}')")
     assert error_of(compare, np.ones((1, 2))) == (
-        "the exported model finds images invalid that were evaluated. Nothing was exported."
+        "the exported model rejects images that were evaluated. Nothing was exported."
     )
 
 
@@ -181,10 +181,10 @@ def test_what_is_asked_is_one_line_with_the_folder_and_the_images(process, tmp_p
     [
         ("raise ValueError('no such op: MyOp')", "ValueError: no such op: MyOp"),
         ("import sys; sys.exit('x' * 1000 + '.')", "x" * 300),
-        ("import os; os.kill(os.getpid(), 9)", "signal 9 ended the process (is there too little memory?)"),
-        ("import os; os.kill(os.getpid(), 11)", "signal 11 ended the process"),
-        ("import sys; sys.exit(3)", "the process ended with 3"),
-        ("print('no JSON')", "the process ended with 0"),
+        ("import os; os.kill(os.getpid(), 9)", "the process was killed by signal 9, probably for lack of memory"),
+        ("import os; os.kill(os.getpid(), 11)", "the process was killed by signal 11"),
+        ("import sys; sys.exit(3)", "the process exited with status 3"),
+        ("print('no JSON')", "the process exited with status 0"),
         ("import sys; print('a line', file=sys.stderr); os", "NameError: name 'os' is not defined"),
     ],
     ids=["an exception", "a long line", "killed", "crashed", "silent", "no JSON", "the last line"],
@@ -192,7 +192,7 @@ def test_what_is_asked_is_one_line_with_the_folder_and_the_images(process, tmp_p
 def test_a_process_that_gives_no_answer_is_told_by_what_ended_it(process, code, reason):
     process(code)
     assert error_of(compare, np.ones((1, 2))) == (
-        f"the exported model can't be loaded as TF Serving loads it: {reason}. Nothing was exported."
+        f"the exported model can't be loaded like in TF Serving: {reason}. Nothing was exported."
     )
 
 
@@ -202,7 +202,7 @@ def test_a_process_that_never_answers_is_given_up_and_ended(process, monkeypatch
     with ParityProcess() as fresh:
         text = error_of(fresh.compare, Path("m"), [b"x"], np.ones((1, 2)))
         assert fresh._process.poll() is None
-    assert text.endswith("as TF Serving loads it: no answer within 0.2 s. Nothing was exported.")
+    assert text.endswith("like in TF Serving: no answer within 0.2 s. Nothing was exported.")
     assert fresh._process.returncode == -9
 
 

@@ -284,7 +284,9 @@ def test_an_export_that_disagrees_leaves_nothing_behind_and_says_so(trained, tmp
         expected=np.roll(expected, 1, axis=1),
         lines=lines,
     )
-    assert text.startswith("the exported model is not what was evaluated: decisions agree in 0.000 (needed: 0.99), ")
+    assert text.startswith(
+        "the exported model differs from the evaluated classifier: decisions agree in 0.000 (required: 0.99), "
+    )
     assert text.endswith("Nothing was exported. Please report this; the run folder is kept.")
     assert len(lines) == 1
     assert lines[0].startswith(f"export: exported model checked on {len(samples)} images in a new process: decisions")
@@ -441,7 +443,7 @@ def test_a_difference_that_the_precision_explains_is_allowed(precision, on_gpu):
     limit = ALLOWED.get((precision, on_gpu), 0.5)
     check_agreement(agreement(decisions=0.99, largest=limit * 0.99, batch=0.99e-3), precision)
     for wrong in (agreement(largest=limit * 1.01), agreement(decisions=0.98), agreement(largest=float("nan"))):
-        assert "is not what was evaluated" in error_of(check_agreement, wrong, precision)
+        assert "differs from the evaluated classifier" in error_of(check_agreement, wrong, precision)
     for wrong in (agreement(batch=1.01e-3), agreement(batch=float("nan"))):
         assert "in another batch size" in error_of(check_agreement, wrong, precision)
 
@@ -456,8 +458,8 @@ def test_a_difference_that_the_precision_explains_is_allowed(precision, on_gpu):
 def test_a_disagreement_says_how_much_what_is_allowed_and_what_to_do(precision, allowed, advice, monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
     assert error_of(check_agreement, agreement(decisions=0.875, largest=0.75), precision) == (
-        "the exported model is not what was evaluated: decisions agree in 0.875 (needed: 0.99), largest difference "
-        f"7.5e-01 (allowed in {allowed}). Nothing was exported. {advice}; the run folder is kept."
+        "the exported model differs from the evaluated classifier: decisions agree in 0.875 (required: 0.99), largest "
+        f"difference 7.5e-01 (allowed in {allowed}). Nothing was exported. {advice}; the run folder is kept."
     )
 
 
@@ -470,8 +472,8 @@ def test_on_a_gpu_float32_is_not_advised_to_whoever_has_it(monkeypatch):
 
 def test_an_answer_that_depends_on_the_batch_is_told_as_such():
     assert error_of(check_agreement, agreement(batch=0.5), "bfloat16") == (
-        "the exported model answers otherwise in another batch size (by 5.0e-01). Nothing was exported; please report "
-        "this with the run folder."
+        "the predictions of the exported model depend on the batch size (by 5.0e-01). Nothing was exported; please "
+        "report this with the run folder."
     )
 
 
@@ -484,7 +486,7 @@ def test_the_curl_line_sends_the_photograph(tmp_path, size):
     (tmp_path / "photo.jpg").write_bytes(photo)
     serve, line = describe_request(Path("saved_models/my-model/12"))
     assert serve == "try it: tl_keras serve --classifier=saved_models/my-model/12"
-    line = line.removeprefix("and ask it: ")
+    line = line.removeprefix("then send a request: ")
     shell, url = line.split(" | curl -d @- ")
     assert url == "http://localhost:8501/v1/models/my-model:predict"
     body = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=True).stdout
@@ -497,7 +499,7 @@ def test_the_curl_line_sends_the_photograph(tmp_path, size):
 
 def test_the_request_is_one_that_the_model_answers(folder, served, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(IMAGES[0])
-    shell = describe_request(folder)[1].removeprefix("and ask it: ").split(" | ")[0]
+    shell = describe_request(folder)[1].removeprefix("then send a request: ").split(" | ")[0]
     body = json.loads(subprocess.check_output(["bash", "-c", shell], cwd=tmp_path))
     answer = served.run([base64.b64decode(one["b64"]) for one in body["instances"]])
     check_consistent(answer, LABELS, [True])
@@ -515,7 +517,7 @@ def test_a_version_with_other_labels_than_the_one_before_is_said(tmp_path, monke
         export(tmp_path, classifier=build_classifier(labels), lines=lines)
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(warnings) == 1
-    assert warnings[0].startswith("warning: version 2 of m has other labels, and TF Serving takes the newest version;")
+    assert warnings[0].startswith("warning: version 2 of m has other labels, and TF Serving serves the newest version;")
 
 
 def test_images_above_the_limit_of_pixels_are_not_compared_but_said(tmp_path, monkeypatch):
@@ -530,10 +532,10 @@ def test_images_above_the_limit_of_pixels_are_not_compared_but_said(tmp_path, mo
     lines = []
     given = {"samples": [small, large, small], "expected": np.ones((3, 2)), "max_pixels": 100}
     export(tmp_path, lines=lines, **given)
-    assert "warning: 1 of 3 images that were evaluated have more than --max_pixels=100 pixels" in lines[0]
+    assert "warning: 1 of 3 evaluated images have more than --max_pixels=100 pixels" in lines[0]
     assert len(compared) == 1
     text = error_of(export, tmp_path, **given | {"max_pixels": 3})
-    assert text.startswith("the images that were evaluated have more than --max_pixels=3 pixels")
+    assert text.startswith("the evaluated images have more than --max_pixels=3 pixels")
     assert names(tmp_path / "m") == ["1"]
 
 

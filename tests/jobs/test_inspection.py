@@ -46,7 +46,7 @@ def test_pixels_are_compared_of_the_rows_that_are_meant(examples, every):
     embeddings = np.eye(5)[[0, 1, 2, 3, 1]].astype(np.float32)  # positions 2 and 6 are neighbours
     audit = examine_examples(examples, [], embeddings, all_pixels=every, show_progress=lambda text: None)
     leaks = [(one.id, one.other_id, one.evidence) for one in audit.findings if one.kind == "leak"]
-    assert leaks == [("6.img", "2.img", "the same pixels as 2.img: in train and in test")]
+    assert leaks == [("6.img", "2.img", "same pixels as 2.img: in train and in test")]
     assert [(one.id, one.evidence) for one in audit.findings if one.kind == "unreadable"] == [("1.img", "no image")]
 
 
@@ -80,7 +80,7 @@ def test_what_leaks_do_to_the_accuracy_by_hand():
     assert (found["leaked"], found["accuracy_with"], found["accuracy_without"]) == (2, 3 / 5, 1 / 3)
     assert found["copies_in"] == {"train": ["b", "c"], "val": [], "test": []}
     assert lines == [
-        "leak: 2 of 5 test images are in another split too; test accuracy by it: 0.600 [0.231, 0.882] with them, "
+        "leak: 2 of 5 test images are also in another split; test accuracy of it: 0.600 [0.231, 0.882] with them, "
         "0.333 [0.061, 0.792] without them"
     ]
 

@@ -90,7 +90,7 @@ def test_every_fault_is_found(audited):
     assert severities == sorted(severities)
     leak = next(row for row in audited.rows if row["id"] == "train/red/leak.jpg")
     assert leak["other_id"] == "test/red/032.jpg"
-    assert leak["evidence"] == "the same bytes as test/red/032.jpg: in train and in test"
+    assert leak["evidence"] == "same bytes as test/red/032.jpg: in train and in test"
 
 
 def test_the_findings_are_shown_with_their_pictures(audited):
@@ -101,16 +101,16 @@ def test_the_findings_are_shown_with_their_pictures(audited):
     for row in audited.rows[:8]:
         assert row["id"] in plain
         assert row["evidence"] in html.unescape(plain)
-    assert "test accuracy by a logistic regression on these embeddings: " in html.unescape(plain)
+    assert "test accuracy of a logistic regression on these embeddings: " in html.unescape(plain)
     assert "--mode=audit" in plain
 
 
 def test_the_screen_counts_each_kind_and_tells_what_leaks_do(audited):
     lines = audited.screen.splitlines()
-    assert "leak: 2 (the same picture, or nearly, in two splits)" in lines
-    assert "unreadable: 1 (can't be read, left out)" in lines
-    told = next(line for line in lines if line.startswith("leak: 2 of 36 test images are in another split too;"))
-    assert "test accuracy by a logistic regression on these embeddings: 1.000 [0.904, 1.000] with them, " in told
+    assert "leak: 2 (the same image, or nearly the same, in two splits)" in lines
+    assert "unreadable: 1 (can't be read or decoded; left out)" in lines
+    told = next(line for line in lines if line.startswith("leak: 2 of 36 test images are also in another split;"))
+    assert "test accuracy of a logistic regression on these embeddings: 1.000 [0.904, 1.000] with them, " in told
     assert told.endswith(" without them")
     leaks = audited.metrics["leaks"]
     assert (leaks["split"], leaks["leaked"]) == ("test", 2)
@@ -154,7 +154,7 @@ def test_names_that_a_csv_can_not_hold_are_left_out_and_said(store_dir, tmp_path
     clean = tmp_path / "clean.csv"
     flags = (*SMALL_NETWORK, f"--store_dir={store_dir}", f"--write_clean_csv={clean}")
     found = audit(tmp_path, f"--dataset=folder:{tmp_path / 'photos'}", *flags)
-    assert "clean: 1 files have names that a CSV can't hold, and are left out: rename them" in found.screen
+    assert "clean: 1 files are left out, because a CSV file can't hold their names: rename them" in found.screen
     source = load_source(f"csv:{clean}", data_dir=None)
     assert sorted(source.ids) == sorted(f"a/{name}" for name in ("0.jpg", "2.jpg", *odd))
     assert all(os.path.isfile(path) for path in source.paths)
@@ -166,7 +166,7 @@ def test_nothing_of_the_users_is_replaced(store_dir, tmp_path, capsys):
     manifest.write_text("path,label,camera\nphotos/a.jpg,a,x\n")
     common = (f"--dataset=csv:{manifest}", *SMALL_NETWORK, f"--store_dir={store_dir}", "--overwrite")
     before = hash_all(tmp_path)
-    told = ("exists already, and is what is looked at", "is one of the images that are looked at")
+    told = ("is the audited file", "is one of the audited images")
     for number, mine in enumerate((manifest, image)):
         text = refuse(capsys, *common, f"--run_dir={tmp_path / 'run'}", f"--write_clean_csv={mine}")
         assert f"--write_clean_csv={mine} {told[number]}. Give another name." in text
@@ -174,7 +174,7 @@ def test_nothing_of_the_users_is_replaced(store_dir, tmp_path, capsys):
     (tmp_path / "other.csv").write_text("mine")
     common = common[:-1]
     text = refuse(capsys, *common, f"--run_dir={tmp_path / 'run2'}", f"--write_clean_csv={tmp_path / 'other.csv'}")
-    assert "other.csv exists already. Give another name, or --overwrite." in text
+    assert "other.csv already exists. Give another name, or --overwrite." in text
     assert not (tmp_path / "run2").exists()  # the corrected command finds no folder in its way
 
 
@@ -241,7 +241,7 @@ def test_leaving_out_test_images_because_a_model_doubts_them_is_warned_of(faulty
     found = audit(tmp_path, f"--dataset=folder:{data}", *SMALL_NETWORK, f"--store_dir={store_dir}", *flags)
     doubted = {row["id"] for row in found.rows if row["finding"] in {"outlier", "label"}}
     count = sum(not one.startswith("train/") for one in doubted)
-    told = f"warning: {count} of those left out are val and test images that a model finds odd (label, outlier)"
+    told = f"warning: {count} val and test images are left out because of estimates of a model (label, outlier)"
     assert count > 0
     assert told in found.screen
     assert "warning: --weights=none: an untrained network finds few modified copies" in found.screen
@@ -290,15 +290,15 @@ def refuse(capsys, *flags: str) -> str:
     ("flags", "text"),
     [
         (("--clean=leek",), "--clean=leek is not known. Did you mean: leak, label, blank? Allowed: unreadable,"),
-        (("--classifier=nowhere",), "--classifier=nowhere is no run folder, and does not say what it was trained on."),
+        (("--classifier=nowhere",), "--classifier=nowhere is not a run folder and does not record its data."),
         (
             ("--classifier=runs/a", "--backbone=VGG16"),
-            "--classifier brings its own backbone, weights, image size and resizing: leave out these flags with it.",
+            "--classifier has its own backbone, weights, image size and resizing. Leave out the flags for them.",
         ),
         (("--epochs=3",), "--epochs is not used by --mode=audit."),
         (
             ("--dataset=digits", *SMALL_NETWORK, "--write_clean_csv=clean.csv"),
-            "--write_clean_csv lists files, and digits has none of its own. Leave it out, or give --dataset=folder:",
+            "--write_clean_csv lists image files, but digits has none. Leave it out, or use --dataset=folder:",
         ),
         (
             ("--dataset=folder:.", *SMALL_NETWORK, "--write_clean_csv=/proc/no/clean.csv"),
@@ -316,16 +316,16 @@ def test_nothing_readable_gets_one_line(store_dir, tmp_path, capsys):
     (tmp_path / "photos/a/1.jpg").write_bytes(b"x")
     flags = (f"--dataset=folder:{tmp_path / 'photos'}", *SMALL_NETWORK, f"--store_dir={store_dir}")
     text = refuse(capsys, *flags, f"--run_dir={tmp_path / 'run'}")
-    assert f"none of the images can be read: {tmp_path / 'run'}/broken.csv says why." in text
+    assert f"none of the images can be read; {tmp_path / 'run'}/broken.csv has the reasons. Repair them." in text
 
 
 @pytest.mark.parametrize(
     ("dataset", "weights", "warned"),
     [
         ("stanford_dogs", "imagenet", "the images of stanford_dogs come from ImageNet's training set: a network"),
-        ("imagenette/320px:1.0.0", "imagenet", "the images of imagenette are drawn from ImageNet: a network with"),
-        ("stl10", "imagenet", "the images of stl10 are drawn from ImageNet"),
-        ("imagenet2012_subset/1pct", "imagenet", "the training images of imagenet2012_subset are ImageNet's: a"),
+        ("imagenette/320px:1.0.0", "imagenet", "the images of imagenette come from ImageNet: a network with"),
+        ("stl10", "imagenet", "the images of stl10 come from ImageNet: a"),
+        ("imagenet2012_subset/1pct", "imagenet", "the training images of imagenet2012_subset come from ImageNet: a"),
         ("imagenet_v2", "imagenet", ""),  # new images (Recht et al. 2019)
         ("stanford_dogs", "none", ""),
         ("stanford_dogs", "weights.h5", ""),

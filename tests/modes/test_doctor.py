@@ -86,8 +86,8 @@ def advise(monkeypatch, capsys, tmp_path) -> str:
     assert result.exit_status == 1
     assert lines[-1] == "1 to do"
     (line,) = to_do(lines)
-    what, advice = line.split(", but TensorFlow does not see it: ")
-    assert what == "an NVIDIA GPU is there (/proc/driver/nvidia/gpus/0000:01:00.0)"
+    what, advice = line.split(", but TensorFlow does not find it: ")
+    assert what == "there is an NVIDIA GPU (/proc/driver/nvidia/gpus/0000:01:00.0)"
     return advice
 
 
@@ -124,7 +124,7 @@ def test_a_driver_that_is_not_installed(monkeypatch, capsys, tmp_path):
 def test_cuda_libraries_that_do_not_fit(monkeypatch, capsys, tmp_path):
     see_nothing_of(monkeypatch)
     assert advise(monkeypatch, capsys, tmp_path) == (
-        "CUDA's libraries are missing or of another version: pip install 'tensorflow[and-cuda]'"
+        "the CUDA libraries are missing or have another version: pip install 'tensorflow[and-cuda]'"
     )
 
 
@@ -209,9 +209,9 @@ def test_tfds_that_cannot_be_imported_is_one_line(monkeypatch, capsys, tmp_path)
         (
             {"avx2", "avx512f", "avx512_bf16", "fpu"},
             "CPU has avx2 (fast float32), avx512f (faster float32), avx512_bf16 (bfloat16 trunks, about twice as fast)"
-            "; not amx_bf16",
+            "; it does not have amx_bf16",
         ),
-        ({"sse"}, "CPU has none of the instructions that matter; not avx2, avx512f, avx512_bf16, amx_bf16"),
+        ({"sse"}, "CPU has no instructions for fast inference; it does not have avx2, avx512f, avx512_bf16, amx_bf16"),
     ],
 )
 def test_what_the_cpu_can_do(monkeypatch, capsys, tmp_path, flags, text):
@@ -251,7 +251,7 @@ def test_stores_are_listed_with_the_command_that_clears_them(capsys, tmp_path):
     assert len(listed) == 10  # the largest
     assert listed[0].startswith(f"ok      {stores[-1].path.name}: ")
     assert not any(stores[number].path.name in line for line in listed for number in (0, 1))
-    command = listed[0].split("(to clear it: ")[1].rstrip(")")
+    command = listed[0].split("(to delete it: ")[1].rstrip(")")
     assert os.system(command) == 0
     assert not list((tmp_path / "my store").glob(f"{stores[-1].path.name}*"))
     assert len(list((tmp_path / "my store").glob("*.sqlite"))) == 11
@@ -290,7 +290,7 @@ def private(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(private, rest):
     findings = list(doctor._check_folders(str(private / rest)))
     assert findings[0].what == f"embedding store {private / rest}: 0 stores, 0 MB"
-    named, advice = findings[0].advice.split(" can't be written: ")
+    named, advice = findings[0].advice.split(" is not writable: ")
     assert Path(named) in (private, private.parent)
     assert advice == "change its permissions, or choose another folder"
 

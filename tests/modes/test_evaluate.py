@@ -183,7 +183,7 @@ def test_a_label_that_the_classifier_does_not_know_is_named(refuse, fresh, tmp_p
     write_image(fresh / name / "1.jpg", make_image(1))
     for which in (0, 1):
         text = refuse(f"--dataset=folder:{fresh}", which=which)
-        assert text.startswith(f"the data has the label {name!r}, which the classifier does not know. {hint}")
+        assert text.startswith(f"the data has the label {name!r}, which is not a class of the classifier. {hint}")
         assert text.endswith("Rename it, or leave it out with --classes.")
     assert not (tmp_path / "run").exists()
 
@@ -207,7 +207,7 @@ def test_images_that_were_trained_on_are_counted(score, colour_folder, trained, 
     start = f"warning: the classifier was trained on {count} of the {len(found.rows)} test images, or on "
     assert line.startswith(start)
     assert line.endswith(" without them")
-    assert "of the same ids" not in out
+    assert "with the same ids" not in out
     assert "was trained on" in (found.path / "report.html").read_text()
 
 
@@ -243,10 +243,10 @@ def test_a_run_that_does_not_say_what_it_was_trained_on_is_evaluated_all_the_sam
     arguments = (f"--classifier={run}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}")
     assert run_main("--mode=evaluate", *arguments) == 0
     out = capsys.readouterr().out
-    assert f"note: {run} does not say which images it was trained on: splits.csv or digests.npy in it is missing" in out
+    assert f"note: {run} does not record which images it was trained on: its splits.csv or digests.npy is" in out
     found = Evaluated(tmp_path / "run")
     assert found.metrics["leaks"] is None
-    assert "this report can&#39;t know" in (found.path / "report.html").read_text()
+    assert "It is unknown whether the classifier was trained on" in (found.path / "report.html").read_text()
 
 
 def test_what_the_network_was_trained_on_before_counts_too(colour_folder, store_dir, fresh, tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_an_earlier_run_that_is_gone_is_named(trained, fresh, tmp_path, capsys):
     (run / "config.json").write_text(json.dumps(config))
     flags = (f"--classifier={run}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}", "--noreport")
     assert run_main("--mode=evaluate", *flags) == 0
-    told = "note: what runs/gone was trained on, with which the network began, can't be known"
+    told = "note: the network started with runs/gone, whose training images are unknown"
     assert told in capsys.readouterr().out.splitlines()
 
 
@@ -294,7 +294,7 @@ def test_images_on_which_choices_were_made_are_told(score, trained, colour_folde
     for one in val:
         shutil.copy(colour_folder / one, fresh / one.replace("/", "/again-"))
     assert score(fresh).metrics["leaks"] == {}
-    told = f"warning: {len(val)} of the {9 + len(val)} test images are val images of the classifier's run, on which"
+    told = f"warning: {len(val)} of the {9 + len(val)} test images are val images of the classifier's run, which"
     assert told in capsys.readouterr().out
 
 
@@ -305,7 +305,7 @@ def test_other_images_under_the_ids_of_trained_ones_are_told_apart(score, colour
             path.rename(folder / name.name)
     found = score(tmp_path / "namesakes")
     assert found.metrics["leaks"] == {}
-    assert "other images of the same ids; where they show the same" in capsys.readouterr().out
+    assert "images with the same ids but different content; if they show the same" in capsys.readouterr().out
 
 
 # broken images
@@ -326,7 +326,7 @@ def test_broken_images_are_left_out_with_their_reasons(score, fresh, capsys):
     broken = {row["id"]: row["reason"].split(":")[0] for row in found.table("broken.csv")}
     assert broken == {
         "blue/100.jpg": "not an image",
-        "green/101.tiff": "TIFF is not read by TensorFlow",
+        "green/101.tiff": "TIFF is not supported by TensorFlow",
         "red/102.jpg": "can't be decoded",
         "red/empty.jpg": "empty or unreadable file",
     }
@@ -367,7 +367,10 @@ def test_a_source_of_nothing_but_broken_images_is_refused(refuse, tmp_path, cont
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "1.jpg").write_bytes(content)
     text = refuse(f"--dataset=folder:{tmp_path}/data", "--max_broken_fraction=1")
-    assert text == f"none of the 2 images can be used: {tmp_path}/run/broken.csv says why. Mend them, or give others."
+    assert text == (
+        f"none of the 2 images can be used; {tmp_path}/run/broken.csv has the reasons. Repair them, or give other "
+        "images."
+    )
 
 
 def test_a_split_of_nothing_but_broken_images_is_left_out(score, tmp_path):
@@ -449,7 +452,7 @@ def test_slices_are_measured_and_the_worst_is_named(score, trained, tmp_path, ca
 
 def test_slices_of_other_images_are_refused(refuse, tmp_path):
     path = write_slices(tmp_path / "slices.csv", ["nobody.jpg"])
-    assert refuse(f"--slices={path}").startswith(f"--slices={path} knows none of the ")
+    assert refuse(f"--slices={path}").startswith(f"--slices={path} contains none of the ")
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["run", "exported"])
@@ -465,7 +468,7 @@ def test_corruptions_are_measured_on_images_that_are_drawn(score, fresh, capsys,
     assert low <= found["mean_accuracy"] <= high
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("corruptions: 7 test images, clean 1.000 [") for line in lines)
-    assert any(line.split() == ["corrupted", "by", *"12345"] for line in lines)
+    assert any(line.split() == ["corruption", *"12345"] for line in lines)
     assert any(line.startswith("pixelation ") for line in lines)
 
 
@@ -527,7 +530,7 @@ def test_images_that_are_gone_when_they_are_to_be_corrupted_cost_the_corruptions
     flags = (f"--classifier={trained[0]}", f"--run_dir={tmp_path / 'run'}", "--corruptions", "--noreport")
     assert run_main("--mode=evaluate", *flags) == 1
     out = capsys.readouterr().out
-    assert "warning: --corruptions: none of the images that were drawn can be read any more. Look at them. The" in out
+    assert "warning: --corruptions: none of the images can be read any more. Check the files. The" in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["n"] > 0
 
 
@@ -549,7 +552,7 @@ def test_a_run_whose_audit_found_leaks_is_named_where_it_is_compared(tmp_path, c
         assert run_main("--mode=evaluate", f"--compare={first},{second}") == 0
         warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
         assert warned == [
-            "warning: 24 of B's test images, or copies of them, are among its training images: its accuracy may "
+            "warning: 24 of the test images of B, or copies of them, are among its training images: its accuracy may "
             "be too good"
         ]
 
@@ -559,10 +562,10 @@ def test_val_is_not_compared_with_test(tmp_path, capsys):
     rows = (second / "predictions.csv").read_text()
     (second / "predictions.csv").write_text(rows.replace(",test,", ",val,"))
     assert run_main("--mode=evaluate", f"--compare={first},{second}") == 1
-    assert "are too good beside those on test: A has test, B has val. Compare runs" in capsys.readouterr().err
+    assert "can't be compared with metrics on test: A has test, B has val. Compare runs" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_ended_can_not_be_compared(tmp_path, capsys):
     first = write_predictions(tmp_path / "A", set())
     assert run_main("--mode=evaluate", f"--compare={first},{tmp_path / 'gone'}") == 1
-    assert "gone/predictions.csv can't be read: No such file or directory. Give run folders" in capsys.readouterr().err
+    assert "gone/predictions.csv can't be read: No such file or directory. Give the folders" in capsys.readouterr().err

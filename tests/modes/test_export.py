@@ -43,7 +43,7 @@ def test_a_run_and_the_classifier_in_it_are_exported_alike(trained, tmp_path, as
     assert len(samples) == len(expected) > 1
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[0] == f"try it: tl_keras serve --classifier={tmp_path}/m/1"
-    assert last[1].startswith("and ask it: echo ")
+    assert last[1].startswith("then send a request: echo ")
     assert last[2] == f"exported · {tmp_path}/m/1"
     assert (tmp_path / "m" / "1" / "assets" / "labels.txt").read_text() == "blue\ngreen\nred\n"
 
@@ -57,7 +57,7 @@ def test_the_name_is_that_of_data_and_backbone_unless_given(trained, tmp_path):
     ("gone", "text"),
     [
         ("classifier/samples.npz", "{}/classifier/samples.npz is missing or damaged: "),
-        ("classifier/network.keras", "{} holds no classifier. Give a run folder whose run has ended"),
+        ("classifier/network.keras", "{} contains no classifier. Give the folder of a complete run"),
     ],
 )
 def test_what_a_run_lacks_is_named_and_nothing_is_exported(trained, tmp_path, capsys, gone, text):

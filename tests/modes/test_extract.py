@@ -214,7 +214,7 @@ def test_a_test_split_that_can_not_be_decoded_leaves_nothing_to_refit_for(place,
     )
     flags = ("--refit=train+val", "--probe_parameter=1", "--max_broken_fraction=0.1")
     Place(place.root / "broken", dataset).run(*flags, f"--store_dir={place.root / 'store'}", status=1)
-    assert "--refit=train+val leaves nothing to measure the classifier on" in capsys.readouterr().err
+    assert "--refit=train+val leaves no images for evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "chosen"), [(("--probe_parameter=1",), False), (("--probe=knn",), True)])
@@ -269,10 +269,10 @@ def no_pyarrow(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "prepare", "text"),
     [
-        ((), too_little_memory, "needs some 0.0 GB of memory, 0.0 GB are free."),
+        ((), too_little_memory, "needs about 0.0 GB of memory, but only 0.0 GB are free."),
         (("--embeddings_output=e.parquet",), no_pyarrow, "--embeddings_output=*.parquet needs pyarrow."),
-        (("--probe=knn", "--probe_parameter=400"), None, "--probe=knn can't ask 400 neighbours: train has "),
-        (("--probe=ridge", "--shots=1"), None, "--probe=ridge has no probabilities of its own"),
+        (("--probe=knn", "--probe_parameter=400"), None, "--probe=knn can't use 400 neighbors: train has only "),
+        (("--probe=ridge", "--shots=1"), None, "--probe=ridge needs at least two training images per class"),
     ],
     ids=["memory", "pyarrow", "neighbours", "sigmoids"],
 )
@@ -315,7 +315,7 @@ def test_an_unknown_layer_is_answered_with_names_and_shapes(place, capsys):
     place.run("--feature_layer=pool", status=1)
     error = capsys.readouterr().err
     assert "--feature_layer=pool: SmallConvNet has no such layer. Nearest: pool1 (8x8x32), pool2 (4x4x64)." in error
-    assert "Layers that all later ones hang on: conv1 (16x16x32), pool1 (8x8x32), conv2 (8x8x64)" in error
+    assert "Ends of blocks: conv1 (16x16x32), pool1 (8x8x32), conv2 (8x8x64)" in error
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv"])

@@ -128,7 +128,7 @@ def test_a_pattern_that_finds_nothing_is_named_before_anything_is_written(traine
     (tmp_path / "empty").mkdir()
     assert run(trained, f"{path},{tmp_path}/{missing}", f"--output={tmp_path}/o.csv") == 1
     assert capsys.readouterr().err == (
-        f"tl_keras: error: --images={tmp_path}/{missing} finds no image. Give files, folders or globs, "
+        f"tl_keras: error: --images={tmp_path}/{missing} matches no image. Give files, folders or glob patterns, "
         "comma-separated.\n"
     )
     assert not list(tmp_path.glob("o.csv*"))
@@ -157,7 +157,10 @@ def test_the_csv_is_the_contracts_to_the_byte(trained, put, tmp_path):
     assert lines[0] == HEADER
     assert lines[1].startswith(f"{path},red,0.")
     assert lines[1].endswith(",,,,,")
-    assert lines[2:] == [f'{tmp_path}/b.jpg,,,,,,,,,,,"not an image: JPEG, PNG, GIF, BMP and WebP are read"', ""]
+    assert lines[2:] == [
+        f'{tmp_path}/b.jpg,,,,,,,,,,,"not an image: supported formats are JPEG, PNG, GIF, BMP and WebP"',
+        "",
+    ]
 
 
 def test_many_images_are_in_order_over_all_batches_the_broken_ones_among_them(trained, put, tmp_path, capsys):
@@ -177,7 +180,7 @@ def test_many_images_are_in_order_over_all_batches_the_broken_ones_among_them(tr
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == (
-        f"71 images classified, 4 broken: see the column error · {tmp_path}/out/o.csv"
+        f"71 images classified, 4 broken (see the column error) · {tmp_path}/out/o.csv"
     )
 
 
@@ -237,7 +240,7 @@ def test_an_earlier_output_is_replaced(trained, put, tmp_path):
     ("output", "text"),
     [
         ("file/o.csv", "{}/file/o.csv can't be written: "),
-        ("folder", "--output={}/folder is a folder. Give the CSV a name in it: predictions.csv."),
+        ("folder", "--output={}/folder is a folder. Give the name of a file in it: predictions.csv."),
         ("folder/", "--output={}/folder/ is a folder."),
     ],
 )

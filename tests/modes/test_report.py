@@ -71,10 +71,10 @@ def test_each_probe_has_heat_maps_but_for_votes(probe, heat, leaky, store_dir, t
     assert "Learning curves" not in text
     assert "red &lt;b&gt;&amp;" in text
     assert "<b>&" not in text
-    told = "eak: 1 of 36 test images are in another split too; test accuracy by this classifier: "
+    told = "eak: 1 of 36 test images are also in another split; test accuracy of this classifier: "
     assert f"warning: l{told}" in screen
     assert f'<p class="note">L{told}' in text
-    assert "eak: 1 of 36 test images are in another split too" in (run / "MODEL_CARD.md").read_text()
+    assert "eak: 1 of 36 test images are also in another split" in (run / "MODEL_CARD.md").read_text()
     assert "audit: leak 1" in screen
     assert f"report: {run}/report.html" in screen
     again = (f"--classifier={run}", f"--run_dir={tmp_path / 'again'}", "--noreport")
@@ -111,7 +111,7 @@ def test_evaluate_reports_a_run_and_an_exported_model(trained, tmp_path, capsys)
         assert ("an exported model has no gradients. Evaluate its run folder instead." in text) == (number == 1)
         assert ("It is unknown whether the classifier was trained on some of these" in text) == (number == 1)
         assert ("None of these images is identical to a training image" in text) == (number == 0)
-        assert ("An exported model does not say which of these images it was trained on" in text) == (number == 1)
+        assert ("An exported model does not record its training images" in text) == (number == 1)
         assert "nearest training images" not in text
         pictures.append(pictures_of(run))
     assert pictures[0] == 2 * pictures[1]  # each with its heat map
@@ -139,7 +139,10 @@ def test_the_card_is_filled_in_and_checked_before_anything_is_computed(trained, 
     assert "the field 'limit' is unknown. Did you mean: limits" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").is_file()
     assert run_main("--mode=evaluate", *run, "--overwrite", "--noreport") == 1
-    assert "--card fills in the report: leave out --noreport with it" in capsys.readouterr().err
+    assert (
+        "--card has entries for the report, which --noreport disables. Leave one of them out."
+        in capsys.readouterr().err
+    )
 
 
 def test_what_evaluate_warns_of_stands_in_the_report_too(trained, colour_folder, tmp_path):

@@ -62,15 +62,15 @@ def test_a_class_with_one_example_can_not_be_calibrated(name):
     with pytest.raises(UserError) as error:
         fit_probe(name, 1.0, TRAIN[0][:3], labels, RECIPE)
     assert str(error.value) == (
-        f"--probe={name} has no probabilities of its own: they are calibrated on examples held out, and a class "
-        "has one alone. Give more images, or --probe=logistic_regression."
+        f"--probe={name} needs at least two training images per class to calibrate its probabilities, but a class "
+        "has only one. Add images, or use --probe=logistic_regression."
     )
     check_probe("logistic_regression", labels, value=None)
 
 
 def test_more_neighbours_than_examples_are_refused():
     with pytest.raises(
-        UserError, match=r"^--probe=knn can't ask 151 neighbours: train has 150 examples\. Ask fewer\.$"
+        UserError, match=r"^--probe=knn can't use 151 neighbors: train has only 150 examples\. Use fewer neighbors\.$"
     ):
         check_probe("knn", TRAIN[1], value=151)
     check_probe("knn", TRAIN[1], value=150)

@@ -20,8 +20,8 @@ def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch, probe):
     with pytest.raises(UserError) as error:
         check_memory(probe, count=20_000, dim=25_088)
     text = str(error.value)
-    assert text.startswith(f"--probe={probe} on 20,000 embeddings of 25,088 numbers needs some ")
-    assert "GB of memory, 2.0 GB are free. Read a smaller layer (--pooling=avg), " in text
+    assert text.startswith(f"--probe={probe} on 20,000 embeddings of 25,088 numbers needs about ")
+    assert "GB of memory, but only 2.0 GB are free. Use a smaller layer (--pooling=avg), " in text
 
 
 @pytest.mark.parametrize(("cores", "needed"), [(1, "6.4"), (2, "12.8"), (64, "32.0")])
@@ -29,7 +29,7 @@ def test_a_kernel_grows_with_the_square_and_with_the_folds_at_once(monkeypatch, 
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2_000_000_000)
     monkeypatch.setattr(memory.joblib, "cpu_count", lambda: cores)
     check_memory("linear_svm", count=20_000, dim=16)
-    with pytest.raises(UserError, match=rf"needs some {re.escape(needed)} GB"):
+    with pytest.raises(UserError, match=rf"needs about {re.escape(needed)} GB"):
         check_memory("rbf_svm", count=20_000, dim=16)
 
 
@@ -45,6 +45,6 @@ def test_linux_tells():
 def test_neighbours_that_no_graph_holds_are_refused_on_the_largest_machine(monkeypatch):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: math.inf)
     check_memory("knn", count=19_000, dim=25_088)
-    with pytest.raises(UserError, match=r"2\.0 GB; one graph holds 2 GB\. Read a smaller layer"):
+    with pytest.raises(UserError, match=r"2\.0 GB, but a graph can't be larger than 2 GB\. Use a smaller layer"):
         check_memory("knn", count=20_000, dim=25_088)
     check_memory("ridge", count=20_000, dim=25_088)

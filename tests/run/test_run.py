@@ -164,7 +164,7 @@ def test_damaged_json_is_named(tmp_path, content):
     path.write_bytes(content)
     text = error_of(read_json, path)
     assert text.startswith(f"{path} is damaged: ")
-    assert text.endswith("Make it again, or restore it from a copy.")
+    assert text.endswith("Create it again, or restore a copy.")
 
 
 def test_json_that_is_not_there_is_named(tmp_path):
@@ -191,7 +191,7 @@ def test_an_empty_folder_is_taken_and_that_of_a_complete_run_is_not(tmp_path):
     end_run(folder.path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert error_of(create, tmp_path / "empty", seed=9) == (
-        f"the run folder {tmp_path}/empty exists already. Give another --run_dir, or --overwrite to replace an earlier "
+        f"the run folder {tmp_path}/empty already exists. Give another --run_dir, or --overwrite to replace an earlier "
         "run."
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
@@ -208,7 +208,7 @@ def test_a_run_that_has_not_ended_goes_on_under_the_same_settings(tmp_path):
     assert (first.resumed, second.resumed, second.run_id) == (False, True, first.run_id)
     assert not list(tmp_path.rglob("*.tmp"))
     assert error_of(create, tmp_path / "run", **settings(seed=3)) == (
-        f"the run folder {tmp_path}/run exists already. It holds an unfinished run with other settings (--seed: 0 "
+        f"the run folder {tmp_path}/run already exists. It contains an unfinished run with other settings (--seed: 0 "
         "there, 3 here). Repeat its command to continue it, replace it with --overwrite, or give another --run_dir."
     )
 
@@ -229,7 +229,7 @@ def test_a_run_that_is_still_going_on_is_left_alone(tmp_path):
         folder.write_json("unfinished.json", marker)
         for overwrite in (False, True):
             assert error_of(create, folder.path, overwrite=overwrite, seed=1) == (
-                f"the run in {folder.path} is still going on, in process {other.pid}. Wait for its end, or give "
+                f"the run in {folder.path} is still running in process {other.pid}. Wait until it ends, or give "
                 "another --run_dir."
             )
         other.communicate()
@@ -275,7 +275,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_overwrite_never_replaces_what_is_no_run(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("precious")
-    assert "exists already" in error_of(create, tmp_path / "home", overwrite=True)
+    assert "already exists" in error_of(create, tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
 
 
@@ -427,7 +427,7 @@ def test_a_stopwatch_adds_up_stages_even_those_that_fail(monkeypatch):
 def test_a_folder_with_another_programs_config_is_never_replaced(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         RunFolder.create(str(tmp_path / "model"), overwrite=True, config={}, flags="")
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
 

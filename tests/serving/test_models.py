@@ -259,7 +259,7 @@ def test_a_disk_that_does_not_answer_changes_nothing(disk, monkeypatch):
     monkeypatch.setattr("os.scandir", fail)
     disk.models.poll()
     assert disk.states() == {1: AVAILABLE}
-    assert disk.shown[-1] == "m: its folder can't be looked at: Permission denied"
+    assert disk.shown[-1] == "warning: the folder of m can't be read: Permission denied"
 
 
 def test_requests_under_way_finish_on_the_old_version(disk):
@@ -342,7 +342,7 @@ def test_closing_lets_go_of_everything(disk):
 
 
 def test_a_folder_without_models(tmp_path):
-    with pytest.raises(UserError, match="holds no exported model"):
+    with pytest.raises(UserError, match="contains no exported model"):
         find_models(tmp_path)
     with pytest.raises(UserError, match="can't be read: No such file"):
         find_models(tmp_path / "nowhere")

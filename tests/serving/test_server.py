@@ -185,7 +185,7 @@ def test_a_port_that_is_taken(flag, other, models, capsys):
         port = taken.getsockname()[1]
         assert run_main("--mode=serve", f"--export_dir={models}", f"--{flag}={port}", f"--{other}=0") == 1
     captured = capsys.readouterr()
-    assert f"--{flag}={port} can't be listened on at 127.0.0.1: Address already in use" in captured.err
+    assert f"--{flag}={port} of 127.0.0.1 is not available: Address already in use" in captured.err
     assert "serving" not in captured.out  # found out before models are loaded
 
 
@@ -228,16 +228,16 @@ def test_nothing_but_broken_models(tmp_path, capsys):
         (["--export_dir=nowhere"], "--export_dir=nowhere can't be read: No such file or directory"),
         (["--classifier=nowhere"], "nowhere does not exist"),
         (["--models_config=nowhere"], "--models_config=nowhere can't be read"),
-        (["--models_config=setup.cfg"], "is no list of models"),
-        (["--models_config=a", "--classifier=b"], "leave --classifier out"),
+        (["--models_config=setup.cfg"], "is not a valid --model_config_file of TF Serving"),
+        (["--models_config=a", "--classifier=b"], "Leave --classifier out"),
         (["--port=70000"], "--port=70000 is out of range"),
-        (["--max_batch_size=20"], "--max_batch_size=20 is no size that models are warmed up for"),
+        (["--max_batch_size=20"], "--max_batch_size=20 is not a batch size of the warm-up"),
         (["--max_queued_images=5"], "--max_queued_images=5 is less than --max_request_images=256"),
         (["--request_timeout_seconds=nan"], "--request_timeout_seconds=nan is out of range"),
         (["--cors=evil.example"], "--cors=evil.example is not the origin of a web page. Allowed: scheme://host[:port]"),
         (["--cors=*,https://a.example/path"], "--cors=https://a.example/path is not the origin"),
-        (["--model_name=x"], "--model_name names one model: give --classifier with it"),
-        (["--precision=float16"], "--precision=float16 is the trunk's"),
+        (["--model_name=x"], "--model_name names a single model. Give --classifier too"),
+        (["--precision=float16"], "--precision=float16 is not available for serving"),
     ],
 )
 def test_mistakes_get_one_line(flags, words, capsys):

@@ -118,7 +118,7 @@ def test_the_model_ends_with_the_epoch_that_was_best_on_val(tmp_path, monitor):
     assert loss == pytest.approx(stage.val_loss, rel=1e-4)
     assert accuracy == pytest.approx(stage.val_accuracy)
     assert stage.val_loss == pytest.approx(run.rows[stage.best_epoch - 1]["val_loss"], abs=1e-6)
-    assert run.lines[-1].startswith(f"head: best on val by {monitor} is epoch {stage.best_epoch}, loss ")
+    assert run.lines[-1].startswith(f"head: best epoch by val {monitor}: {stage.best_epoch}, val loss ")
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 2), (3, 4), (None, 6)])
@@ -137,7 +137,7 @@ def test_a_stage_that_makes_it_worse_leaves_the_weights_of_the_stage_before(tmp_
     assert stage == Stage(0, accuracy, loss, False)
     for variable, value in zip(run.model.weights, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
-    assert run.lines[-1] == "head: no epoch is better on val than the stage before, whose weights are kept"
+    assert run.lines[-1] == "head: no epoch improved on val over the previous stage; its weights are kept"
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_others(tmp_path):
@@ -302,7 +302,7 @@ def test_a_stage_that_has_ended_is_not_trained_again(tmp_path):
     assert second.fit() == stage
     assert_same_bits(weights(second), weights(first))
     assert second.rows == first.rows
-    assert second.lines[-1].startswith("head: trained before the interruption; best on val by accuracy is epoch ")
+    assert second.lines[-1].startswith("head: trained before the interruption; best epoch by val accuracy: ")
 
 
 def test_a_state_of_other_images_is_not_taken(tmp_path):

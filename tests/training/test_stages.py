@@ -250,7 +250,7 @@ def test_a_tail_that_makes_it_worse_leaves_everything_as_it_was(tmp_path, monito
     assert found == set()
     assert stage == Stage(0, 1.0, 0.0, False)
     assert len(job.rows) == 2
-    assert job.lines[-1] == "tail: no epoch is better on val than the stage before, whose weights are kept"
+    assert job.lines[-1] == "tail: no epoch improved on val over the previous stage; its weights are kept"
 
 
 def test_the_tail_begins_where_the_head_ended(tmp_path):

@@ -1,1 +1,1 @@
-"""Audit: what is wrong with the data, before anything is trained on it."""
+"""Audit of data: duplicates, data leakage, label errors, outliers and distribution shift."""

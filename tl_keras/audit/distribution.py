@@ -1,4 +1,4 @@
-"""Where images lie: those far from all others, and whether test lies where train does."""
+"""Distribution of embeddings: outliers, and distribution shift between train and test."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from tl_keras.audit.labels import build_surrogate
-from tl_keras.audit.neighbours import Neighbours
+from tl_keras.audit.neighbors import Neighbors
 
 _SPREADS = 3.5  # Iglewicz & Hoaglin 1993
 _MAD_TO_SIGMA = 1.4826
-_SHIFT_AT_LEAST, _SHIFT_AT_MOST = 10, 10_000  # of each
+_SHIFT_AT_LEAST, _SHIFT_AT_MOST = 10, 10_000  # images of each split
 
 
-def find_outliers(neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
-    """Images whose nearest neighbours are unusually far away (Angiulli & Pizzuti 2002), by the robust z score.
+def find_outliers(neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
+    """Finds images whose nearest neighbors are unusually far away (Angiulli & Pizzuti 2002), by the robust z score.
 
     Args:
-        neighbours: of the embeddings.
+        neighbors: nearest neighbors of the embeddings.
 
     Returns:
-        Rows, the farthest first, int64 `(m,)`, and their z scores, float `(m,)`.
+        Rows, farthest first, int64 `(m,)`, and their z scores, float `(m,)`.
     """
-    if not neighbours.distances.size:  # a single image has no neighbour
+    if not neighbors.distances.size:  # a single image has no neighbor
         return np.zeros(0, np.int64), np.zeros(0)
-    distances = neighbours.distances.mean(1).astype(np.float64)
+    distances = neighbors.distances.mean(1).astype(np.float64)
     middle = np.median(distances)
     spread = _MAD_TO_SIGMA * np.median(np.abs(distances - middle))
     scores = (distances - middle) / spread if spread > 0 else np.zeros(len(distances))
@@ -37,15 +37,15 @@ def find_outliers(neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_shift(points: np.ndarray, is_test: np.ndarray) -> dict[str, Any] | None:
-    """Whether test can be told from train: a classifier two-sample test (Lopez-Paz & Oquab 2017).
+    """Measures distribution shift between train and test: a classifier two-sample test (Lopez-Paz & Oquab 2017).
 
     Args:
         points: embeddings of train and test, float `(n, d)`.
         is_test: bool `(n,)`.
 
     Returns:
-        `auroc` of a cross-validated logistic regression that tells test from train (0.5: it can't), and how many of
-        both were drawn; None where one of them has fewer than ten examples.
+        `auroc` of a cross-validated logistic regression that distinguishes test from train (0.5 is chance), and the
+        number of images drawn from each, `train` and `test`; None if one of them has fewer than ten images.
     """
     order = np.random.default_rng(0).permutation(len(points))
     drawn = [order[is_test[order] == which][:_SHIFT_AT_MOST] for which in (False, True)]

@@ -1,4 +1,4 @@
-"""The same picture twice: to the byte, to the pixel, or nearly."""
+"""Duplicates: images with the same bytes, the same pixels, or nearly the same pixels."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from scipy.cluster.hierarchy import DisjointSet
 
 from tl_keras.audit.findings import Finding
 from tl_keras.audit.hashes import BITS, correlate, distance
-from tl_keras.audit.neighbours import Neighbours
+from tl_keras.audit.neighbors import Neighbors
 from tl_keras.data.splits import SPLITS, evaluated_split
 
-# Planted copies in flowers (resized, recompressed, cropped by 5 %, mirrored) correlate by 0.996 at least; most other
-# pairs with such hashes by less than 0.95; scikit-learn's digits, which look much alike, by 0.987 at most.
+# Planted copies in flowers (resized, recompressed, cropped by 5 %, mirrored) have a correlation of at least 0.996; most
+# other pairs with similar hashes less than 0.95; scikit-learn's digits, which look very similar, at most 0.987.
 _BITS_AT_MOST = 12
 _DISTANCE_AT_MOST = 0.6  # between embeddings of length 1
 _CORRELATION_AT_LEAST = 0.99
-_EXACT, _PIXELS, _NEAR = "the same bytes", "the same pixels", "nearly the same picture"
-_ORDER = {"test": 0, "val": 1, "train": 2}  # whose copy is kept
+_EXACT, _PIXELS, _NEAR = "same bytes", "same pixels", "nearly the same image"
+_ORDER = {"test": 0, "val": 1, "train": 2}  # the copy in the first of these splits counts as the original
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What is known of an image's pixels.
+    """Properties of an image's pixels.
 
     Attributes:
-        digest: of what it is decoded to.
+        digest: SHA-256 of the decoded pixels.
         hashes: see `hash_image`, bool `(6, 63)`.
-        thumb: grey, uint8 `(64, 64)`.
-        blank: whether it is all but one colour.
+        thumb: grayscale thumbnail, uint8 `(64, 64)`.
+        blank: whether nearly all pixels have the same color.
     """
 
     digest: bytes
@@ -42,7 +42,7 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two examples that show the same picture; `how` says how alike they are, `likeness` orders, 1 is exact."""
+    """Two examples that show the same image; `how` names the kind of match, `likeness` is 1 for exact copies."""
 
     first: int
     second: int
@@ -53,13 +53,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """What is known of the examples in use, row by row.
+    """The audited examples.
 
     Attributes:
-        ids: n of them.
+        ids: n ids.
         labels: int `(n,)`.
-        names: of the classes; none without labels.
-        splits: `train`, `val` or `test` of each.
+        names: class names; empty without labels.
+        splits: n split names, `train`, `val` or `test`.
     """
 
     ids: Sequence[str]
@@ -69,65 +69,66 @@ class Images:
 
     @property
     def evaluated(self) -> str:
-        """The split that figures are of: test, or val where there is no test."""
+        """The split that is evaluated: test, or val if there is no test split."""
         return evaluated_split(self.splits)
 
 
-def find_candidates(neighbours: Neighbours, *, at_most: int | None = None) -> np.ndarray:
-    """Rows that have a neighbour near enough to be a copy, int64 `(m,)`: their pixels are worth a look.
+def find_candidates(neighbors: Neighbors, *, at_most: int | None = None) -> np.ndarray:
+    """Finds rows with a neighbor that is near enough to be a copy, int64 `(m,)`; their pixels are compared.
 
     Args:
-        neighbours: of the embeddings.
-        at_most: rows, those with the nearest neighbours first; None: all of them.
+        neighbors: nearest neighbors of the embeddings.
+        at_most: maximum number of rows, those with the nearest neighbors first; None: all.
     """
-    pairs = np.argwhere(neighbours.distances <= _DISTANCE_AT_MOST)
-    pairs = pairs[np.argsort(neighbours.distances[tuple(pairs.T)], kind="stable")]
-    rows = np.stack([pairs[:, 0], neighbours.indices[tuple(pairs.T)]], 1).ravel()
+    pairs = np.argwhere(neighbors.distances <= _DISTANCE_AT_MOST)
+    pairs = pairs[np.argsort(neighbors.distances[tuple(pairs.T)], kind="stable")]
+    rows = np.stack([pairs[:, 0], neighbors.indices[tuple(pairs.T)]], 1).ravel()
     _, first = np.unique(rows, return_index=True)
     return np.sort(rows[np.sort(first)][:at_most])
 
 
-def find_pairs(digests: Sequence[bytes], looks: Mapping[int, Look], neighbours: Neighbours) -> list[Pair]:
-    """Finds pairs, each once, exact ones first.
+def find_pairs(digests: Sequence[bytes], looks: Mapping[int, Look], neighbors: Neighbors) -> list[Pair]:
+    """Finds pairs of duplicates, each once, exact ones first.
 
     Args:
-        digests: of each file's bytes, n of them.
-        looks: row → what is known of its pixels, of the candidates at least.
-        neighbours: of the embeddings.
+        digests: SHA-256 of each file's bytes, n of them.
+        looks: row → properties of its pixels, at least for the candidates.
+        neighbors: nearest neighbors of the embeddings.
 
     Returns:
-        Of a group of equal ones each is paired with the first.
+        The pairs; in a group of equal images each is paired with the first.
     """
     seen: dict[tuple[int, int], Pair] = {}
     pixels = ((row, looks[row].digest) for row in sorted(looks))
     for values, how in ((enumerate(digests), _EXACT), (pixels, _PIXELS)):
         for first, second in _equal(values):
             seen.setdefault((first, second), Pair(first, second, how))
-    for row, rank in np.argwhere(neighbours.distances <= _DISTANCE_AT_MOST).tolist():
-        pair = min(row, int(neighbours.indices[row, rank])), max(row, int(neighbours.indices[row, rank]))
+    for row, rank in np.argwhere(neighbors.distances <= _DISTANCE_AT_MOST).tolist():
+        pair = min(row, int(neighbors.indices[row, rank])), max(row, int(neighbors.indices[row, rank]))
         if pair in seen or pair[0] not in looks or pair[1] not in looks:
-            continue  # what could not be decoded was not looked at
+            continue  # images that can't be decoded have no pixels to compare
         one, other = looks[pair[0]], looks[pair[1]]
         bits = distance(one.hashes, other.hashes)
         if bits <= _BITS_AT_MOST and (likeness := correlate(one.thumb, other.thumb)) >= _CORRELATION_AT_LEAST:
-            detail = f"correlation {likeness:.3f}, {bits} of {BITS} bits of their hashes differ"
+            detail = f"correlation {likeness:.3f}; {bits} of {BITS} hash bits differ"
             seen[pair] = Pair(*pair, _NEAR, detail, likeness)
     return list(seen.values())
 
 
 def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding], np.ndarray]:
-    """What the pairs mean: across splits a leak, under two labels a mistake, else a copy.
+    """Makes findings of pairs: `leak` across splits, `two_labels` across labels, otherwise `duplicate`.
 
-    Of pictures that are alike one is kept, of test before val before train. Each of the others gets a finding: what is
-    like a picture of another split or label that stands before it, of whatever findings; what is like one that is kept.
+    In a group of duplicates one image counts as the original, in the order test, val, train. Each other image gets a
+    finding: `leak` or `two_labels` if an earlier image of the group has another split or label, `duplicate` if an
+    earlier image without a finding has the same ones.
 
     Args:
-        pairs: of `find_pairs`.
-        images: n of them.
+        pairs: result of `find_pairs`.
+        images: n images.
 
     Returns:
-        Findings, at most one of a kind for each image; and in which other splits each image has a copy, bool `(n, 3)`,
-        columns as `SPLITS`.
+        Findings, at most one of each kind per image; and the other splits in which each image has a copy, bool
+        `(n, 3)`, columns as in `SPLITS`.
     """
     copies = _CopyGroups(pairs)
     findings, found = list[Finding](), set[int]()
@@ -146,7 +147,7 @@ def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding]
 
 
 class _CopyGroups:
-    """Which rows are alike: groups of equal ones, and groups that nearly are."""
+    """Groups of equal rows, and relations between groups of nearly equal rows."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.rows = {row for pair in pairs for row in (pair.first, pair.second)}
@@ -163,16 +164,16 @@ class _CopyGroups:
             self._near[first][second] = self._near[second][first] = pair
 
     def group(self, row: int) -> int:
-        """The group of rows that are equal to a row."""
+        """The group of rows that equal a row."""
         return int(self._equal[row])
 
     def groups(self, row: int) -> list[int]:
-        """A row's own group, and those that are nearly the same."""
+        """The group of a row, and the groups that are nearly the same."""
         own = self.group(row)
         return [own, *self._near[own]]
 
     def pair(self, row: int, other: int) -> Pair:
-        """How alike two rows are."""
+        """The kind of match between two rows."""
         first, second = self.group(row), self.group(other)
         if first != second:
             return self._near[first][second]
@@ -182,7 +183,7 @@ class _CopyGroups:
 def _describe(
     row: int, before: Sequence[int], copies: _CopyGroups, images: Images, found: Set[int]
 ) -> Iterator[Finding]:
-    """The findings of a row that is like some before it, each against the one that it is most like."""
+    """Yields the findings of a row that matches earlier rows, each with the most similar row."""
 
     def about(others: Sequence[int], kind: str, more: Callable[[int], str] = lambda _: "") -> Iterator[Finding]:
         if others:
@@ -196,19 +197,19 @@ def _describe(
 
     split, label = images.splits[row], images.labels[row]
     across = [other for other in before if images.splits[other] != split]
-    relabelled = [other for other in before if images.labels[other] != label]
+    relabeled = [other for other in before if images.labels[other] != label]
     yield from about(across, "leak", lambda other: f": in {split} and in {images.splits[other]}")
     yield from about(
-        relabelled,
+        relabeled,
         "two_labels",
-        lambda other: f": labelled {images.names[label]} and {images.names[images.labels[other]]}",
+        lambda other: f": labeled {images.names[label]} and {images.names[images.labels[other]]}",
     )
-    if not across and not relabelled:
+    if not across and not relabeled:
         yield from about([other for other in before if other not in found], "duplicate")
 
 
 def _find_copied(copies: _CopyGroups, images: Images) -> np.ndarray:
-    """In which other splits rows have a copy, bool `(n, 3)`."""
+    """Finds the other splits in which each row has a copy, bool `(n, 3)`."""
     splits: dict[int, set[str]] = collections.defaultdict(set)
     for row in copies.rows:
         splits[copies.group(row)].add(images.splits[row])

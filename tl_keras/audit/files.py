@@ -1,4 +1,4 @@
-"""Files that are odd in how they are stored, told by their headers; and what images show, for comparison. By Pillow."""
+"""Findings about files from their headers, and properties of pixels for the search for duplicates, with Pillow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tl_keras.audit.hashes import THUMB, hash_image
 
 _SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
-    "MPO": {".jpg", ".jpeg", ".mpo"},  # a JPEG with further ones behind it, as phones write
+    "MPO": {".jpg", ".jpeg", ".mpo"},  # a JPEG followed by further images, as phones write it
     "PNG": {".png"},
     "GIF": {".gif"},
     "BMP": {".bmp", ".dib"},
@@ -26,7 +26,7 @@ _SUFFIXES = {
 _HUGE_PIXELS = 50_000_000
 _LONGEST = 4.0  # times as long as wide
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
-_TURNS = {  # what stands the image upright
+_TURNS = {  # EXIF orientation → operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,38 +35,38 @@ _TURNS = {  # what stands the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LOOKED_AT = 256  # pixels a side, at least
-_BLANK_SPREAD, _BLANK_RANGE = 2.0, 32  # of a channel's levels, of 255: standard deviation, and highest less lowest
+_LOOKED_AT = 256  # minimum height and width of the decoded image, in pixels
+_BLANK_SPREAD, _BLANK_RANGE = 2.0, 32  # levels of a channel (0 to 255): standard deviation, and maximum minus minimum
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I", "F")
 
 
 def inspect_file(example_id: str, content: bytes, *, image_size: int) -> list[Finding]:
-    """What is odd about how an image is stored.
+    """Finds unusual properties of an image file.
 
     Args:
-        example_id: its path, whose suffix is compared with what it is; a TFDS id has none.
-        content: its bytes.
-        image_size: side of the network's input in pixels.
+        example_id: path of the image, whose suffix is compared with the format; a TFDS id has no suffix.
+        content: bytes of the file.
+        image_size: height and width of the network's input, in pixels.
 
     Returns:
-        What was found; nothing for bytes that Pillow can't open: decoding tells about these.
+        The findings; empty if Pillow can't open the file, which is reported when it is decoded.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images: so do we
+            warnings.simplefilter("ignore")  # Pillow warns about large images, which are a finding here
             with Image.open(io.BytesIO(content)) as image:
                 return [Finding(example_id, *found) for found in _list_oddities(image, example_id, image_size)]
-    except Image.DecompressionBombError:  # Pillow does not open what is above twice its own limit
+    except Image.DecompressionBombError:  # Pillow does not open images beyond twice its own limit
         return [Finding(example_id, "huge", "medium", f"more than {2 * int(Image.MAX_IMAGE_PIXELS or 0):,} pixels")]
-    except Exception:  # of a broken file Pillow's readers raise whatever they stumble over
+    except Exception:  # on broken files Pillow's readers raise exceptions of many types
         return []
 
 
 def look_at(content: bytes) -> Look | None:
-    """What an image shows, for comparison; None for bytes that Pillow can't decode.
+    """Computes the properties of an image's pixels; None if Pillow can't decode it.
 
-    A large JPEG is decoded at the smallest of libjpeg's scales that leaves 256 pixels a side. Pillow warns of large
-    images, which is the caller's to silence: filters of warnings belong to all threads.
+    Large JPEGs are decoded at the smallest scale of libjpeg with at least 256 pixels per side. The caller silences
+    Pillow's warnings about large images, because warning filters are global to all threads.
 
     Args:
         content: encoded bytes.
@@ -75,7 +75,7 @@ def look_at(content: bytes) -> Look | None:
         with Image.open(io.BytesIO(content)) as image:
             image.draft("RGB", (_LOOKED_AT, _LOOKED_AT))
             upright = _stand_upright(_to_rgb(image), _read_orientation(image))
-    except Exception:  # of a broken file Pillow's readers raise whatever they stumble over
+    except Exception:  # on broken files Pillow's readers raise exceptions of many types
         return None
     digest = hashlib.sha256(f"{upright.size}".encode() + upright.tobytes()).digest()
     spread = max(ImageStat.Stat(upright).stddev)
@@ -101,9 +101,9 @@ def _list_oddities(image: Image.Image, example_id: str, image_size: int) -> list
     if image.mode == "CMYK":
         found.append(("cmyk", "low", f"{image.format} in CMYK"))
     if image.mode in _SIXTEEN_BITS or _has_wide_channels(image):
-        found.append(("16-bit", "low", f"{image.format} with 16 bits a channel"))
+        found.append(("16-bit", "low", f"{image.format} with 16 bits per channel"))
     if suffix and known and suffix not in known:
-        found.append(("suffix", "low", f"{suffix} is a {image.format}"))
+        found.append(("suffix", "low", f"suffix {suffix}, format {image.format}"))
     orientation = _read_orientation(image)
     if orientation in _TURNS:
         found.append(("rotated", "low", f"EXIF orientation {orientation}"))
@@ -111,7 +111,7 @@ def _list_oddities(image: Image.Image, example_id: str, image_size: int) -> list
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Without Pillow's own getexif, which decodes a whole PNG to look for it behind the pixels."""
+    """Reads the EXIF orientation without Pillow's `getexif`, which decodes a whole PNG to find EXIF at its end."""
     exif = Image.Exif()
     exif.load(image.info.get("exif", b""))
     orientation = exif.get(_ORIENTATION, 1)
@@ -119,7 +119,7 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """As 8 bits a channel; of 16 bits Pillow would cut off what is above 255."""
+    """Converts to 8 bits per channel; with 16 bits Pillow would clip values above 255."""
     if image.mode not in _SIXTEEN_BITS:
         return image.convert("RGB")
     levels = np.asarray(image, np.float64)
@@ -131,6 +131,6 @@ def _stand_upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _has_wide_channels(image: Image.Image) -> bool:
-    """A PNG of 16 bits in colour, which Pillow opens as 8: its header says so (PNG, section 11.2.2)."""
+    """Whether an image is a color PNG with 16 bits per channel, which Pillow opens as 8 (PNG, section 11.2.2)."""
     tiles: list[Any] = getattr(image, "tile", [])
     return bool(tiles) and image.format == "PNG" and ";16" in str(tiles[0][3])

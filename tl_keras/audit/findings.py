@@ -1,4 +1,4 @@
-"""What an audit finds, and the files that say so."""
+"""Findings of an audit, their kinds and severities."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from collections.abc import Sequence
 FINDINGS_HEADER = ("id", "finding", "severity", "evidence", "other_id")
 SEVERITIES = ("high", "medium", "low")
 
-# every kind, with what it means for people; in the order in which they are counted on the screen
+# kind → meaning, in the order of the screen and the report
 KINDS = {
-    "unreadable": "can't be read, left out",
-    "leak": "the same picture, or nearly, in two splits",
-    "two_labels": "the same image, or nearly, under two labels",
-    "duplicate": "exact copy within a split",
-    "blank": "all but one colour",
-    "outlier": "unlike all others",
+    "unreadable": "can't be read or decoded; left out",
+    "leak": "the same image, or nearly the same, in two splits",
+    "two_labels": "the same image, or nearly the same, with two labels",
+    "duplicate": "exact copy in the same split",
+    "blank": "nearly all pixels have the same color",
+    "outlier": "unlike all other images",
     "label": "the label may be wrong",
-    "near_duplicate": "near copy within a split",
-    "tiny": "smaller than half the network's size",
+    "near_duplicate": "nearly the same image in the same split",
+    "tiny": "smaller than half the network's input",
     "huge": "more than 50 million pixels",
-    "aspect": "so long that a crop shows a quarter or less",
-    "animated": "several frames, of which the first is used",
-    "cmyk": "CMYK, converted without a colour profile",
-    "16-bit": "16 bits a channel, read as 8",
-    "suffix": "the name says another format",
-    "rotated": "stood upright by its EXIF orientation",
+    "aspect": "more than four times as long as wide; a crop shows a quarter or less",
+    "animated": "several frames; the first is used",
+    "cmyk": "CMYK, converted without a color profile",
+    "16-bit": "16 bits per channel, reduced to 8",
+    "suffix": "the file name has the suffix of another format",
+    "rotated": "rotated according to its EXIF orientation",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing about one image.
+    """One finding about one image.
 
     Attributes:
-        id: of the image.
-        kind: of `KINDS`.
-        severity: of `SEVERITIES`.
-        evidence: what was seen, for people.
-        other_id: the image that it is about as well, where there is one.
-        rank: the higher, the more certain, among findings of its kind.
+        id: id of the image.
+        kind: one of `KINDS`.
+        severity: one of `SEVERITIES`.
+        evidence: a description for people.
+        other_id: id of a second image, for example the other copy; empty if there is none.
+        rank: order among findings of the same kind; higher is more certain.
     """
 
     id: str
@@ -51,12 +51,12 @@ class Finding:
     rank: float = 0.0
 
     def as_row(self) -> tuple[str, ...]:
-        """For `audit.csv`."""
+        """The row of `audit.csv`."""
         return self.id, self.kind, self.severity, self.evidence, self.other_id
 
 
 def sort(findings: Sequence[Finding]) -> list[Finding]:
-    """The most severe first, of one severity by kind, of one kind the most certain first."""
+    """Sorts findings by severity, then by kind, then by certainty."""
     kinds = list(KINDS)
     return sorted(
         findings,
@@ -65,7 +65,7 @@ def sort(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def count(findings: Sequence[Finding]) -> list[str]:
-    """A line for each kind that was found: how many images."""
+    """Makes a line for each kind of finding, with its number of images."""
     images = collections.defaultdict(set)
     for one in findings:
         images[one.kind].add(one.id)

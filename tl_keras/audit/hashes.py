@@ -1,4 +1,4 @@
-"""Whether two images show the same picture: a perceptual hash to find out quickly, correlation to be sure."""
+"""Similarity of two images: perceptual hashes as a fast filter, correlation to confirm."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-THUMB = 64  # side of the images that are compared
+THUMB = 64  # height and width of the compared images
 BITS = 63
 _GRID, _KEPT = 32, 8
-_SCALES = (1.0, 0.95, 0.9)  # of the side, from the middle: a crop of one looks like the whole of the other
-_MIRROR = (-1.0) ** np.arange(_KEPT)  # what turns a picture's cosines into those of its mirror image
+_SCALES = (1.0, 0.95, 0.9)  # center crops, as fractions of the side, to recognize cropped copies
+_MIRROR = (-1.0) ** np.arange(_KEPT)  # factors that turn the cosine transform of an image into that of its mirror image
 
 
 def hash_image(thumb: np.ndarray) -> np.ndarray:
-    """The hashes of an image, of the middle of it, and of their mirror images (Zauner 2010, section 3.2.1: pHash).
+    """Computes perceptual hashes of an image, its center crops, and their mirror images (pHash, Zauner 2010).
 
-    A hash is the signs of the 8 by 8 lowest frequencies of a discrete cosine transform against their median, the mean
-    left out.
+    A hash compares the 8 x 8 lowest frequencies of a discrete cosine transform, without the mean, to their median
+    (section 3.2.1).
 
     Args:
-        thumb: grey, uint8 `(64, 64)`, the whole image squashed.
+        thumb: grayscale, uint8 `(64, 64)`, the whole image squashed.
 
     Returns:
-        bool `(6, 63)`: three crops as they are, then mirrored; the first is the image itself.
+        bool `(6, 63)`: three crops, then their mirror images; the first crop is the whole image.
     """
     low = dctn(_crop(thumb), axes=(1, 2), norm="ortho")[:, :_KEPT, :_KEPT]
     both = np.concatenate([low, low * _MIRROR]).reshape(2 * len(_SCALES), -1)[:, 1:]
@@ -31,15 +31,15 @@ def hash_image(thumb: np.ndarray) -> np.ndarray:
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> int:
-    """Bits that differ, at least, between an image and any view of the other; both bool `(6, 63)`."""
+    """Minimum number of different bits between an image and any view of the other; both bool `(6, 63)`."""
     return int(min((first[0] != second).sum(1).min(), (second[0] != first).sum(1).min()))
 
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:
-    """Correlation of brightness, at most, between an image and any view of the other; both thumbs, uint8 `(64, 64)`.
+    """Maximum correlation of brightness between an image and any view of the other; both uint8 `(64, 64)`.
 
     Returns:
-        -1 to 1; 0 where one of them is blank.
+        -1 to 1; 0 if one of them is blank.
     """
     one, other = (_standardize(np.concatenate([crops, crops[:, :, ::-1]])) for crops in map(_crop, (first, second)))
     size = _GRID * _GRID
@@ -47,7 +47,7 @@ def correlate(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _crop(thumb: np.ndarray) -> np.ndarray:
-    """The thumb and the middles of it, each float32 `(32, 32)`."""
+    """Crops the thumbnail: the whole and its centers, each float32 `(32, 32)`."""
     image, views = Image.fromarray(thumb), []
     for scale in _SCALES:
         margin = (1 - scale) / 2 * THUMB

@@ -1,4 +1,4 @@
-"""Labels that look wrong: confident learning (Northcutt, Jiang & Chuang 2021)."""
+"""Label errors: confident learning (Northcutt, Jiang & Chuang 2021)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sklearn.preprocessing import StandardScaler
 
 _FOLDS = 5
 _REGRESSION_AT_MOST, _CELLS_AT_MOST = 20_000_000, 100_000_000  # images times classes
-_C = 0.01  # on standardised components (benchmarks/audit.py, --only=labels)
+_C = 0.01  # on standardized components (benchmarks/audit.py, --only=labels)
 _TOLERANCE = 1e-3
-_MARGIN = 0.3  # between two probabilities: below it, most are hard images with the right label (--only=labels)
+_MARGIN = 0.3  # difference of probabilities; below it most are hard images with correct labels (--only=labels)
 
 
 def build_surrogate(count: int, classes: int) -> Any:
     """Builds the surrogate classifier of an audit: a logistic regression on principal components.
 
-    Of very many images and classes it would take hours; then it is a linear discriminant analysis with the shrinkage of
-    Ledoit & Wolf 2004, which finds nearly as many planted errors.
+    With very many images and classes this would take hours. Then it is a linear discriminant analysis with the
+    shrinkage of Ledoit & Wolf 2004, which finds nearly as many planted errors.
 
     Args:
-        count: images that it is fitted on.
-        classes: how many.
+        count: number of images that it is fitted on.
+        classes: number of classes.
     """
     if count * classes > _REGRESSION_AT_MOST:
         return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
@@ -34,20 +34,20 @@ def build_surrogate(count: int, classes: int) -> Any:
 
 
 def too_many(count: int, classes: int) -> bool:
-    """Whether probabilities of so many images and classes would not fit into memory; then no label is judged."""
+    """Whether the probabilities would not fit in memory; then labels are not checked."""
     return count * classes > _CELLS_AT_MOST
 
 
 def cross_validate(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of each label by a logistic regression that has not seen the example.
+    """Computes out-of-sample class probabilities with a cross-validated surrogate classifier.
 
     Args:
         points: float `(n, d)`.
         labels: int `(n,)`.
 
     Returns:
-        Rows that could be judged, int64 `(m,)`: those whose class has at least two examples; and their probabilities,
-        float32 `(m, classes)`, 0 for classes that could not. None where there are too many, or but one class.
+        Rows whose class has at least two examples, int64 `(m,)`, and their probabilities, float32 `(m, classes)`, 0 for
+        other classes. Both are empty with fewer than two classes, or if there are too many images and classes.
     """
     counts = np.bincount(labels)
     rows = np.flatnonzero(counts[labels] >= 2)
@@ -62,18 +62,18 @@ def cross_validate(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
 
 
 def find_label_issues(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples that are confidently another class than their label says (the paper's section 3.2, method 2).
+    """Finds examples that are confidently predicted as another class than their label (section 3.2, method 2).
 
-    An example counts as class j where its probability of j reaches the mean that examples labelled j have of it; of
-    several such classes the most probable counts. Those whose label is nearly as probable are left out.
+    An example counts as class j if its probability of j reaches the mean probability of j among examples labeled j; of
+    several such classes the most probable counts. Examples whose label is nearly as probable are left out.
 
     Args:
-        probabilities: out of sample, float `(n, classes)`.
+        probabilities: out-of-sample probabilities, float `(n, classes)`.
         labels: int `(n,)`.
 
     Returns:
-        Rows, the most suspect first, int64 `(m,)`; the class that they look like, int64 `(m,)`; and how much more
-        probable it is than the label, float `(m,)` (the normalised margin, by which the paper ranks).
+        Rows, most suspicious first, int64 `(m,)`; the class that they look like, int64 `(m,)`; and by how much it is
+        more probable than the label, float `(m,)` (the normalized margin, by which the paper ranks).
     """
     count, classes = probabilities.shape
     sums = np.zeros(classes)

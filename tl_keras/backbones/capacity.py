@@ -1,4 +1,4 @@
-"""Whether a network fits in memory, before the kernel ends the process without a word."""
+"""Checks that a network fits in memory, before the operating system kills the process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from tl_keras.errors import UserError
 from tl_keras.run import free_memory_bytes
 
-# Copies of the weights that are held at once, measured on MobileNetV2 (alpha 1 to 9), ResNet50 and VGG16: Keras's own,
-# the graph and its constants in Python and in C++, what oneDNN packs; with an export the same once more, and the
-# process that checks it.
+# Simultaneous copies of the weights, measured on MobileNetV2 (alpha 1 to 9), ResNet50 and VGG16: those of Keras, of the
+# graph and its constants in Python and C++, and of oneDNN; with an export all of these again, and the process that
+# checks it.
 _COPIES, _COPIES_EXPORTED = 11, 28
-_MAPS = 3.5  # of the largest feature map that are held at once in a batch: an operation's input, output and workspace
-_TRAINED_MAPS = 2.0  # of all feature maps in training: values and gradients
+_MAPS = 3.5  # simultaneous copies of the largest feature map in inference: input, output and workspace of an operation
+_TRAINED_MAPS = 2.0  # copies of all feature maps in training: values and gradients
 _FLOAT_BYTES = 4
-_WIDEST_PARAMETERS = 3_300_000  # of the networks with --backbone_kwargs=alpha, at alpha=1 without their top
+_WIDEST_PARAMETERS = 3_300_000  # parameters of the largest network with --backbone_kwargs=alpha, alpha=1, without top
 
 
 def check_width(name: str, kwargs: Mapping[str, float | int | bool]) -> None:
@@ -31,8 +31,8 @@ def check_width(name: str, kwargs: Mapping[str, float | int | bool]) -> None:
     if width > 1 and need > free:
         settings = ", ".join(f"{key}={value}" for key, value in kwargs.items())
         raise UserError(
-            f"{name} with {settings} has some {need / 2 / 1e9:,.0f} GB of weights, and {free / 1e9:.1f} GB of memory "
-            "are free. Give smaller --backbone_kwargs."
+            f"{name} with {settings} has about {need / 2 / 1e9:,.0f} GB of weights, but only {free / 1e9:.1f} GB of "
+            "memory are free. Give smaller --backbone_kwargs."
         )
 
 
@@ -48,13 +48,13 @@ def check_network(
 
     Args:
         backbone: images `(batch, h, w, 3)` → embeddings; its weights are in memory already.
-        batch_size: images at once where the backbone is frozen.
-        exported: whether the classifier is exported in the end.
-        trained: the part that is trained; None: nothing of it is.
-        training_batch: images at once where it is trained.
+        batch_size: batch size of the frozen backbone.
+        exported: whether the classifier will be exported.
+        trained: the part that is trained; None if it is frozen.
+        training_batch: batch size of training.
 
     Raises:
-        UserError: it will not fit.
+        UserError: it does not fit.
     """
     weights = sum(int(np.prod(weight.shape)) for weight in backbone.weights) * _FLOAT_BYTES
     maps = _map_bytes(backbone)
@@ -65,14 +65,16 @@ def check_network(
     if need > free:
         ways = "Choose a smaller --backbone or --image_size"
         ways += ", or a smaller --batch_size" if trained is not None else ""
+        ways += ", or disable the export with --noexport" if exported else ""
+        largest = max(maps, default=0) / 1e6
         raise UserError(
-            f"{backbone.name} needs some {need / 1e9:.1f} GB of memory here ({weights / 1e9:.1f} GB of weights, which "
-            f"are held several times, and feature maps of up to {max(maps, default=0) / 1e6:,.0f} MB an image), and "
-            f"{free / 1e9:.1f} GB are free. {ways}{', or leave the export out with --noexport' if exported else ''}."
+            f"{backbone.name} needs about {need / 1e9:.1f} GB of memory here ({weights / 1e9:.1f} GB of weights in "
+            f"several copies, and feature maps of up to {largest:,.0f} MB per image), but only {free / 1e9:.1f} GB are "
+            f"free. {ways}."
         )
 
 
 def _map_bytes(network: keras.Model) -> list[int]:
-    """What each layer's output takes for one image."""
+    """Size of the output of each layer for one image, in bytes."""
     outputs = [tensor for operation in network.operations for tensor in keras.tree.flatten(operation.output)]
     return [int(np.prod([side or 1 for side in tensor.shape[1:]])) * _FLOAT_BYTES for tensor in outputs]

@@ -1,4 +1,4 @@
-"""Cutting a backbone in two, and choosing what of it is trained: `head`, `last:N`, `from:LAYER` or `all`."""
+"""Cuts a backbone into trunk and tail, and selects the layers to train: `head`, `last:N`, `from:LAYER` or `all`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import keras
 
 from tl_keras.errors import UserError
 
-# Neither counts as a layer of the network: the one is the input's step, the other the pooling that we add.
+# These do not count as layers of the network: tl_keras adds them for preprocessing and pooling.
 NOT_COUNTED = ("preprocessing", "embedding_pool")
 _NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainablePart:
-    """What of a backbone is trained.
+    """The part of a backbone that is trained.
 
     Attributes:
-        cut: the trunk's last layer, for `cut(backbone, at=...)`; None where no trunk is left, and the whole network is
-            trained.
-        layers: the layers to train, shallow to deep, all after the cut; only layers that hold weights. The others
-            after the cut stay frozen. Empty, with `head` alone: nothing of the backbone is trained.
+        cut: the last layer of the trunk, for `cut(backbone, at=...)`; None if there is no trunk.
+        layers: the layers to train, shallow to deep; only layers with weights, all after the cut. Other layers after
+            the cut stay frozen. Empty with `head`: no layer of the backbone is trained.
     """
 
     cut: str | None
@@ -33,20 +32,20 @@ class TrainablePart:
 
 
 def list_cuts(backbone: keras.Model) -> list[str]:
-    """Names all layers after which a backbone may be cut, shallow to deep.
+    """Lists all layers after which a backbone can be cut, shallow to deep.
 
     Args:
-        backbone: a flat functional graph with one input, as `build_backbone` or `keras.saving.load_model` gives it.
+        backbone: a flat functional graph with one input, from `build_backbone` or `keras.saving.load_model`.
 
     Returns:
-        Layers whose output is one tensor that all later layers hang on; the last one is the backbone's own end. An
-        addition written as `x + y` is no Keras layer, but has a name (`add_2`) and counts here.
+        Layers with a single output tensor on which all later layers depend; the last one is the end of the backbone.
+        Additions written as `x + y` are not Keras layers, but have names (`add_2`) and are included.
     """
     return [backbone.operations[position].name for position in _find_cuts(backbone.operations)[1:]]
 
 
 def list_from_values(backbone: keras.Model) -> list[str]:
-    """Names all layers that `from:LAYER` takes: those which hang on nothing but one cut's tensor, shallow to deep."""
+    """Lists all layers allowed in `from:LAYER`, shallow to deep: layers whose only input is the tensor of a cut."""
     operations = backbone.operations
     outputs = {id(operations[position].output) for position in _find_cuts(operations)}
     return [
@@ -57,25 +56,25 @@ def list_from_values(backbone: keras.Model) -> list[str]:
 
 
 def cut(backbone: keras.Model, *, at: str) -> tuple[keras.Model, keras.Model]:
-    """Splits a backbone into trunk and tail at one layer's output.
+    """Splits a backbone into trunk and tail at the output of one layer.
 
     Args:
         backbone: images `(batch, height, width, 3)`, float32, RGB 0 to 255 → `(batch, dim)`, float32.
-        at: the trunk's last layer.
+        at: name of the last layer of the trunk.
 
     Returns:
-        Trunk, images → `(batch, h, w, c)` or `(batch, dim)`, and tail; `tail(trunk(x))` is `backbone(x)`. Both share
-        the backbone's layers: no weight is copied. At the backbone's last layer the tail gives back what it is given.
+        The trunk, images → `(batch, h, w, c)` or `(batch, dim)`, and the tail; `tail(trunk(x))` equals `backbone(x)`.
+        Both share the layers and weights of the backbone. At the last layer the tail is the identity.
 
     Raises:
-        UserError: no such layer, or a connection jumps over it.
+        UserError: there is no such layer, or a connection bypasses it.
     """
     operations = backbone.operations
     position = _find_position(backbone, at)
     if position not in _find_cuts(operations)[1:]:
         raise UserError(
-            f"{backbone.name} cannot be cut after {at!r}: a connection jumps over it. "
-            f"Nearest cuts: {_name_neighbours(backbone, list_cuts(backbone), position)}. Use one of them."
+            f"{backbone.name} can't be cut after {at!r}: a connection bypasses it. "
+            f"Nearest cuts: {_name_neighbors(backbone, list_cuts(backbone), position)}. Use one of them."
         )
     tensor = operations[position].output
     trunk = keras.Model(backbone.inputs[0], tensor, name=f"{backbone.name}_trunk")
@@ -83,20 +82,20 @@ def cut(backbone: keras.Model, *, at: str) -> tuple[keras.Model, keras.Model]:
 
 
 def read_layer(backbone: keras.Model, name: str, *, pooling: str) -> keras.Model:
-    """A backbone as it is at one layer, for embeddings.
+    """Builds a network that outputs the embedding at one layer of a backbone.
 
     Args:
-        backbone: images `(batch, height, width, 3)`, float32, RGB 0 to 255 → anything.
-        name: the layer; an addition written as `x + y` has a name too, see `list_cuts`.
-        pooling: what makes a vector of a feature map: `avg` (mean over height and width), `max`, `flatten`.
+        backbone: images `(batch, height, width, 3)`, float32, RGB 0 to 255 → any output.
+        name: name of the layer; additions written as `x + y` have names too, see `list_cuts`.
+        pooling: pooling of a feature map: `avg`, `max` or `flatten`.
 
     Returns:
-        Images → `(batch, dim)`, float32. Its last layer is named after the layer, with `_avg`, `_max` or `_flatten`
-        behind it where it is pooled. All layers are shared.
+        Images → `(batch, dim)`, float32. If it is pooled, its last layer has the name of the layer with the suffix
+        `_avg`, `_max` or `_flatten`. All layers are shared with the backbone.
 
     Raises:
-        UserError: no such layer, or one that gives no single map or vector; with the shapes of the nearest and of the
-            cuts.
+        UserError: there is no such layer, or its output is not a single map or vector; the message has the shapes of
+            the nearest layers and of the cuts.
     """
     operation = _find_candidate(backbone, name)
     tensor = operation.output
@@ -122,7 +121,7 @@ def _find_candidate(backbone: keras.Model, name: str) -> Any:
     close = _find_close(name, list(shapes))
     raise UserError(
         f"--feature_layer={name}: {backbone.name} has no such layer. Nearest: {_describe(close, shapes)}. "
-        f"Layers that all later ones hang on: {_describe(cuts, shapes)}."
+        f"Ends of blocks: {_describe(cuts, shapes)}."
     )
 
 
@@ -131,32 +130,31 @@ def _describe(names: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def choose_trainable(backbone: keras.Model, trainable: str, *, pretrained: bool) -> TrainablePart:
-    """Reads `--trainable`: which layers are trained, and the deepest cut before the first of them.
+    """Selects the layers of `--trainable`, and the deepest cut before the first of them.
 
-    The cut is as deep as it may be, since what lies before it is computed only once. A trunk without weights (padding,
-    preprocessing) would store larger arrays than the images and save nothing: the cut is None then, as with `all`.
+    The cut is as deep as possible, because everything before it is computed only once. A trunk without weights
+    (padding, preprocessing) would store arrays larger than the images and save nothing; then the cut is None, as with
+    `all`.
 
     Args:
-        backbone: a flat functional graph, as `build_backbone` gives it.
-        trainable: `head` (nothing of the backbone), `last:N` (its last N layers, with weights or without, as in
-            `backbone.layers[-N:]`, `embedding_pool` and `preprocessing` not counted), `from:LAYER` (LAYER and all that
-            comes after the tensor it hangs on), `all`.
-        pretrained: whether the backbone's weights were trained before. BatchNormalization layers are then left out:
-            they stay frozen, and so in inference mode, since batches of a small new data set would spoil their
-            statistics.
+        backbone: a flat functional graph, from `build_backbone`.
+        trainable: `head` (no layer of the backbone), `last:N` (its last N layers, with or without weights, like
+            `backbone.layers[-N:]` without `embedding_pool` and `preprocessing`), `from:LAYER` (LAYER and everything
+            after its input tensor), or `all`.
+        pretrained: whether the weights of the backbone are pretrained. Then BatchNormalization layers stay frozen and
+            in inference mode, because batches of a small new data set would spoil their statistics.
 
     Returns:
         The cut and the layers to train.
 
     Raises:
-        UserError: text of another form, N of 0 or above the number of layers, no such layer, a layer inside a block,
-            or nothing to train in what is named.
+        UserError: the text has another form, N is 0 or larger than the number of layers, the layer does not exist or is
+            inside a block, or the layers have no weights to train.
     """
     match = re.fullmatch(r"head|all|last:([1-9]\d*)|from:(.+)", trainable)
     if match is None:
         raise UserError(
-            f"--trainable={trainable!r} is not understood. Allowed: head, last:N with N of 1 or more, from:LAYER, all. "
-            "Correct it."
+            f"--trainable={trainable!r} is not understood. Allowed: head, last:N with N of 1 or more, from:LAYER, all."
         )
     if trainable == "head":
         return TrainablePart(cut=backbone.operations[-1].name, layers=())
@@ -168,8 +166,8 @@ def choose_trainable(backbone: keras.Model, trainable: str, *, pretrained: bool)
         part = _choose_from(backbone, match[2], pretrained)
     if not part.layers:
         raise UserError(
-            f"--trainable={trainable} names only layers of {backbone.name} without weights that would be trained "
-            "(activations, pooling, normalisation). Give an earlier layer, a larger N, or head."
+            f"--trainable={trainable} selects only layers of {backbone.name} without trainable weights (activations, "
+            "pooling, normalization). Give an earlier layer, a larger N, or head."
         )
     return part
 
@@ -178,7 +176,7 @@ def _choose_last(backbone: keras.Model, count: int, pretrained: bool) -> Trainab
     counted = [layer for layer in _network_layers(backbone) if layer.name not in NOT_COUNTED]
     if count > len(counted):
         raise UserError(
-            f"--trainable=last:{count} asks for more layers than {backbone.name} has. Allowed: last:1 to "
+            f"--trainable=last:{count} selects more layers than {backbone.name} has. Allowed: last:1 to "
             f"last:{len(counted)}. Use a smaller N, or all."
         )
     layers = counted[-count:]
@@ -194,7 +192,7 @@ def _choose_from(backbone: keras.Model, name: str, pretrained: bool) -> Trainabl
     if name not in from_values:
         raise UserError(
             f"--trainable=from:{name} starts inside a block of {backbone.name}. Nearest layers that work: "
-            f"{_name_neighbours(backbone, from_values, position)}. Use from: with one of them."
+            f"{_name_neighbors(backbone, from_values, position)}. Use from: with one of them."
         )
     after = max(cut for cut in _find_cuts(operations) if cut < position)
     layers = [operation for operation in operations[after + 1 :] if isinstance(operation, keras.layers.Layer)]
@@ -204,7 +202,7 @@ def _choose_from(backbone: keras.Model, name: str, pretrained: bool) -> Trainabl
 def _choose_part(
     backbone: keras.Model, *, after: int, layers: Sequence[keras.layers.Layer], pretrained: bool
 ) -> TrainablePart:
-    """Cuts after one position where the trunk is worth it, and leaves out what has no weights to train."""
+    """Cuts after one position if the trunk has weights, and keeps only layers with trainable weights."""
     frozen = (keras.layers.Normalization, keras.layers.BatchNormalization) if pretrained else keras.layers.Normalization
     trunk = backbone.operations[: after + 1]
     computes = any(
@@ -224,22 +222,22 @@ def _network_layers(backbone: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _build_tail(backbone: keras.Model, tensor: keras.KerasTensor, *, name: str) -> keras.Model:
-    """Builds the graph after one tensor, its input named after the layer that made it."""
+    """Builds the graph after one tensor; its input has the name of the layer that computes the tensor."""
     tail_name = f"{backbone.name}_tail"
     if tensor is backbone.outputs[0]:
         embeddings = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
         return keras.Model(embeddings, embeddings, name=tail_name)
     tail = keras.Model(tensor, backbone.outputs[0], name=tail_name)
-    # Keras calls a graph's inner input `keras_tensor_41CLONE`: another number in every process, and saved with it.
+    # Keras names the inner input of a graph `keras_tensor_41CLONE`, with a number that differs between processes.
     tail.layers[0].name = tail.inputs[0].name = name
     return tail
 
 
 def _find_cuts(operations: Sequence[Any]) -> list[int]:
-    """Finds the positions after which a graph may be cut, in linear time; the first is the input's, 0.
+    """Finds the positions after which a graph can be cut, in linear time; the first is that of the input, 0.
 
-    Keras keeps operations in topological order. After position i a cut is valid where nothing made before i is used
-    after i; `reach` is the furthest use of anything made so far.
+    Keras keeps operations in topological order. A cut after position i is valid if no tensor computed before i is used
+    after i; `reach` is the furthest use of any tensor so far.
     """
     made_at = {
         id(tensor): i for i, operation in enumerate(operations) for tensor in keras.tree.flatten(operation.output)
@@ -265,12 +263,12 @@ def _find_position(backbone: keras.Model, name: str) -> int:
 
 
 def _find_close(name: str, names: Sequence[str]) -> list[str]:
-    """The names that begin with an unknown one; where none does, those most like it."""
+    """Finds names that start with an unknown name, or otherwise the most similar names."""
     begun = [known for known in names if known.startswith(name)][:_NAMED]
     return begun or difflib.get_close_matches(name, names, n=3, cutoff=0.0)
 
 
-def _name_neighbours(backbone: keras.Model, names: Sequence[str], position: int) -> str:
+def _name_neighbors(backbone: keras.Model, names: Sequence[str], position: int) -> str:
     """Names the last of `names` before a position and the first after it, for an error message."""
     positions = {operation.name: i for i, operation in enumerate(backbone.operations)}
     before = [f"'{name}' before it" for name in names if positions[name] < position]

@@ -1,4 +1,4 @@
-"""Embedding: every image through the frozen trunk once, into the store."""
+"""Embedding: computes the outputs of the frozen trunk once for every image, and stores them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tl_keras.backbones.engines import (
 from tl_keras.backbones.store import EmbeddingStore, check_space, make_folder
 from tl_keras.errors import UserError
 
-VIEWS = ("", "flip")  # as the image is, mirrored
+VIEWS = ("", "flip")  # original, mirrored
 _ROUGH = ("bfloat16", "float16")
 _READ_BATCH = 4096
 _NO_TRUNK = EngineChoice("tensorflow", "float32", "the whole network is trained")
@@ -35,17 +35,18 @@ ImageStream = Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What the trunk gave, readable by position.
+    """Embeddings of a trunk, readable by position.
 
     Attributes:
-        store: where the embeddings are.
-        digests: each image's SHA-256, `(n,)` of 32 bytes.
+        store: the store of the embeddings.
+        digests: SHA-256 of each image, `(n,)` of 32 bytes.
         broken: positions of images that could not be decoded.
-        computed: how many went through the trunk now; the rest came from the store.
-        seconds: what that took.
-        choice: the engine that ran the trunk, and its precision.
-        exact: positions whose embeddings are float32 although the others are not, bool `(n,)`; None: there are none.
-        exact_store: where those are.
+        computed: number of images that were computed; the others were in the store.
+        seconds: time of the computation.
+        choice: engine and precision of the trunk.
+        exact: images with float32 embeddings although others have a lower precision, bool `(n,)`; None if there are
+            none.
+        exact_store: the store of these.
     """
 
     store: EmbeddingStore
@@ -59,12 +60,12 @@ class Embedded:
 
     @property
     def evaluated_precision(self) -> str:
-        """The precision of the embeddings that figures are measured on."""
+        """The precision of the embeddings that metrics are measured on."""
         return self.choice.precision if self.exact is None else "float32"
 
     @property
     def name(self) -> str:
-        """What tells these embeddings from those of another network, size, cut, precision or engine."""
+        """A name that identifies network, image size, cut, precision and engine of the embeddings."""
         names = [store.path.name for store in (self.store, self.exact_store) if store]
         return " ".join(names)
 
@@ -73,7 +74,7 @@ class Embedded:
 
         Args:
             positions: int `(b,)`.
-            views: int `(b,)`, index into `VIEWS`; the first where not given.
+            views: int `(b,)`, index into `VIEWS`; None for the first.
 
         Returns:
             `(b, ...)`: float32, bfloat16 or, for pixels, uint8.
@@ -120,29 +121,29 @@ def embed(
     show_progress: Callable[[str], None],
     exact: np.ndarray | None = None,
 ) -> list[Embedded]:
-    """Sends through the trunk what the store does not have yet.
+    """Computes the embeddings that are not in the store yet.
 
-    Several trunks are one backbone read at several layers: an image goes through it once for all of them.
+    Several trunks are one backbone read at several layers; they share one forward pass per image.
 
     Args:
-        trunks: each images, float32 `(batch, h, w, 3)` → embeddings, all of one backbone; none keeps the pixels.
+        trunks: images, float32 `(batch, h, w, 3)` → embeddings, all of one backbone; empty to store pixels.
         wanted: view → positions of images, int `(m,)`.
         digests: SHA-256 of each image's bytes, `(n,)` of 32 bytes.
-        images: positions → batches of (positions, uint8 images); what can't be decoded does not arrive.
-        address: what determines an embedding beside trunk, image, engine and precision.
-        engine: `--engine`.
-        precision: `--precision`.
-        store_dir: the folder of stores.
+        images: positions → batches of (positions, uint8 images), without images that can't be decoded.
+        address: everything else that determines an embedding, besides trunk, image, engine and precision.
+        engine: value of `--engine`.
+        precision: value of `--precision`.
+        store_dir: folder of the stores.
         show: shows a line.
-        show_progress: shows how far it is.
-        exact: positions of images that are evaluated, int `(m,)`: in float32 whatever the precision of the others, so
-            that what is measured is what is served.
+        show_progress: called with the progress as text.
+        exact: positions of evaluated images, int `(m,)`; they are computed in float32 regardless of the precision of
+            the others, so that the metrics hold for the served model.
 
     Returns:
-        The embeddings, for each trunk in order. Interrupted or killed, the store keeps what was complete.
+        The embeddings of each trunk. If it is interrupted or killed, the store keeps all complete batches.
 
     Raises:
-        UserError: the disk is or will be full, or the store can't be used.
+        UserError: the disk is full or will be, or the store can't be used.
     """
     start = time.perf_counter()
     make_folder(store_dir)
@@ -192,12 +193,12 @@ def embed(
 
 
 class _Pass:
-    """What one engine computes at one precision.
+    """The images that one engine computes at one precision.
 
     Attributes:
-        choice: the engine.
-        stores: one for each trunk.
-        missing: view → positions that a store lacks, int `(m,)`.
+        choice: engine and precision.
+        stores: one store for each trunk.
+        missing: view → positions that are not in a store, int `(m,)`.
     """
 
     def __init__(
@@ -214,11 +215,11 @@ class _Pass:
 
     @property
     def count(self) -> int:
-        """Images to compute."""
+        """Number of images to compute."""
         return sum(map(len, self.missing.values()))
 
     def run(self, runner: Any, view: int, positions: np.ndarray, pixels: np.ndarray) -> None:
-        """Embeds a batch of images, uint8 `(b, h, w, 3)`, and keeps the embeddings.
+        """Embeds a batch of images, uint8 `(b, h, w, 3)`, and stores the embeddings.
 
         Raises:
             UserError: an embedding is NaN or infinite, or the disk is full.
@@ -231,7 +232,7 @@ class _Pass:
                 store.write(keys, _as_stored(embeddings, self.choice.precision))
 
     def find_missing(self) -> set[int]:
-        """Positions that did not arrive, because they can't be decoded."""
+        """Finds positions that were not computed, because the images can't be decoded."""
         return {
             int(positions[index])
             for view, positions in self._wanted.items()
@@ -242,7 +243,7 @@ class _Pass:
 def _divide(
     wanted: Mapping[int, np.ndarray], exact: np.ndarray | None
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Images that may be computed in a lower precision, and images in float32, of which there may be none."""
+    """Divides images into those that may have a lower precision, and those that need float32."""
     if exact is None or not len(exact):
         return dict(wanted), {}
     rough = {view: np.setdiff1d(positions, exact) for view, positions in wanted.items()}
@@ -251,7 +252,7 @@ def _divide(
 
 
 def _take_runner(runner: Any, choice: EngineChoice, trunk: keras.Model | None) -> Any:
-    """The engine at the precision of `choice`; it is built once, always for the same batch: its bits depend on that."""
+    """Returns the engine at the precision of `choice`; always with the same batch size, which affects the results."""
     if runner is None:
         return build_engine(choice, trunk, batch_size=BATCH_SIZE)
     if getattr(runner, "precision", choice.precision) != choice.precision:
@@ -263,7 +264,7 @@ def _check_finite(embeddings: np.ndarray, precision: str) -> None:
     if embeddings.dtype.kind == "f" and not np.isfinite(embeddings).all():
         advice = "Check that --weights fit the network" if precision == "float32" else "Use --precision=float32"
         raise UserError(
-            f"the backbone gave NaN or infinity for an image, in {precision}. Nothing of that batch is kept. {advice}."
+            f"the backbone computed NaN or infinity for an image, in {precision}. The batch is not stored. {advice}."
         )
 
 
@@ -274,16 +275,16 @@ def embed_tail(
     wanted: Mapping[int, np.ndarray],
     show_progress: Callable[[str], None],
 ) -> Embedded:
-    """Sends stored feature maps (or pixels) through the untrained tail, so that the head can be trained first.
+    """Computes the outputs of the pretrained tail from stored feature maps or pixels, to train the head first.
 
     Args:
-        embedded: what the trunk gave.
+        embedded: embeddings of the trunk.
         tail: the rest of the backbone, embeddings of the trunk → `(batch, dim)`.
         wanted: view → positions, int `(m,)`.
-        show_progress: shows how far it is.
+        show_progress: called with the progress as text.
 
     Returns:
-        The backbone's embeddings, in a store of their own.
+        Embeddings of the backbone, in a separate store.
 
     Raises:
         UserError: the disk is full, or the store can't be used.
@@ -311,7 +312,7 @@ def embed_tail(
 
 
 def hash_weights(model: keras.Model) -> str:
-    """SHA-256 of all of a network's weights, in order."""
+    """SHA-256 of all weights of a network, in order."""
     digest = hashlib.sha256()
     for variable in model.weights:
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
@@ -319,7 +320,7 @@ def hash_weights(model: keras.Model) -> str:
 
 
 def _join(trunks: Sequence[keras.Model]) -> keras.Model | None:
-    """One network with an output for each trunk; None for no trunk."""
+    """Joins trunks into one network with several outputs; None without trunks."""
     if len(trunks) < 2:
         return next(iter(trunks), None)
     return keras.Model(trunks[0].input, [trunk.output for trunk in trunks], name=trunks[0].name)
@@ -328,7 +329,7 @@ def _join(trunks: Sequence[keras.Model]) -> keras.Model | None:
 def _identify(trunk: keras.Model) -> dict[str, Any]:
     return {
         "cut": trunk.operations[-1].name,
-        "layers": len(trunk.layers),  # Keras adds one to EfficientNet with ImageNet weights
+        "layers": len(trunk.layers),  # Keras adds a layer to EfficientNet with ImageNet weights
         "weights": hash_weights(trunk),
         "device": "GPU" if tf.config.list_logical_devices("GPU") else "CPU",
     }
@@ -355,7 +356,7 @@ def _choose_engine(
 
 
 def _missing(stores: Sequence[EmbeddingStore], digests: np.ndarray, positions: np.ndarray, view: int) -> np.ndarray:
-    """Positions that one of the stores lacks, each content once."""
+    """Finds positions that are missing in one of the stores, each content once."""
     keys = [_key(digests[position], view) for position in positions]
     found = sorted(set().union(*(store.missing(keys) for store in stores)))
     once = {keys[index]: int(positions[index]) for index in reversed(found)}
@@ -373,7 +374,7 @@ def _embedding_bytes(trunk: keras.Model, precision: str) -> int:
 
 
 def _as_stored(embeddings: np.ndarray, precision: str) -> np.ndarray:
-    """Feature maps that were computed in bfloat16 are kept so: half the disk; vectors and pixels as they are."""
+    """Converts feature maps that were computed in bfloat16 to bfloat16, for half the disk space."""
     if embeddings.ndim > 2 and embeddings.dtype == np.float32 and precision == "bfloat16":
         bfloat16: np.ndarray = embeddings.astype(tf.bfloat16.as_numpy_dtype)
         return bfloat16

@@ -1,4 +1,4 @@
-"""Engines: what runs a frozen trunk, as fast as the machine allows at a precision that costs nothing."""
+"""Engines: runtimes of a frozen trunk, and the choice of the fastest one that does not cost accuracy."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework.convert_to_constants import (  # the documented way has no public name (TF 2.21)
+from tensorflow.python.framework.convert_to_constants import (  # documented, but without a public name (TF 2.21)
     convert_variables_to_constants_v2,
 )
 
 from tl_keras.errors import UserError
 from tl_keras.run import write_atomically
 
-BATCH_SIZE = 32  # of the trunk, whatever the batch of training
-FASTER_AT_LEAST = 1.3  # benchmarks/trunk.py, precision: below that, bfloat16's loss of accuracy buys nothing
+BATCH_SIZE = 32  # of the trunk, independent of the batch size of training
+FASTER_AT_LEAST = 1.3  # benchmarks/trunk.py, precision: a smaller speedup is not worth the loss of accuracy
 COSINE_AT_LEAST = 0.995  # at 0.990 (MobileNetV2) a probe lost 1 to 2 points when served in float32
-# A trunk that is done sooner is not worth a comparison. TensorFlow takes ten seconds to build and optimise its graph.
+# A shorter computation is not worth a benchmark. TensorFlow takes ten seconds to build and optimize its graph.
 _WORTH_SECONDS = {"bfloat16": 5.0, "tensorflow": 60.0}
-_OPENVINO_BATCH = 4  # two at once, the faster of 4 and 32 on five networks (benchmarks/extract.py, bare OpenVINO)
+_OPENVINO_BATCH = 4  # two in parallel; faster than 32 on five networks (benchmarks/extract.py, bare OpenVINO)
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
-_GREW = 10  # so many times the images: the question is asked again
+_GREW = 10  # factor of the number of images beyond which the benchmark is repeated
 _TIMED_RUNS = 2
-_SLOW_SECONDS = 1.0  # a batch that takes longer is timed once: clocks are not that noisy
-_OPENVINO_SAMPLE = 8  # images that tell its speed: it runs them by four
+_SLOW_SECONDS = 1.0  # longer batches are timed once, because noise matters less
+_OPENVINO_SAMPLE = 8  # images of the benchmark of OpenVINO: two batches of four
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineChoice:
-    """What runs the trunk, and why.
+    """Engine and precision of the trunk.
 
     Attributes:
         engine: `tensorflow` or `openvino`.
         precision: `float32`, `bfloat16` or `float16`.
-        reason: what is shown to the user.
+        reason: reason of the choice, shown to the user.
     """
 
     engine: str
@@ -51,7 +51,7 @@ class EngineChoice:
     reason: str
 
     def address(self) -> dict[str, str]:
-        """What of it determines an embedding: engine, its version, precision."""
+        """The part that determines an embedding: engine, its version, precision."""
         own = openvino_version() if self.engine == "openvino" else tf.__version__
         return {"engine": f"{self.engine} {own}, keras {keras.__version__}", "precision": self.precision}
 
@@ -59,8 +59,8 @@ class EngineChoice:
 class TensorFlowEngine:
     """Runs a trunk as a graph frozen to constants, with static batches.
 
-    Its own session, because the rewriters that lower the precision are set for a whole session: nothing else that runs
-    in the process is touched by them.
+    It has its own session, because graph rewriters that lower the precision apply to a whole session; other graphs of
+    the process are not affected.
     """
 
     def __init__(self, trunk: keras.Model, *, batch_size: int, precision: str, dtype: Any = np.uint8) -> None:
@@ -68,9 +68,9 @@ class TensorFlowEngine:
 
         Args:
             trunk: images `(batch, h, w, 3)`, float32, 0 to 255 → embeddings, one output or several.
-            batch_size: of every batch it will run.
-            precision: `float32`, `bfloat16` (on the CPU by oneDNN) or `float16` (GPU).
-            dtype: of what it is given: uint8 for images, float32 for feature maps.
+            batch_size: size of every batch.
+            precision: `float32`, `bfloat16` (on the CPU, with oneDNN) or `float16` (GPU).
+            dtype: dtype of the input: uint8 for images, float32 for feature maps.
         """
         self.batch_size, self.precision = batch_size, precision
         frozen = freeze(trunk, batch_size=batch_size, dtype=dtype)
@@ -81,14 +81,14 @@ class TensorFlowEngine:
         self._feed, self._fetch = frozen.inputs[0].name, [output.name for output in frozen.outputs]
 
     def at(self, precision: str) -> TensorFlowEngine:
-        """Returns an engine of the same frozen graph at another precision: freezing takes seconds."""
+        """Returns an engine of the same frozen graph at another precision, because freezing takes seconds."""
         engine = copy.copy(self)
         engine.precision = precision
         engine._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
         return engine
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
-        """Embeds up to `batch_size` images; a smaller batch is padded and cut off again.
+        """Embeds up to `batch_size` images; smaller batches are padded internally.
 
         Args:
             images: uint8 `(b, h, w, 3)`.
@@ -101,18 +101,18 @@ class TensorFlowEngine:
 
 
 class OpenVinoEngine:
-    """Runs a trunk in OpenVINO on the CPU, with small static batches, as many at once as the cores take."""
+    """Runs a trunk in OpenVINO on the CPU, with small static batches in parallel."""
 
     def __init__(self, trunk: keras.Model, *, batch_size: int, precision: str) -> None:
         """Converts and compiles the trunk.
 
         Args:
             trunk: images `(batch, h, w, 3)`, float32, 0 to 255 → embeddings, one output or several.
-            batch_size: the most images it is given at once.
+            batch_size: maximum batch size.
             precision: `float32` or `bfloat16`.
 
         Raises:
-            UserError: OpenVINO does not convert this network.
+            UserError: OpenVINO can't convert the network.
         """
         self.batch_size, self.precision = batch_size, precision
         self._part = min(_OPENVINO_BATCH, batch_size)
@@ -161,10 +161,10 @@ class OpenVinoEngine:
 
 
 class PixelEngine:
-    """The trunk of a network that is trained whole: it hands the decoded pixels on, so that they are decoded once."""
+    """Stores decoded pixels as embeddings if the whole network is trained, so that images are decoded once."""
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
-        """Returns the images, uint8 `(b, h, w, 3)`, as they are."""
+        """Returns the images, uint8 `(b, h, w, 3)`, unchanged."""
         return [images]
 
 
@@ -172,10 +172,10 @@ Engine = TensorFlowEngine | OpenVinoEngine | PixelEngine
 
 
 def build_engine(choice: EngineChoice, trunk: keras.Model | None, *, batch_size: int) -> Engine:
-    """Builds what was chosen; without a trunk what hands the pixels on.
+    """Builds the chosen engine; without a trunk a `PixelEngine`.
 
     Raises:
-        UserError: OpenVINO does not convert this network.
+        UserError: OpenVINO can't convert the network.
     """
     if trunk is None:
         return PixelEngine()
@@ -186,26 +186,25 @@ def build_engine(choice: EngineChoice, trunk: keras.Model | None, *, batch_size:
 def choose_engine(
     engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, *, count: int, notes: Sequence[Path]
 ) -> tuple[EngineChoice, Engine | None]:
-    """Takes the fastest engine that is installed, at the fastest precision that is true to float32.
+    """Chooses the fastest installed engine, at the fastest precision that agrees with float32.
 
-    bfloat16 is taken only where it is at least 1.3 times faster than the same engine's float32, and true to it.
-    The answer is written down beside the store: a second run must find the embeddings of the first, whatever the
-    clock says that day.
+    bfloat16 is chosen only if it is at least 1.3 times as fast as float32 in the same engine, and agrees with it. The
+    choice is saved next to the store, so that later runs find the embeddings of earlier ones although timings vary.
 
     Args:
-        engine: `--engine`.
-        precision: `--precision`.
+        engine: value of `--engine`.
+        precision: value of `--precision`.
         trunk: images, float32 `(batch, h, w, 3)` → embeddings, one output or several.
         sample: the first batch of images, uint8 `(b, h, w, 3)`.
-        count: images to embed in all.
-        notes: the files that keep the answer, one for each output: whichever layers are read together, a layer's
-            embeddings are found again.
+        count: total number of images to embed.
+        notes: the files that save the choice, one for each output, so that the embeddings of a layer are found again
+            with any combination of layers.
 
     Returns:
-        The choice, and an engine where one was built to find out.
+        The choice, and an engine if one was built for the benchmark.
 
     Raises:
-        UserError: an engine that is not installed or does not take the network, or a precision that is not to be had.
+        UserError: the engine is not installed or does not support the network, or the precision is not available.
     """
     on_gpu = bool(tf.config.list_logical_devices("GPU")) and engine != "openvino"
     _check_wanted(engine, precision, on_gpu)
@@ -235,7 +234,7 @@ def has_openvino() -> bool:
 
 
 def openvino_version() -> str:
-    """OpenVINO's version; empty where it is not installed."""
+    """The version of OpenVINO; empty if it is not installed."""
     try:
         return importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
@@ -243,15 +242,15 @@ def openvino_version() -> str:
 
 
 def freeze(trunk: keras.Model, *, batch_size: int, dtype: Any) -> Any:
-    """A trunk as a function without variables, for static batches.
+    """Freezes a trunk to a function without variables, for static batches.
 
     Args:
         trunk: images `(batch, h, w, 3)`, float32, 0 to 255 → embeddings, one output or several.
-        batch_size: of every batch it will run.
-        dtype: of what it is given.
+        batch_size: size of every batch.
+        dtype: dtype of the input.
 
     Returns:
-        A concrete function; its outputs are the trunk's, in order.
+        A concrete function with the outputs of the trunk, in order.
     """
     shape = (batch_size, *trunk.input_shape[1:])
 
@@ -263,17 +262,17 @@ def freeze(trunk: keras.Model, *, batch_size: int, dtype: Any) -> Any:
 
 
 def freeze_function(function: Any) -> Any:
-    """A concrete function with its variables made constants and its calls inlined."""
+    """Converts the variables of a concrete function to constants, and inlines its calls."""
     return convert_variables_to_constants_v2(function)
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself (AVX-512 BF16 or AMX), as Linux tells it."""
+    """Whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX), according to Linux."""
     return any(flag in read_cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def read_cpu_flags() -> frozenset[str]:
-    """The CPU's instruction sets as `/proc/cpuinfo` names them; empty where there is no such file."""
+    """The instruction sets of the CPU from `/proc/cpuinfo`; empty if there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -282,7 +281,7 @@ def read_cpu_flags() -> frozenset[str]:
 
 
 def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean over a batch of the cosine between two embeddings of the same image.
+    """Mean cosine similarity between two embeddings of the same images.
 
     Args:
         first: `(b, ...)`.
@@ -302,17 +301,17 @@ def _check_wanted(engine: str, precision: str, on_gpu: bool) -> None:
             "OpenVINO is not installed. Install it, or leave --engine out: pip install 'tl_keras[openvino]'."
         )
     if precision == "float16" and engine == "openvino":
-        raise UserError("--precision=float16 needs a GPU, and OpenVINO runs on the CPU here. Use --precision=auto.")
+        raise UserError("--precision=float16 needs a GPU, but OpenVINO runs on the CPU. Use --precision=auto.")
     if precision == "float16" and not on_gpu:
-        raise UserError("--precision=float16 needs a GPU, and TensorFlow sees none. Use --precision=auto.")
+        raise UserError("--precision=float16 needs a GPU, but TensorFlow finds none. Use --precision=auto.")
     if precision == "bfloat16" and on_gpu:
-        raise UserError("--precision=bfloat16 runs on the CPU only. On a GPU use --precision=float16 or auto.")
+        raise UserError("--precision=bfloat16 is only available on the CPU. Use --precision=float16 or auto.")
 
 
 def _measure(
     engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, count: int
 ) -> tuple[EngineChoice, Engine]:
-    """The fastest of the engines asked for; a trunk that is soon done is not worth a comparison."""
+    """Benchmarks the requested engines; engines are skipped if the computation is short."""
     notes: list[str] = []
     best: _Timed | None = None
     for name in ("openvino", "tensorflow") if engine == "auto" else (engine,):
@@ -341,7 +340,7 @@ def _measure(
 
 @dataclasses.dataclass(frozen=True)
 class _Timed:
-    """An engine that was tried: the seconds are a batch's."""
+    """A benchmarked engine; `seconds` is the time of a batch."""
 
     name: str
     precision: str
@@ -355,9 +354,9 @@ class _Timed:
 
 
 def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np.ndarray, count: int) -> _Timed:
-    """Float32 or, where it is faster and true to it, bfloat16; of one engine."""
+    """Benchmarks one engine with float32, and with bfloat16 if it may be faster."""
     wanted = "float32" if precision == "auto" else precision
-    # an engine always has the same batch, however few images there are: its bits must not depend on their number
+    # the batch size is fixed, so that results do not depend on the number of images
     size = _OPENVINO_SAMPLE if name == "openvino" else BATCH_SIZE
     exact = build_engine(EngineChoice(name, wanted, ""), trunk, batch_size=size)
     exact_embeddings, exact_seconds = _time(exact, sample[:size])
@@ -380,7 +379,7 @@ def _measure_precision(name: str, precision: str, trunk: keras.Model, sample: np
 
 
 def _time(engine: Any, images: np.ndarray) -> tuple[list[np.ndarray], float]:
-    """Embeddings, and the shortest of some runs in seconds; the first, which optimises the graph, is not timed."""
+    """Returns embeddings and the shortest time in seconds; the first run, which optimizes the graph, is not timed."""
     start = time.perf_counter()
     embeddings = engine.run(images)
     seconds: list[float] = []
@@ -392,14 +391,14 @@ def _time(engine: Any, images: np.ndarray) -> tuple[list[np.ndarray], float]:
 
 
 def _pad(images: np.ndarray, batch_size: int) -> np.ndarray:
-    """A full batch: black images behind those given."""
+    """Pads a batch to its full size with black images."""
     if len(images) == batch_size:
         return images
     return np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), images.dtype)])
 
 
 def _as_list(shapes: Any) -> list[Any]:
-    """A network's output shapes, of one output or several."""
+    """The output shapes of a network as a list."""
     return shapes if isinstance(shapes, list) else [shapes]
 
 
@@ -407,15 +406,15 @@ def _as_list(shapes: Any) -> list[Any]:
 def _openvino_errors(network: str) -> Iterator[None]:
     try:
         yield
-    # OpenVINO's own exceptions are RuntimeErrors without a class of their own; an install may lack its libraries
+    # OpenVINO raises plain RuntimeErrors; an installation may lack libraries
     except (RuntimeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
         reason = next((line for line in lines if "No conversion rule" in line), lines[-1]).strip("- ")[:200].rstrip(".")
-        raise UserError(f"OpenVINO does not take {network}: {reason}. Use --engine=tensorflow.") from error
+        raise UserError(f"OpenVINO does not support {network}: {reason}. Use --engine=tensorflow.") from error
 
 
 def _match_outputs(model: Any, frozen: Any) -> list[int]:
-    """Where the converted model has each of the frozen function's outputs."""
+    """Finds the positions of the frozen function's outputs in the converted model."""
     names = [output.get_names() for output in model.outputs]
     positions = []
     for output in frozen.outputs:
@@ -425,7 +424,7 @@ def _match_outputs(model: Any, frozen: Any) -> list[int]:
 
 
 def session_config(precision: str) -> Any:
-    """A session's options: of `bfloat16` what TF Serving's `--mixed_precision=bfloat16` sets."""
+    """Options of a session; for `bfloat16` those of TF Serving's `--mixed_precision=bfloat16`."""
     config = tf.compat.v1.ConfigProto()
     rewrites = config.graph_options.rewrite_options
     if precision == "bfloat16":

@@ -1,8 +1,9 @@
-"""The embedding store: what a frozen trunk gave for each image, on disk, so that it is computed once.
+"""The embedding store: a cache on disk for the outputs of a frozen trunk, so that each image is computed once.
 
-One SQLite file a trunk. Its name is a hash of everything that determines an embedding but the image (network, weights,
-cut, size, decoding, precision, engine, versions); its keys are hashes of the images' content. SQLite's write-ahead log
-lets several processes read and write at once and leaves a killed one's file whole (https://www.sqlite.org/wal.html).
+There is one SQLite file per trunk. Its name is a hash of everything that determines an embedding except the image
+(network, weights, cut, size, decoding, precision, engine, versions). Its keys are hashes of the image contents.
+SQLite's write-ahead log allows concurrent processes, and keeps the file intact if a process is killed
+(https://www.sqlite.org/wal.html).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from tl_keras.run import disk_errors, existing_parent
 
 _LOCK_SECONDS = 120.0
 _LOCK_PAUSE_SECONDS = 0.02
-# SQLite's largest: what does not share its page wastes the rest of it, half of a 16 kB page at 2,048 numbers
+# the largest page of SQLite: with 16 kB pages, an embedding of 2,048 numbers would waste half of a page
 _PAGE_BYTES = 65536
-_QUERY_KEYS = 500  # SQLite's oldest limit on parameters is 999
+_QUERY_KEYS = 500  # old versions of SQLite allow 999 parameters
 _SPARE_BYTES = 200 << 20
-_ROW_BYTES = 64  # key, type, shape, and what SQLite keeps of each
-_KEY_BYTES = 48  # once more in the index, whose pages are two thirds full
-# types of file systems that other machines write to as well: SQLite's write-ahead log does not work there
+_ROW_BYTES = 64  # key, type, shape, and overhead of SQLite
+_KEY_BYTES = 48  # entry in the index, whose pages are two thirds full
+# types of network file systems, on which SQLite's write-ahead log does not work
 _NETWORK = (
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "glusterfs", "ocfs2", "gfs2"),
     *("9p", "orangefs", "pvfs2", "fuse"),
@@ -44,11 +45,11 @@ class EmbeddingStore:
     """Embeddings of one trunk, by key."""
 
     def __init__(self, folder: str, address: dict[str, Any]) -> None:
-        """Opens the store, making it where it does not exist.
+        """Opens the store, and creates it if it does not exist.
 
         Args:
-            folder: the folder of all stores.
-            address: everything that determines an embedding but the image; JSON.
+            folder: folder of all stores.
+            address: everything that determines an embedding except the image, as JSON values.
 
         Raises:
             UserError: the folder can't be written, or the file is damaged.
@@ -58,11 +59,11 @@ class EmbeddingStore:
         self.path = Path(folder) / f"{address.get('backbone', 'trunk')}-{name}.sqlite"
         make_folder(folder)
         with self._errors():
-            # used from tf.data's threads, one at a time
+            # used by threads of tf.data, one at a time
             self._connection = sqlite3.connect(
                 self.path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False
             )
-            self._close = weakref.finalize(self, self._connection.close)  # whoever forgets the store closes it too
+            self._close = weakref.finalize(self, self._connection.close)  # closed with the last reference
             self._connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             self._start_log()
             self._connection.execute("CREATE TABLE IF NOT EXISTS address (text TEXT)")
@@ -79,7 +80,7 @@ class EmbeddingStore:
         self._close()
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Positions of the keys that are not in the store, ascending."""
+        """Finds the positions of keys that are not in the store, ascending."""
         found: set[bytes] = set()
         with self._errors():
             for start in range(0, len(keys), _QUERY_KEYS):
@@ -90,7 +91,7 @@ class EmbeddingStore:
         return [position for position, key in enumerate(keys) if key not in found]
 
     def write(self, keys: Sequence[bytes], embeddings: np.ndarray) -> None:
-        """Keeps a batch, all of it or none.
+        """Stores a batch atomically.
 
         Args:
             keys: b keys.
@@ -118,13 +119,13 @@ class EmbeddingStore:
         """Reads a batch, in the order of the keys.
 
         Args:
-            keys: b keys that were written; the same may stand several times.
+            keys: b keys that are in the store; duplicates are allowed.
 
         Returns:
             `(b, ...)`, in the dtype in which they were written.
 
         Raises:
-            UserError: one is missing: the store was cleared meanwhile.
+            UserError: a key is missing, because the store was cleared in the meantime.
         """
         found: dict[bytes, tuple[str, str, bytes]] = {}
         with self._errors():
@@ -140,10 +141,10 @@ class EmbeddingStore:
         return np.frombuffer(content, _numpy_dtype(dtype)).reshape(len(keys), *json.loads(shape))
 
     def _start_log(self) -> None:
-        """Switches to the write-ahead log: the one thing for which SQLite itself does not wait where others do it.
+        """Switches to the write-ahead log; this is the only operation for which SQLite does not wait for locks.
 
-        That log needs memory which all processes share. On a network disk it would damage the file
-        (https://www.sqlite.org/wal.html); SQLite's older journal, which relies on locks alone, takes its place there.
+        The log needs memory shared by all processes. On a network disk it would damage the file
+        (https://www.sqlite.org/wal.html); SQLite's rollback journal, which only needs locks, is used there.
         """
         if is_on_network(self.path.parent):
             self._connection.execute("PRAGMA journal_mode=DELETE")
@@ -169,10 +170,10 @@ class EmbeddingStore:
 
 
 def make_folder(folder: str) -> None:
-    """Makes the folder of all stores where it does not exist.
+    """Creates the folder of all stores if it does not exist.
 
     Raises:
-        UserError: it can't be written.
+        UserError: it is not writable.
     """
     with disk_errors(f"the embedding store {folder} (--store_dir)"):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -181,31 +182,31 @@ def make_folder(folder: str) -> None:
 
 
 def check_space(folder: str, *, needs: Sequence[tuple[int, int]]) -> None:
-    """Compares what the store is going to need with what is free, before anything is computed.
+    """Checks that the embeddings will fit on the disk, before anything is computed.
 
     Args:
-        folder: the folder of all stores.
-        needs: number of embeddings, and bytes of each, of one store or several.
+        folder: folder of all stores.
+        needs: pairs of number of embeddings and bytes per embedding, one for each store.
 
     Raises:
-        UserError: it will not fit.
+        UserError: there is not enough disk space.
     """
     count = sum(number for number, _ in needs)
     need = sum(number * stored_bytes(size) for number, size in needs) + (_SPARE_BYTES if count else 0)
     free = shutil.disk_usage(existing_parent(folder)).free
     if need > free:
         raise UserError(
-            f"the embedding store needs {need / 1e9:.1f} GB for {count:,} images, {folder} has {free / 1e9:.1f} GB "
-            "free. Give a --store_dir on a larger disk, clear old stores (--mode=doctor lists them), or train less of "
-            "the backbone."
+            f"the embedding store needs {need / 1e9:.1f} GB for {count:,} images, but {folder} has only "
+            f"{free / 1e9:.1f} GB free. Give a --store_dir on a larger disk, delete old stores (--mode=doctor lists "
+            "them), or train fewer layers of the backbone."
         )
 
 
 def stored_bytes(size: int) -> int:
-    """What an embedding of `size` bytes takes in the file, its share of pages that are not full included.
+    """Disk space of an embedding of `size` bytes, including its share of partly filled pages.
 
-    As SQLite lays rows out (https://www.sqlite.org/fileformat2.html, "B-tree Pages" and "Cell Payload Overflow Pages"):
-    several rows share a page, and the end of a row that is larger than a page has pages of its own.
+    This follows the file format of SQLite (https://www.sqlite.org/fileformat2.html, "B-tree Pages" and "Cell Payload
+    Overflow Pages"): several rows share a page, and rows larger than a page have overflow pages.
     """
     payload, usable = size + _ROW_BYTES, _PAGE_BYTES
     if payload <= usable - 35:
@@ -218,7 +219,7 @@ def stored_bytes(size: int) -> int:
 
 
 def is_on_network(path: Path) -> bool:
-    """Whether a path is on a file system that other machines may write to, as Linux names its type."""
+    """Whether a path is on a network file system, by its type in `/proc/self/mounts`."""
     try:
         lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -231,7 +232,7 @@ def is_on_network(path: Path) -> bool:
 
 
 def list_stores(folder: str) -> list[tuple[Path, int]]:
-    """All stores in a folder with their sizes in bytes, their logs included; the largest first."""
+    """Lists all stores in a folder with their sizes in bytes, including logs, largest first."""
     files = sorted(Path(folder).glob("*.sqlite")) if os.path.isdir(folder) else []
     sizes = [(path, sum(map(_size, path.parent.glob(path.name + "*")))) for path in files]
     return sorted(sizes, key=lambda item: -item[1])
@@ -240,7 +241,7 @@ def list_stores(folder: str) -> list[tuple[Path, int]]:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # a log is gone as soon as the last process that used it ends
+    except FileNotFoundError:  # a log is deleted when the last process closes it
         return 0
 
 
@@ -256,12 +257,13 @@ def _explain(error: sqlite3.Error, path: Path) -> str:
     text = str(error)
     if "full" in text:
         return (
-            f"the disk is full: the embedding store {path} can't grow. What is complete is kept; free space, run again."
+            f"the disk is full: the embedding store {path} can't grow. Complete embeddings are kept: free space and "
+            "run again."
         )
     if "locked" in text or "busy" in text:
         return (
-            f"the embedding store {path} is locked by another process for over {_LOCK_SECONDS:.0f} s. Try again later."
+            f"the embedding store {path} has been locked by another process for {_LOCK_SECONDS:.0f} s. Try again later."
         )
     if "malformed" in text or "not a database" in text:
-        return f"the embedding store {path} is damaged ({text}). Delete that file and run again."
+        return f"the embedding store {path} is damaged ({text}). Delete the file and run again."
     return f"the embedding store {path} can't be used: {text}. Give another --store_dir."

@@ -1,6 +1,6 @@
-"""The zoo: one row for each backbone, and how a backbone is built from its row with the weights asked for.
+"""The model zoo: one row for each backbone, and construction of backbones with pretrained weights.
 
-Keras is imported when a backbone is built, not with this module: names and sizes are checked in milliseconds.
+Keras is imported only when a backbone is built, so that names and sizes can be checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class Preset:
     """One row of the zoo.
 
     Attributes:
-        name: as in `keras.applications`.
-        image_size: side of the square image, in pixels, that the ImageNet weights were made for.
-        preprocessing: `caffe` (BGR minus ImageNet means), `tf` (-1 to 1), `torch` (mean and deviation), `inside` (the
-            network does it itself).
-        cuts: layers after which the backbone may be cut, shallow to deep: the ends of its last stages. Empty where the
-            architecture admits none (each cell of a NASNet reads the two before it).
-        licence: of the ImageNet weights (SPDX), as stated where Keras took them from.
+        name: name in `keras.applications`.
+        image_size: image size of the ImageNet weights, in pixels.
+        preprocessing: `caffe` (BGR minus ImageNet means), `tf` (-1 to 1), `torch` (mean and standard deviation), or
+            `inside` (part of the network).
+        cuts: layers after which the backbone can be cut, shallow to deep: the ends of its last stages. Empty if the
+            architecture has none (each cell of a NASNet reads the two before it).
+        licence: license of the ImageNet weights (SPDX), as stated by their source.
         paper: authors, year, link.
-        kwargs: arguments of the constructor that a user may set. Those that only change the top are left out.
+        kwargs: constructor arguments that a user may set, without those that only change the top.
         imagenet: whether Keras publishes ImageNet weights.
-        imagenet_sizes: the image sizes there are ImageNet weights for, where each has its own; empty: one file for all.
-        min_image_size: the smallest image the network takes.
-        top: layers of the network's top that an embedding may be read at, shallow to deep; the last is extract's
-            default.
+        imagenet_sizes: image sizes with ImageNet weights, if each size has its own file; empty if one file fits all.
+        min_image_size: smallest image size of the network.
+        top: layers of the network's top that can be used as embedding, shallow to deep; the last is the default of
+            extract.
     """
 
     name: str
@@ -65,18 +65,18 @@ class Preset:
 
 
 def _resnet(*blocks: int) -> tuple[str, ...]:
-    """The last blocks of the stages conv2 to conv5, from the number of blocks in each."""
+    """The last blocks of the stages conv2 to conv5, given the number of blocks in each."""
     return tuple(f"conv{stage}_block{block}_out" for stage, block in enumerate(blocks, start=2))
 
 
 def _efficientnet(*blocks: int) -> tuple[str, ...]:
-    """The ends of stages 2, 3 and 5 (an eighth, a sixteenth of the image's side …), and the last map."""
+    """The ends of stages 2, 3 and 5 (1/8, 1/16, … of the image size), and the last feature map."""
     letters = [string.ascii_lowercase[block - 1] for block in blocks]
     return (*(f"block{stage}{letter}_add" for stage, letter in zip((2, 3, 5), letters, strict=True)), "top_activation")
 
 
 def _convnext(size: str) -> tuple[str, ...]:
-    """The stem and what halves each stage's map: stages end in additions, which Keras leaves without a name."""
+    """The stem and the downsampling blocks: stages end in additions, which have no stable names."""
     return (f"convnext_{size}_stem", *(f"convnext_{size}_downsampling_block_{stage}" for stage in range(3)))
 
 
@@ -109,8 +109,8 @@ _V1 = ("alpha", "depth_multiplier")
 _V3 = ("alpha", "minimalistic")
 _V1_SIZES = (128, 160, 192, 224)
 
-# Licences: Keras's own documentation (docs/templates/applications.md up to Keras 2.3) for all that it names there; for
-# EfficientNet (google/automl) and ConvNeXt (facebookresearch/ConvNeXt) the licence of the repository they came from.
+# Licenses: from the documentation of Keras (docs/templates/applications.md up to Keras 2.3); for EfficientNet
+# (google/automl) and ConvNeXt (facebookresearch/ConvNeXt) from the repositories of their authors.
 _ROWS = (
     Preset("VGG16", 224, "caffe", _VGG, "CC-BY-4.0", _SIMONYAN, top=_VGG_TOP),
     Preset("VGG19", 224, "caffe", _VGG, "CC-BY-4.0", _SIMONYAN, top=_VGG_TOP),
@@ -154,7 +154,7 @@ _ROWS = (
     Preset("ConvNeXtBase", 224, "inside", _convnext("base"), "MIT", _LIU),
     Preset("ConvNeXtLarge", 224, "inside", _convnext("large"), "MIT", _LIU),
     Preset("ConvNeXtXLarge", 224, "inside", _convnext("xlarge"), "MIT", _LIU),
-    # Ours, for the quick start and for tests: seconds to train, nothing to download.
+    # a network of tl_keras for the quick start and for tests: it trains in seconds and needs no download
     Preset("SmallConvNet", 32, "tf", ("pool1", "pool2"), "none", "none", imagenet=False, min_image_size=4),
 )
 
@@ -162,23 +162,23 @@ BACKBONES: dict[str, Preset] = {preset.name: preset for preset in _ROWS}
 
 WEIGHTS_SUFFIXES = (".h5", ".hdf5", ".keras")
 
-# What may be said of an argument, and how it is checked.
+# argument → description of the allowed values, and a check
 _KWARG_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha": ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < float("inf")),
     "depth_multiplier": ("a whole number of 1 or more", lambda value: type(value) is int and value >= 1),
     "minimalistic": ("True or False", lambda value: type(value) is bool),
 }
 
-# A connection that is dropped by a firewall would hang for minutes: Keras sets no limit of its own.
+# Keras has no timeout: a connection that a firewall drops would hang for minutes.
 DOWNLOAD_STALL_SECONDS = 20.0
 _SHAPES_SHOWN = 4
 
 
 def find_preset(name: str) -> Preset:
-    """Finds a row of the zoo by name, upper or lower case.
+    """Finds a row of the zoo by name, ignoring case.
 
     Raises:
-        UserError: no such backbone; the message names the nearest.
+        UserError: there is no such backbone; the message has the nearest names.
     """
     by_lower = {preset.name.lower(): preset for preset in _ROWS}
     if name.lower() not in by_lower:
@@ -200,33 +200,34 @@ def build_backbone(
 ) -> keras.Model:
     """Builds one flat graph from pixels to embeddings: `images`, `preprocessing`, the network, `embedding_pool`.
 
-    The pooling is the last layer, but in ConvNeXt, which normalizes after it. Layers that Keras numbers are numbered
-    anew from the start, so that a name means the same layer in every process.
+    The pooling is the last layer, except in ConvNeXt, which normalizes after it. Layers with names numbered by Keras
+    are renumbered from the start, so that a name means the same layer in every process.
 
     Args:
-        preset: the row.
-        weights: `imagenet` (downloaded once, kept by Keras), `none` (random, from Keras's global seed) or a file: the
-            `.weights.h5` of Keras 3, the `.h5` of earlier ones (both with or without the network's top), or a whole
-            `.keras` model, which is only read for its arrays, by the layers' names.
-        image_size: side of the square images, in pixels.
-        kwargs: arguments of the network's constructor, of those in `preset.kwargs`.
-        with_top: the graph goes on to the last of `preset.top`, in place of the pooling.
+        preset: row of the zoo.
+        weights: `imagenet` (downloaded once, cached by Keras), `none` (random, from the global seed of Keras) or a
+            file: a `.weights.h5` file of Keras 3, an `.h5` file of earlier versions (both with or without top), or a
+            `.keras` model, from which only arrays are read, by layer name.
+        image_size: height and width of the images, in pixels.
+        kwargs: constructor arguments of the network, see `preset.kwargs`.
+        with_top: whether the graph ends with the last layer of `preset.top` instead of the pooling.
 
     Returns:
-        A model named as the preset: images `(batch, image_size, image_size, 3)`, float32, RGB 0 to 255 → embeddings
-        `(batch, dim)`, float32.
+        A model with the name of the preset: images `(batch, image_size, image_size, 3)`, float32, RGB 0 to 255 →
+        embeddings `(batch, dim)`, float32.
 
     Raises:
-        UserError: no such weights, a broken file or another network's; a download that failed; an image size or an
-            argument that the network, or its ImageNet weights, do not admit.
+        UserError: the weights do not exist, are damaged, belong to another network, or can't be downloaded; or the
+            network or its ImageNet weights do not support the image size or an argument.
     """
     kwargs = dict(kwargs or {})
     _check_kwargs(preset, kwargs)
     _check_image_size(preset, image_size, weights)
     if with_top and weights == "imagenet" and image_size != preset.image_size:
         raise UserError(
-            f"the layers {', '.join(preset.top)} of {preset.name} have ImageNet weights for images of "
-            f"{preset.image_size} pixels a side alone, not {image_size}. Leave out --image_size, or read another layer."
+            f"the layers {', '.join(preset.top)} of {preset.name} have ImageNet weights only for images of "
+            f"{preset.image_size} x {preset.image_size} pixels, not {image_size}. Leave out --image_size, or use "
+            "another layer."
         )
     path = None if weights == "none" else _check_weights(preset, weights)
     from tl_keras.backbones.capacity import check_width
@@ -241,7 +242,7 @@ def build_backbone(
             if not with_top:
                 raise
             raise UserError(
-                f"{error} A file without the top will do for another layer: --feature_layer={preset.cuts[-1]}."
+                f"{error} A file without the top works with another layer: --feature_layer={preset.cuts[-1]}."
             ) from error
     return backbone
 
@@ -249,41 +250,40 @@ def build_backbone(
 def _check_kwargs(preset: Preset, kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if name not in preset.kwargs:
-            allowed = f"Allowed: {', '.join(preset.kwargs)}" if preset.kwargs else "It takes none"
-            raise UserError(f"{preset.name} takes no argument {name}={value!r}. {allowed}. Correct --backbone_kwargs.")
+            allowed = f"Allowed: {', '.join(preset.kwargs)}" if preset.kwargs else "It has no arguments"
+            raise UserError(f"{preset.name} has no argument {name}={value!r}. {allowed}. Correct --backbone_kwargs.")
         rule, holds = _KWARG_RULES[name]
         if not holds(value):
             raise UserError(
-                f"{preset.name} does not take {name}={value!r}. Allowed: {rule}. Correct --backbone_kwargs."
+                f"{preset.name} does not support {name}={value!r}. Allowed: {rule}. Correct --backbone_kwargs."
             )
 
 
 def _check_image_size(preset: Preset, image_size: int, weights: str) -> None:
     if image_size < preset.min_image_size:
         raise UserError(
-            f"{preset.name} does not take images of {image_size} pixels a side. Allowed: {preset.min_image_size} or "
-            f"more. Set --image_size={preset.image_size}, its own."
+            f"{preset.name} does not support --image_size={image_size}. Allowed: {preset.min_image_size} or more. Its "
+            f"default is {preset.image_size}."
         )
     if weights == "imagenet" and preset.imagenet_sizes and image_size not in preset.imagenet_sizes:
         raise UserError(
-            f"{preset.name} has no ImageNet weights for images of {image_size} pixels a side. Allowed: "
-            f"{', '.join(map(str, preset.imagenet_sizes))}. Use one of these, or --weights=FILE with another size's."
+            f"{preset.name} has no ImageNet weights for --image_size={image_size}. Allowed: "
+            f"{', '.join(map(str, preset.imagenet_sizes))}. Use one of these, or --weights=FILE with the weights of "
+            "another size."
         )
 
 
 def _check_weights(preset: Preset, weights: str) -> pathlib.Path | None:
-    """Gives the path of a weights file that exists, None for `imagenet`."""
+    """Returns the path of an existing weights file, None for `imagenet`."""
     if weights == "imagenet":
         if not preset.imagenet:
-            raise UserError(
-                f"{preset.name} has no ImageNet weights. Allowed: --weights=none, or a file. Use one of them."
-            )
+            raise UserError(f"{preset.name} has no ImageNet weights. Allowed: --weights=none or --weights=FILE.")
         return None
     path = pathlib.Path(weights)
     if path.suffix not in WEIGHTS_SUFFIXES or not os.path.isfile(path):
         raise UserError(
-            f"--weights={weights!r} is no weights file. Allowed: imagenet, none, or an existing file that ends in "
-            f"{', '.join(WEIGHTS_SUFFIXES)}. Correct it."
+            f"--weights={weights!r} is not a weights file. Allowed: imagenet, none, a run folder, or an existing file "
+            f"with the suffix {', '.join(WEIGHTS_SUFFIXES)}. Check the path."
         )
     return path
 
@@ -309,16 +309,16 @@ def _build_network(
 
 
 def _find_constructor(preset: Preset) -> Callable[..., keras.Model]:
-    """What builds the network of a row.
+    """Finds the constructor of a network.
 
     Raises:
-        UserError: the installed Keras does not have it.
+        UserError: the installed version of Keras does not have the network.
     """
     import keras
 
     if not preset.imagenet:
         return _build_small_conv_net
-    constructor = getattr(keras.applications, preset.name, None)  # the name is the table's, never the user's text
+    constructor = getattr(keras.applications, preset.name, None)  # a name from the table, never text of the user
     if constructor is None:
         raise UserError(
             f"Keras {keras.__version__} has no network {preset.name}. Install another version of Keras, or choose "
@@ -329,7 +329,7 @@ def _find_constructor(preset: Preset) -> Callable[..., keras.Model]:
 
 
 def _build_small_conv_net(*, input_tensor: keras.KerasTensor, **_: Any) -> keras.Model:
-    """Builds SmallConvNet, called as the constructors of keras.applications are."""
+    """Builds SmallConvNet, with the signature of the constructors of keras.applications."""
     import keras
 
     maps = input_tensor
@@ -342,7 +342,7 @@ def _build_small_conv_net(*, input_tensor: keras.KerasTensor, **_: Any) -> keras
 
 @contextlib.contextmanager
 def _explain_keras_errors(preset: Preset, image_size: int, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Says in one line what Keras raises where it has no such weights or cannot fetch them; lets no download hang."""
+    """Turns exceptions of Keras about missing weights and failed downloads into one line; sets a download timeout."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_STALL_SECONDS)
     try:
@@ -354,18 +354,18 @@ def _explain_keras_errors(preset: Preset, image_size: int, kwargs: Mapping[str, 
             url, path = download
             reason = reason.removeprefix(f"URL fetch failure on {url}: ").removeprefix("None -- ")
             raise UserError(
-                f"Could not download the ImageNet weights of {preset.name} from {url} ({reason}). Download that file "
-                f"on a machine with internet access and put it at {path}, or use --weights=none or a file."
+                f"Could not download the ImageNet weights of {preset.name} from {url} ({reason}). Download the file on "
+                f"a machine with internet access and save it as {path}, or use --weights=none or --weights=FILE."
             ) from error
         if isinstance(error, OSError):
             raise UserError(
-                f"The ImageNet weights of {preset.name} that Keras keeps in ~/.keras/models (or $KERAS_HOME/models) "
-                f"are broken ({reason}). Delete that file, so that it is downloaded again."
+                f"The ImageNet weights of {preset.name} in the cache of Keras, ~/.keras/models (or $KERAS_HOME/models"
+                f"), are damaged ({reason}). Delete the file; it will be downloaded again."
             ) from error
         if isinstance(error, ValueError):
             settings = ", ".join(f"{name}={value}" for name, value in {"image_size": image_size, **kwargs}.items())
             raise UserError(
-                f"Keras does not build {preset.name} with {settings}: {reason}. Change --backbone_kwargs, or --weights."
+                f"Keras can't build {preset.name} with {settings}: {reason}. Change --backbone_kwargs or --weights."
             ) from error
         raise
     finally:
@@ -373,7 +373,7 @@ def _explain_keras_errors(preset: Preset, image_size: int, kwargs: Mapping[str, 
 
 
 def _find_download(error: BaseException) -> tuple[str, str] | None:
-    """Finds URL and target of the download that failed. The message has no path, and NASNet's is not the URL's."""
+    """Finds URL and target of a failed download; the error has no path, and its file name may differ from the URL."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == "get_file":
             return str(frame.f_locals["origin"]), str(frame.f_locals["download_target"])
@@ -381,11 +381,11 @@ def _find_download(error: BaseException) -> tuple[str, str] | None:
 
 
 def _name_layers(network: keras.Model) -> None:
-    """Gives the pooling its fixed name, and the layers that Keras numbered over the whole process new numbers."""
+    """Names the pooling layer, and renumbers layers whose numbers depend on the process."""
     import keras
 
     poolings = [layer for layer in network.layers if isinstance(layer, keras.layers.GlobalAveragePooling2D)]
-    for pooling in poolings[-1:]:  # VGG with its top has none
+    for pooling in poolings[-1:]:  # VGG with top has no pooling
         pooling.name = "embedding_pool"
     outline = [(type(operation).__name__, operation.name) for operation in network.operations]
     for operation, name in zip(network.operations, _number_anew(outline), strict=True):
@@ -393,7 +393,7 @@ def _name_layers(network: keras.Model) -> None:
 
 
 def _number_anew(outline: Sequence[tuple[str, str]]) -> list[str]:
-    """Numbers the names that Keras made (`conv2d_94` of a Conv2D) from the start; names that authors gave stay.
+    """Renumbers the names generated by Keras (`conv2d_94` of a Conv2D) from the start; other names are kept.
 
     Args:
         outline: class and name of each layer.
@@ -414,12 +414,12 @@ def _number_anew(outline: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _snake_case(class_name: str) -> str:
-    """Conv2D → conv2d, BatchNormalization → batch_normalization: as Keras names layers, and their place in files."""
+    """Conv2D → conv2d, BatchNormalization → batch_normalization: the naming of layers in Keras and its files."""
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", class_name)).lower()
 
 
 def _load_weights_file(backbone: keras.Model, path: pathlib.Path) -> None:
-    """Reads a weights file of any of Keras's three layouts; whatever more it holds, as a top, is left."""
+    """Loads a weights file in any of the three layouts of Keras; further layers in it, such as a top, are ignored."""
     try:
         with _open_weights(path) as (file, config):
             if config is not None:
@@ -433,7 +433,7 @@ def _load_weights_file(backbone: keras.Model, path: pathlib.Path) -> None:
     except (OSError, KeyError, json.JSONDecodeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"The weights file {path} cannot be read ({reason}). Allowed: whole .h5, .weights.h5 and .keras files "
+            f"The weights file {path} can't be read ({reason}). Allowed: complete .h5, .weights.h5 and .keras files "
             "written by Keras. Copy or download it again."
         ) from error
     _square_imagenet_variance(backbone)
@@ -441,7 +441,7 @@ def _load_weights_file(backbone: keras.Model, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _open_weights(path: pathlib.Path) -> Iterator[tuple[h5py.File, dict[str, Any] | None]]:
-    """Opens a weights file's arrays and, of a `.keras` model, its configuration: nothing in it is ever run."""
+    """Opens the arrays of a weights file, and the configuration of a `.keras` model; no code in it is executed."""
     import h5py
 
     with contextlib.ExitStack() as stack:
@@ -453,17 +453,16 @@ def _open_weights(path: pathlib.Path) -> Iterator[tuple[h5py.File, dict[str, Any
         yield stack.enter_context(h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r")), config
 
 
-# A layer's name, its variables, and the arrays that a file has for them.
+# name of a layer, its variables, and their arrays in a file
 _Slot = tuple[str, list[Any], "Arrays"]
-# Class and name of a layer, and the layers inside it where it is a model.
+# class and name of a layer, and its inner layers if it is a model
 _Outline = list[tuple[str, str, "list[Any] | None"]]
 
 
 def _match_order(backbone: keras.Model, group: h5py.Group) -> list[_Slot]:
-    """The layout up to Keras 2: layers in order, whatever their names; a top's come last.
+    """The layout up to Keras 2: layers in order, regardless of their names; those of a top come last.
 
-    If the network lies inside another model, that model has all of its arrays as if it were one layer: those that were
-    trainable come first.
+    If the network is nested in another model, the file has all of its arrays as one layer, trainable ones first.
     """
     saved: list[Arrays] = []
     for layer_name in _read_attribute(group, "layer_names"):
@@ -485,7 +484,7 @@ def _match_order(backbone: keras.Model, group: h5py.Group) -> list[_Slot]:
 
 
 def _read_attribute(group: h5py.Group, name: str) -> list[str]:
-    """Reads a list of names, which Keras splits into `name0`, `name1` … where it is above HDF5's 64 KiB."""
+    """Reads a list of names, which Keras splits into `name0`, `name1`, … beyond the 64 KiB limit of HDF5."""
     parts = [name] if name in group.attrs else [key for key in group.attrs if re.fullmatch(rf"{name}\d+", key)]
     if not parts:
         raise KeyError(f"no attribute {name}")
@@ -494,7 +493,7 @@ def _read_attribute(group: h5py.Group, name: str) -> list[str]:
 
 
 def _match_places(backbone: keras.Model, file: h5py.File) -> list[_Slot]:
-    """The layout of Keras 3: a layer's place is its class and how many of that class come before it."""
+    """The layout of Keras 3: layers are stored by class, and numbered within their class."""
     saved = _read_places(file, _outline_model(backbone))
     return [(layer.name, layer.weights, arrays) for layer, (*_, arrays) in zip(_flatten(backbone), saved, strict=True)]
 
@@ -520,7 +519,7 @@ def _fits(slots: Sequence[_Slot]) -> bool:
 
 
 def _match_names(backbone: keras.Model, file: h5py.File, config: dict[str, Any]) -> list[_Slot]:
-    """A `.keras` model, with whatever around or after the backbone, or the backbone inside it as a layer."""
+    """A `.keras` model: the backbone, possibly with further layers, or nested as a layer."""
     saved = list(_read_places(file, _outline_config(config)))
     names = _number_anew([(class_name, name) for class_name, name, _ in saved])
     arrays = dict(zip(names, (arrays for *_, arrays in saved), strict=True))
@@ -528,7 +527,7 @@ def _match_names(backbone: keras.Model, file: h5py.File, config: dict[str, Any])
 
 
 def _read_places(group: h5py.Group, outline: _Outline) -> Iterator[tuple[str, str, Arrays]]:
-    """Reads class, name and arrays of each layer of an outline, those inside models among them."""
+    """Reads class, name and arrays of each layer of an outline, including layers of nested models."""
     seen: Counter[str] = Counter()
     for class_name, name, inner in outline:
         key = _snake_case(class_name)
@@ -560,7 +559,7 @@ def _outline_config(config: dict[str, Any]) -> _Outline:
 
 
 def _flatten(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """Gives the layers of a model, and those inside ConvNeXt's stem and downsampling blocks."""
+    """Yields the layers of a model, including those inside the stem and downsampling blocks of ConvNeXt."""
     for layer in model.layers:
         yield from _flatten(layer) if hasattr(layer, "layers") else (layer,)
 
@@ -571,8 +570,8 @@ def _assign(backbone: keras.Model, slots: Sequence[_Slot], path: pathlib.Path) -
         if needed != found:
             raise UserError(
                 f"The weights file {path} does not fit {backbone.name}: its layer '{name}' needs shapes "
-                f"{_join(needed)}, the file has {_join(found)}. Use a file of this network, with the "
-                "--backbone_kwargs it was made with."
+                f"{_join(needed)}, but the file has {_join(found)}. Use weights of this network, with the same "
+                "--backbone_kwargs."
             )
     for _, variables, arrays in slots:
         for variable, array in zip(variables, arrays, strict=True):
@@ -585,11 +584,11 @@ def _join(shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def _square_imagenet_variance(backbone: keras.Model) -> None:
-    """Makes up for the layer that EfficientNetB0 to B7 have only if Keras itself loads the ImageNet weights.
+    """Corrects the normalization of EfficientNetB0 to B7 for ImageNet weights that are loaded from a file.
 
-    Those files hold the deviations of ImageNet's channels where the Normalization layer takes variances, and Keras
-    adds a Rescaling by one over their roots for `weights="imagenet"` alone
-    (https://github.com/tensorflow/tensorflow/issues/49930). Squared, they give the same pixels without it.
+    These files contain standard deviations of ImageNet's channels where the Normalization layer expects variances. With
+    `weights="imagenet"` Keras adds a Rescaling layer that compensates for this
+    (https://github.com/tensorflow/tensorflow/issues/49930). Squaring the values has the same effect without that layer.
     """
     import keras
     import numpy as np

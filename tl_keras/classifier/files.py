@@ -1,4 +1,4 @@
-"""The files of a classifier: the folder `classifier` of a run, and what an exported model says beside its graph."""
+"""The files of a classifier: the folder `classifier` of a run, and the metadata of an exported model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tl_keras.backbones import preprocessing  # noqa: F401 (registers our layers with Keras, which loads networks)
+from tl_keras.backbones import preprocessing  # noqa: F401 (registers its layer with Keras for loading)
 from tl_keras.classifier import probe_layers  # noqa: F401 (likewise)
 from tl_keras.classifier.classifier import Classifier
 from tl_keras.errors import UserError
@@ -26,13 +26,13 @@ _NETWORK_FILE, _DESCRIPTION_FILE, _SAMPLES_FILE = "network.keras", "classifier.j
 
 
 def write_classifier(classifier: Classifier, folder: Path, *, samples: Sequence[bytes], expected: np.ndarray) -> None:
-    """Writes `network.keras`, `classifier.json`, and `samples.npz` for whoever exports it later.
+    """Writes `network.keras`, `classifier.json`, and `samples.npz`, which a later export is compared with.
 
     Args:
         classifier: the trained classifier.
-        folder: where; made where it does not exist.
+        folder: the folder; it is created if it does not exist.
         samples: m encoded images.
-        expected: their probabilities as evaluated, float32 `(m, classes)`.
+        expected: their evaluated probabilities, float32 `(m, classes)`.
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
@@ -66,16 +66,16 @@ def load_trained(path: str) -> Classifier:
     """Loads the classifier of a run folder, with its Keras network.
 
     Raises:
-        UserError: there is none at `path`, or it is damaged.
+        UserError: there is no classifier, or it is damaged.
     """
     root, folder = Path(path), find_folder(path)
     if not os.path.exists(root):
         raise UserError(f"{path} does not exist. Give a run folder (runs/NAME) or an exported version folder.")
     if is_exported(root):
-        raise UserError(f"{path} is an exported model; here a run folder (runs/NAME) is needed.")
+        raise UserError(f"{path} is an exported model, but a run folder is needed here. Give a run folder: runs/NAME.")
     if not os.path.isfile(folder / _DESCRIPTION_FILE) or not os.path.isfile(folder / _NETWORK_FILE):
         raise UserError(
-            f"{path} holds no classifier. Give a run folder whose run has ended, or saved_models/NAME/VERSION."
+            f"{path} contains no classifier. Give the folder of a complete run, or saved_models/NAME/VERSION."
         )
     description = read_json(folder / _DESCRIPTION_FILE)
     try:
@@ -99,7 +99,7 @@ def load_trained(path: str) -> Classifier:
 
 
 def load_samples(path: str) -> tuple[list[bytes], np.ndarray]:
-    """Real images of a run with the probabilities that were evaluated.
+    """Loads sample images of a run with their evaluated probabilities.
 
     Args:
         path: the run folder.
@@ -108,7 +108,7 @@ def load_samples(path: str) -> tuple[list[bytes], np.ndarray]:
         m encoded images, and float32 `(m, classes)`.
 
     Raises:
-        UserError: the run has none.
+        UserError: the file is missing or damaged.
     """
     file = find_folder(path) / _SAMPLES_FILE
     try:
@@ -120,7 +120,7 @@ def load_samples(path: str) -> tuple[list[bytes], np.ndarray]:
 
 
 def find_folder(path: str) -> Path:
-    """The folder `classifier` of a run folder; it may be given itself."""
+    """Finds the folder `classifier` of a run folder; the path may also be this folder."""
     root = Path(path)
     return root if os.path.isfile(root / _DESCRIPTION_FILE) else root / "classifier"
 
@@ -131,21 +131,23 @@ def is_exported(path: Path) -> bool:
 
 
 def read_labels(path: Path) -> list[str]:
-    """The labels of an exported version folder.
+    """Reads the labels of an exported version folder.
 
     Raises:
-        UserError: it has none.
+        UserError: it has no labels.
     """
     try:
         return (path / "assets" / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
-        raise UserError(f"{path} has no assets/labels.txt: it was not exported by tl_keras.") from error
+        raise UserError(
+            f"{path} has no assets/labels.txt, so it was not exported by tl_keras. Give a model exported by tl_keras."
+        ) from error
 
 
 def read_decoding(path: Path) -> dict[str, Any]:
-    """How an exported model brings images to size, and its limit of pixels; as `write_decoding` wrote it.
+    """Reads how an exported model resizes images, and its pixel limit, from the file of `write_decoding`.
 
-    A model that an earlier version exported does not say; its images are taken to be cropped, without a limit.
+    Models exported by earlier versions do not have this file; they crop images and have no limit.
     """
     file = path / "assets.extra" / _DECODING_FILE
     known = read_json(file) if file.is_file() else {}
@@ -153,23 +155,23 @@ def read_decoding(path: Path) -> dict[str, Any]:
 
 
 def read_run_id(path: Path) -> str:
-    """The run that exported a version folder, see `RunFolder.run_id`; empty if it does not say."""
+    """Reads the id of the run that exported a version folder, see `RunFolder.run_id`; empty if it is unknown."""
     file = path / "assets.extra" / _DECODING_FILE
     return str(read_json(file).get("run_id", "")) if file.is_file() else ""
 
 
 def write_decoding(path: Path, classifier: Classifier, *, max_pixels: int | None, run_id: str = "") -> None:
-    """Keeps beside an exported model what its graph does not tell: see `read_decoding` and `read_run_id`."""
+    """Writes metadata of an exported model that is not in its graph, see `read_decoding` and `read_run_id`."""
     content = {"resize": classifier.resize, "image_size": classifier.image_size, "max_pixels": max_pixels}
     content |= {"run_id": run_id} if run_id else {}
     write_atomically(path / "assets.extra" / _DECODING_FILE, json.dumps(content).encode())
 
 
 def _check_fit(classifier: Classifier) -> None:
-    """Checks that the description is this network's.
+    """Checks that the description matches the network.
 
     Raises:
-        ValueError: it is another's.
+        ValueError: it does not.
     """
     network = classifier.network
     network.get_layer(classifier.embedding_layer)

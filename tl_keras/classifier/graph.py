@@ -1,4 +1,4 @@
-"""The classifier as one TensorFlow graph: decoding, preprocessing, network and labels; the signatures of the export."""
+"""The classifier as a TensorFlow graph with decoding, preprocessing, network and labels, and its signatures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework.convert_to_constants import (  # the documented way has no public name (TF 2.21)
+from tensorflow.python.framework.convert_to_constants import (  # documented, but without a public name (TF 2.21)
     convert_variables_to_constants_v2,
 )
 
@@ -16,23 +16,23 @@ from tl_keras.data.images import decode_batch
 from tl_keras.errors import UserError
 
 TOP_K = 5
-EXAMPLE_FEATURE = "image_bytes"  # of the tf.train.Examples that the signature `classify` takes
-GRAPH_LIMIT_BYTES = 2_000_000_000  # a protobuf holds at most 2 GiB
+EXAMPLE_FEATURE = "image_bytes"  # feature of tf.train.Example in the signature `classify`
+GRAPH_LIMIT_BYTES = 2_000_000_000  # the limit of protobuf is 2 GiB
 
 
 class Servable(tf.Module):  # type: ignore[misc]
-    """A classifier as a graph: the signatures of the exported model.
+    """A classifier as a graph, with the signatures of the exported model.
 
-    The network is frozen to constants: no variable is tracked, so that it loads through a TF1 session as in TF Serving,
-    and TensorFlow's optimiser can fold and fuse it.
+    The network is frozen to constants. It has no variables, so that it can be loaded in a TF1 session as in TF Serving,
+    and TensorFlow's graph optimizer can fold and fuse operations.
     """
 
     def __init__(self, classifier: Classifier, *, max_pixels: int | None = None) -> None:
         """Freezes the classifier's network.
 
         Args:
-            classifier: what was trained.
-            max_pixels: larger images are invalid; None: there is no limit.
+            classifier: the trained classifier.
+            max_pixels: pixel limit; larger images are invalid. None for no limit.
 
         Raises:
             UserError: the network is too large for one graph.
@@ -41,18 +41,19 @@ class Servable(tf.Module):  # type: ignore[misc]
         size = size_in_bytes(classifier.network)
         if size > GRAPH_LIMIT_BYTES:
             raise UserError(
-                f"the network has {size / 1e9:.1f} GB of weights; one graph holds 2 GB. Choose a smaller backbone."
+                f"the network has {size / 1e9:.1f} GB of weights, but a graph can't be larger than 2 GB. Use a smaller "
+                "--backbone."
             )
         self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
         self._network = _freeze(classifier.network, classifier.embedding_layer)
         self._labels = classifier.labels
-        self.endpoints = self._make_endpoints()  # "signatures" is a name that SavedModel keeps for itself
+        self.endpoints = self._make_endpoints()  # SavedModel reserves the name "signatures"
 
     def _make_endpoints(self) -> dict[str, Any]:
         image_bytes = tf.TensorSpec((None,), tf.string, name="image_bytes")
         side = self._image_size
         pixels = tf.TensorSpec((None, side, side, 3), tf.float32, name="images")
-        examples = tf.TensorSpec((None,), tf.string, name="inputs")  # TF Serving's Classify API wants these names
+        examples = tf.TensorSpec((None,), tf.string, name="inputs")  # name required by the Classify API
 
         @tf.function(input_signature=(image_bytes,), autograph=False)
         def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -60,7 +61,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         @tf.function(input_signature=(pixels,), autograph=False)
         def serve_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            # ReLU6 makes a number of any pixel: what is not finite would get a probability like an image
+            # ReLU6 clips infinite values, so that invalid pixels would get probabilities like an image
             is_valid = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3))
             return self._answer(self._run(images)[1], is_valid)
 
@@ -93,14 +94,14 @@ class Servable(tf.Module):  # type: ignore[misc]
         return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
 
     def _run(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Embeddings and probabilities; an empty batch gets one row, which no convolution can do without."""
+        """Computes embeddings and probabilities; an empty batch is padded, because convolutions need one row."""
         count = tf.shape(images)[0]
         filler = tf.zeros((tf.maximum(1 - count, 0), *images.shape[1:]))
         embeddings, probabilities = self._network(tf.concat([images, filler], 0))
         return embeddings[:count], probabilities[:count]
 
     def _answer(self, probabilities: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The outputs of a signature: zeros, empty labels and -1 for an image that is not valid."""
+        """Makes the outputs of a signature: zeros, empty labels and -1 for invalid images."""
         probabilities = tf.where(valid[:, tf.newaxis], probabilities, 0.0)
         scores, class_ids = tf.math.top_k(probabilities, min(TOP_K, len(self._labels)))
         labels = tf.gather(tf.constant(self._labels), class_ids)

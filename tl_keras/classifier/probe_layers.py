@@ -1,7 +1,7 @@
-"""Layers for heads that are no dense layer: a support vector machine with an RBF kernel, and nearest neighbours.
+"""Layers for nonlinear probes: a support vector machine with an RBF kernel, and nearest neighbors.
 
-They compute in float64 what scikit-learn computes in float64, from the same float32 embeddings: votes are
-discontinuous, and a distance that is rounded otherwise gives another class. What they keep is stored as float32.
+They compute in float64 like scikit-learn, from the same float32 embeddings: votes are discontinuous, so that a rounding
+error of a distance can change the predicted class. Training embeddings are stored as float32.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_TINY = 1e-300  # the logarithm of a probability of 0 stays finite
+_TINY = 1e-300  # keeps the logarithm of a probability of 0 finite
 
 
 def size_in_bytes(network: keras.Model) -> int:
-    """What a network's weights take in an exported model."""
+    """Size of a network's weights in an exported model, in bytes."""
     return sum(int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize for weight in network.weights)
 
 
 def has_votes(network: keras.Model) -> bool:
-    """Whether a classifier's probabilities jump where a vote changes, so that only its decisions can be compared."""
+    """Whether probabilities change in steps because they are votes, so that only decisions can be compared."""
     return any(isinstance(layer, _Scaled) for layer in network.layers)
 
 
 class _Scaled(keras.layers.Layer):  # type: ignore[misc]
-    """What both layers share: kept embeddings, and the scaling of these and of what comes in.
+    """Base class: stored training embeddings, and the scaling of stored and new embeddings.
 
     Args:
-        count: n, embeddings that are kept.
-        dim: d, of an embedding.
-        unit: each embedding is brought to length 1, instead of centred and divided.
+        count: number of stored embeddings, n.
+        dim: size of an embedding, d.
+        unit: whether embeddings are scaled to length 1, instead of centered and divided.
     """
 
     def __init__(self, *, count: int, dim: int, unit: bool, name: str = "logits") -> None:
@@ -57,7 +57,7 @@ class _Scaled(keras.layers.Layer):  # type: ignore[misc]
         return (values - self.center) / self.spread
 
     def _square_distances(self, embeddings: tf.Tensor) -> tf.Tensor:
-        """Squared Euclidean distances to what is kept, float64 `(b, n)`."""
+        """Squared Euclidean distances to the stored embeddings, float64 `(b, n)`."""
         a, b = self._scale(embeddings), self._scale(tf.convert_to_tensor(self.kept))
         squares = tf.reduce_sum(a**2, 1)[:, tf.newaxis] + tf.reduce_sum(b**2, 1)
         return tf.maximum(squares - 2 * tf.matmul(a, b, transpose_b=True), 0.0)
@@ -65,17 +65,16 @@ class _Scaled(keras.layers.Layer):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable("tl_keras")
 class NearestNeighbours(_Scaled):
-    """Shares of the classes among the k nearest of the kept embeddings, as logarithms.
+    """Log fractions of the classes among the k nearest stored embeddings.
 
     Args:
-        count: n, embeddings that are kept.
-        dim: d, of an embedding.
+        count: number of stored embeddings, n.
+        dim: size of an embedding, d.
         unit: see `_Scaled`.
-        num_classes: classes.
-        k: neighbours that vote.
-        smoothing: votes that are spread over all classes before they are counted. Without them a class that got no
-            vote has the logarithm of nearly 0, which outweighs all others where a temperature is fitted. Layers that
-            were saved before version 0.2 have none.
+        num_classes: number of classes.
+        k: number of neighbors.
+        smoothing: additional votes, distributed over all classes. Without them, classes without votes would have
+            extreme logits, which dominate when a temperature is fitted. Layers saved before version 0.2 have none.
     """
 
     def __init__(
@@ -109,15 +108,15 @@ class NearestNeighbours(_Scaled):
 
 @keras.saving.register_keras_serializable("tl_keras")
 class SupportVectors(_Scaled):
-    """A support vector machine with an RBF kernel (libsvm's one against one), calibrated by sigmoids.
+    """A support vector machine with an RBF kernel (one against one, as in libsvm), calibrated with sigmoids.
 
-    The kept embeddings are the support vectors, class by class.
+    The stored embeddings are the support vectors, sorted by class.
 
     Args:
-        counts: support vectors of each class.
-        dim: d, of an embedding.
+        counts: number of support vectors of each class.
+        dim: size of an embedding, d.
         unit: see `_Scaled`.
-        gamma: of the kernel exp(-gamma |x - s|²).
+        gamma: gamma of the kernel exp(-gamma |x - s|²).
     """
 
     def __init__(self, *, counts: Sequence[int], dim: int, unit: bool, gamma: float, name: str = "logits") -> None:
@@ -126,7 +125,7 @@ class SupportVectors(_Scaled):
         self._sizes = {"counts": list(counts), "dim": dim, "unit": unit, "gamma": gamma}
         num_classes = len(counts)
         sigmoids = 1 if num_classes == 2 else num_classes
-        # each vector's weight against each class; against its own it has none
+        # weight of each vector against each other class; 0 for its own class
         self.dual = self._add("dual", (sum(counts), num_classes), "float64")
         self.intercepts = self._add("intercepts", (num_classes, num_classes), "float64")
         self.slope = self._add("slope", (sigmoids,), "float64")
@@ -139,10 +138,10 @@ class SupportVectors(_Scaled):
         kernel = tf.exp(-self._sizes["gamma"] * self._square_distances(embeddings))
         parts = zip(tf.split(kernel, counts, 1), tf.split(tf.convert_to_tensor(self.dual), counts, 0), strict=True)
         halves = tf.stack([tf.matmul(*part) for part in parts], 1)
-        # [b, i, j] for i < j: i against j, above 0 where i wins
+        # [b, i, j] for i < j: i against j, positive if i wins
         against = halves + tf.transpose(halves, (0, 2, 1)) + self.intercepts
         if classes == 2:
-            decision = -against[:, 0, 1:2]  # scikit-learn's is above 0 for the second class
+            decision = -against[:, 0, 1:2]  # in scikit-learn positive for the second class
             return tf.concat([tf.zeros_like(decision), -(self.slope * decision + self.offset)], 1)
         decision = _join_votes(against, classes)
         return tf.math.log_sigmoid(-(self.slope * decision + self.offset))
@@ -153,13 +152,13 @@ class SupportVectors(_Scaled):
 
 
 def _join_votes(against: tf.Tensor, classes: int) -> tf.Tensor:
-    """One decision a class from those between two: votes, and a share below a third by the sum of confidences.
+    """Combines pairwise decisions to one decision per class: votes, plus less than 1/3 for the sum of confidences.
 
-    The formula is scikit-learn's (`sklearn.utils.multiclass._ovr_decision_function`).
+    The formula is that of scikit-learn (`sklearn.utils.multiclass._ovr_decision_function`).
 
     Args:
-        against: float64 `(b, classes, classes)`, of which the upper triangle counts.
-        classes: their number.
+        against: float64 `(b, classes, classes)`; only the upper triangle is used.
+        classes: number of classes.
 
     Returns:
         float64 `(b, classes)`.

@@ -1,7 +1,7 @@
-"""What happens to photographs on their way: noise, blur, light, compression, at five strengths each.
+"""Image corruptions: noise, blur, brightness, contrast, compression, rotation and crops, at five strengths each.
 
-The formulas and strengths are those of ImageNet-C (Hendrycks & Dietterich 2019, appendix B, and the authors' code), on
-images that are brought to the network's size already; rotation and crop, which it does not have, are ours.
+Formulas and strengths are those of ImageNet-C (Hendrycks & Dietterich 2019, appendix B, and the authors' code), applied
+to images at the network's size. Rotation and crop are additions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import tensorflow as tf
 from scipy import ndimage
 
 STRENGTHS = 5
-_NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation, of values from 0 to 1
+_NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation, for values from 0 to 1
 _BLUR = (1.0, 2.0, 3.0, 4.0, 6.0)  # standard deviation in pixels
 _BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)  # added to the value of HSV
-_CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # times the distance to the mean
+_CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # factor of the distance to the mean
 _JPEG = (25, 18, 15, 10, 7)  # quality
-_PIXELS = (0.6, 0.5, 0.4, 0.3, 0.25)  # of the side
+_PIXELS = (0.6, 0.5, 0.4, 0.3, 0.25)  # fraction of the side
 _DEGREES = (5.0, 10.0, 20.0, 30.0, 45.0)
-_CROP = (0.95, 0.9, 0.8, 0.7, 0.6)  # of the side, from the middle
+_CROP = (0.95, 0.9, 0.8, 0.7, 0.6)  # fraction of the side, center crop
 
 
 def corrupt(image: np.ndarray, name: str, strength: int, *, seed: int) -> np.ndarray:
@@ -28,12 +28,12 @@ def corrupt(image: np.ndarray, name: str, strength: int, *, seed: int) -> np.nda
 
     Args:
         image: RGB, uint8 `(size, size, 3)`.
-        name: of `CORRUPTIONS`.
+        name: one of `CORRUPTIONS`.
         strength: 1 to 5.
-        seed: of the noise.
+        seed: random seed of the noise.
 
     Returns:
-        uint8, the same shape.
+        uint8 `(size, size, 3)`.
     """
     values = CORRUPTIONS[name](image, strength - 1, np.random.default_rng(seed))
     return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
@@ -51,12 +51,12 @@ def _blur(image: np.ndarray, level: int, random: np.random.Generator) -> np.ndar
 
 
 def _brighten(image: np.ndarray, level: int, random: np.random.Generator) -> np.ndarray:
-    """The value of HSV is the largest of the three channels; hue and saturation stay where all grow by one factor."""
+    """Increases the value of HSV, which is the largest channel; a common factor keeps hue and saturation."""
     del random
     values = image.astype(np.float32) / 255
     value = values.max(-1, keepdims=True)
     brighter = np.minimum(value + _BRIGHTNESS[level], 1)
-    # black has no hue: it becomes grey
+    # black has no hue: it becomes gray
     return np.asarray(255 * np.where(value > 0, values * brighter / np.where(value > 0, value, 1), brighter))
 
 

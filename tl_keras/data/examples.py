@@ -1,4 +1,4 @@
-"""The examples of one run: labelled, split, known by their content, the broken ones left out."""
+"""The examples of one run: labels, splits, digests, and images that are left out because they are broken."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ReportBroken = Callable[[list[tuple[str, str]]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Every example that a run uses, and which it had to leave out.
+    """The examples that a run uses, and the images that it leaves out.
 
     Attributes:
-        source: where they come from.
-        splits: int8 `(n,)`, index into `SPLITS`; `UNUSED` for those left out.
-        digests: SHA-256 of each image's bytes, `(n,)` of 32 bytes; zeros for those left out.
-        broken: position → why it can't be used.
+        source: the source of the images.
+        splits: int8 `(n,)`, index into `SPLITS`; `UNUSED` for images that are left out.
+        digests: SHA-256 of each image's bytes, `(n,)` of 32 bytes; zeros for images that are left out.
+        broken: position → reason why the image can't be used.
     """
 
     source: Source
@@ -34,39 +34,39 @@ class Examples:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes in order of name."""
+        """The class names, sorted."""
         return self.source.class_names
 
     def positions(self, split: str) -> np.ndarray:
-        """Positions of a split's examples, int64 `(m,)`, ascending."""
+        """Positions of the examples of a split, int64 `(m,)`, ascending."""
         return np.flatnonzero(self.splits == SPLITS.index(split))
 
     def labels(self, split: str) -> np.ndarray:
-        """A split's labels, int32 `(m,)`."""
+        """Labels of a split, int32 `(m,)`."""
         labels: np.ndarray = self.source.labels[self.positions(split)]
         return labels
 
     def ids(self, split: str) -> list[str]:
-        """A split's ids."""
+        """Ids of a split."""
         return [self.source.ids[position] for position in self.positions(split)]
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Id, split and label of every example in use, in the source's order; without classes empty but for the id."""
+        """Yields id, split and label of every example in use, in source order; without classes only the id is set."""
         names, source = self.class_names, self.source
         for position in np.flatnonzero(self.splits >= 0).tolist():
             described = (SPLITS[self.splits[position]], names[source.labels[position]]) if names else ("", "")
             yield (source.ids[position], *described)
 
     def without(self, broken: dict[int, str], *, max_broken_fraction: float, report: ReportBroken) -> Examples:
-        """The same examples, more of them left out.
+        """Leaves out further broken images.
 
         Args:
-            broken: position → why.
-            max_broken_fraction: more than this, of all, is an error.
-            report: is given all broken ones as rows of id and reason.
+            broken: position → reason.
+            max_broken_fraction: allowed fraction of broken images.
+            report: called with id and reason of all broken images.
 
         Raises:
-            UserError: too many are broken.
+            UserError: too many images are broken.
         """
         both = {**self.broken, **broken}
         total = int(np.sum(self.splits >= 0)) + len(self.broken)
@@ -87,21 +87,21 @@ def scan(
     report: ReportBroken,
     look: Callable[[str, bytes], None] | None = None,
 ) -> Examples:
-    """Reads every image's bytes once: their digest, and whether TensorFlow reads such a format.
+    """Reads the bytes of every image once, computes their digests, and checks their formats.
 
     Args:
-        source: the labelled images.
-        splits: int8 `(n,)`; `UNUSED` ones are not read.
-        max_broken_fraction: more broken files than this stop the run.
-        show_progress: shows how far it is.
-        report: is given the broken ones, before they may stop the run.
-        look: is given the id and the bytes of each that is an image, where someone wants to look at files.
+        source: the labeled images.
+        splits: int8 `(n,)`; `UNUSED` images are not read.
+        max_broken_fraction: allowed fraction of broken images.
+        show_progress: called with the progress as text.
+        report: called with the broken images, before they may stop the run.
+        look: called with id and bytes of each readable image; None if files are not inspected.
 
     Returns:
-        The examples, without those that are no readable image. Truncated ones are found when they are decoded.
+        The examples without unreadable images. Truncated images are found later, when they are decoded.
 
     Raises:
-        UserError: too many are broken.
+        UserError: too many images are broken.
     """
     used = np.flatnonzero(splits >= 0)
     digests = np.zeros(len(splits), "V32")
@@ -111,7 +111,7 @@ def scan(
         if reason:
             broken[position] = reason
             if len(broken) > max(100, len(used) // 2, max_broken_fraction * len(used)):
-                break  # refused below
+                break  # the check below fails
         else:
             digests[position] = np.void(hashlib.sha256(content).digest())
             if look:
@@ -122,24 +122,24 @@ def scan(
 
 
 def check_broken(source: Source, broken: dict[int, str], total: int, *, max_broken_fraction: float) -> None:
-    """Stops where too many images are broken.
+    """Checks that not too many images are broken.
 
     Raises:
-        UserError: more than `max_broken_fraction` of `total`.
+        UserError: more than `max_broken_fraction` of `total` are broken.
     """
     if len(broken) > max_broken_fraction * total:
         position, reason = next(iter(sorted(broken.items())))
         raise UserError(
             f"{len(broken)} of {total} images are broken, more than --max_broken_fraction={max_broken_fraction:g}. "
-            f"The first is {source.ids[position]}: {reason}. Mend or remove them, or allow more."
+            f"The first is {source.ids[position]}: {reason}. Repair or remove them, or allow more."
         )
 
 
 def draw_shots(examples: Examples, *, shots: int, seed: int) -> Examples:
-    """The same examples with `shots` training examples a class; see `splits.choose_shots`.
+    """Keeps `shots` training examples per class; see `splits.choose_shots`.
 
     Raises:
-        UserError: a class has fewer.
+        UserError: a class has fewer training examples.
     """
     source = examples.source
     splits = choose_shots(source.ids, source.labels, examples.splits, shots=shots, seed=seed)
@@ -155,21 +155,21 @@ def split_source(
     seed: int,
     draws: int = 1,
 ) -> tuple[np.ndarray, list[str]]:
-    """Decides each example's split, and checks that each class can be learnt and measured.
+    """Assigns a split to each example, and checks that each class can be trained and evaluated.
 
     Args:
-        source: the labelled images.
+        source: the labeled images.
         val_fraction: see `splits.carve`.
         test_fraction: see `splits.carve`.
-        shots: training examples a class; None for all.
-        seed: of the draw of shots.
-        draws: so many draws, of the seeds from `seed` on: what any of them has is kept.
+        shots: training examples per class; None for all.
+        seed: random seed of the first draw of shots.
+        draws: number of draws, with seeds from `seed` on; examples of any draw are kept.
 
     Returns:
-        int8 `(n,)`, and lines that warn of classes without a val or test example.
+        Splits, int8 `(n,)`, and warnings about classes without val or test examples.
 
     Raises:
-        UserError: one class only, an empty split, a class that train lacks, too few shots.
+        UserError: there is only one class, val is empty, a class has no training example, or too few for `shots`.
     """
     splits = carve(
         source.ids, source.splits, val_fraction=val_fraction, test_fraction=test_fraction, labels=source.labels

@@ -1,4 +1,4 @@
-"""What kind of file some bytes are, told by their content."""
+"""Detection of file formats by content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIGNATURES = (
 
 
 def name_format(content: bytes) -> str:
-    """The format's name: in lower case where TensorFlow reads it, `unknown` where nothing fits."""
+    """Names the format: in lower case if TensorFlow reads it, `unknown` if no signature matches."""
     for signature, name in _SIGNATURES:
         if content.startswith(signature):
             return name
@@ -39,7 +39,7 @@ def name_format(content: bytes) -> str:
 
 
 def explain_unreadable(content: bytes) -> str:
-    """Why TensorFlow can't read such a file, and the way to convert it; empty where its format is one it reads."""
+    """Explains why TensorFlow can't read a file, and how to convert it; empty if its format is supported."""
     if not content:
         return "empty or unreadable file"
     name = name_format(content)
@@ -48,19 +48,19 @@ def explain_unreadable(content: bytes) -> str:
     if name in _READABLE:
         return ""
     if name == "unknown":
-        return "not an image: JPEG, PNG, GIF, BMP and WebP are read"
-    return f"{name} is not read by TensorFlow: {_CONVERT}"
+        return "not an image: supported formats are JPEG, PNG, GIF, BMP and WebP"
+    return f"{name} is not supported by TensorFlow: {_CONVERT}"
 
 
 def _explain_bmp(content: bytes) -> str:
-    """Why a BMP is not read; empty if it is of a kind that `bmp.decode_bmp` reads."""
+    """Explains why a BMP file is not supported; empty if `bmp.decode_bmp` reads it."""
     if len(content) < 54:
-        return "BMP that is cut off"
+        return "truncated BMP"
     size, bits, compression = (int.from_bytes(content[a:b], "little") for a, b in ((14, 18), (28, 30), (30, 34)))
     if size < 40:
-        return f"BMP of OS/2 is not read: {_CONVERT}"
+        return f"OS/2 BMP is not supported: {_CONVERT}"
     if compression not in {0, 3, 6}:
-        return f"compressed BMP is not read: {_CONVERT}"
+        return f"compressed BMP is not supported: {_CONVERT}"
     if bits not in {1, 4, 8, 16, 24, 32}:
-        return f"BMP of {bits} bits a pixel is not read: {_CONVERT}"
+        return f"BMP with {bits} bits per pixel is not supported: {_CONVERT}"
     return ""

@@ -87,7 +87,7 @@ def decode_batch(
     max_pixels: int | None = None,
     read: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes a batch inside a graph; a broken image leaves its neighbours alone.
+    """Decodes a batch inside a graph; a broken image leaves its neighbors alone.
 
     A `tf.data` pipeline inside the graph skips what can't be decoded, and the rest is scattered back by index. One
     image alone is decoded without the pipeline's threads, which take longer to start than to work.

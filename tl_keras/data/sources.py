@@ -1,4 +1,4 @@
-"""Where labelled images come from: a folder of class folders, a CSV manifest, the digits, any TFDS data set."""
+"""Sources of labeled images: a folder of class folders, a CSV manifest, digits, or a TFDS data set."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
         *("jpg", "jpeg", "jpe", "jfif", "png", "gif", "bmp", "webp"),
-        # TensorFlow reads none of these; each is found, named, and told how to be converted
+        # not supported by TensorFlow: these images are listed as broken, with advice on conversion
         *("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ico", "svg", "psd", "raw", "dng"),
     )
 )
-# folders that systems make beside photographs: archives of macOS, thumbnails and waste baskets of NAS and Windows
+# folders that operating systems create: archives of macOS, thumbnails and trash of NAS and Windows
 _OF_SYSTEMS = frozenset(
     ("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin")
     + ("system volume information", "lost+found", "thumbs.db", "desktop.ini", "__pycache__")
 )
 _NOTHING = frozenset(("nan", "none", "null", "n/a", "na", "unknown", "unlabelled", "unlabeled"))
-_STRAY_IMAGES = 2  # in a folder of folders: a preview, a picture of the label
+_STRAY_IMAGES = 2  # images in a folder of folders that are ignored, such as a preview
 _READERS = 4
 _READ_AHEAD = 64
 _NAMED = 5
@@ -38,17 +38,17 @@ _NAMED = 5
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Labelled images that have not been read yet.
+    """Labeled images that are not read yet.
 
     Attributes:
-        name: for the run folder and the exported model.
-        ids: n ids, each once.
+        name: name of the data set, used for the run folder and the exported model.
+        ids: n unique ids.
         labels: int32 `(n,)`, index into `class_names`.
-        class_names: in order of name, over all splits together.
-        splits: int8 `(n,)`, as the source has them: 0 train, 1 val, 2 test.
-        read: gives (position, encoded bytes) for the positions asked for; an unreadable file gives b"".
-        notes: lines that a user is shown about the data.
-        paths: of the files, n of them; none where images are no files of the user's.
+        class_names: sorted names of the classes of all splits.
+        splits: splits of the source, int8 `(n,)`: 0 train, 1 val, 2 test.
+        read: positions → pairs of position and encoded bytes; unreadable files give b"".
+        notes: remarks on the data to show to the user.
+        paths: n paths of the files; empty if the images are not files of the user.
     """
 
     name: str
@@ -62,48 +62,47 @@ class Source:
 
 
 def load_source(
-    dataset: str, *, data_dir: str | None, classes: Sequence[str] = (), allow_unlabelled: bool = False
+    dataset: str, *, data_dir: str | None, classes: Sequence[str] = (), allow_unlabeled: bool = False
 ) -> Source:
-    """Finds the labelled images that `--dataset` names, without reading their pixels.
+    """Finds the labeled images of `--dataset` without reading their pixels.
 
     Args:
         dataset: `folder:PATH`, `csv:PATH`, `digits`, or a TFDS data set.
-        data_dir: where TFDS keeps its data.
-        classes: only these, if any.
-        allow_unlabelled: whether a folder of images without class folders, or a manifest without labels, will do.
+        data_dir: data directory of TFDS.
+        classes: classes to use; empty for all.
+        allow_unlabeled: whether a folder without class folders, or a manifest without labels, is allowed.
 
     Returns:
         The source; without labels it has no classes.
 
     Raises:
-        UserError: it can't be found, reached or understood; the text says what to do.
+        UserError: the data can't be found or downloaded, or its layout is not understood.
     """
     kind, separator, path = dataset.partition(":")
     if kind in _LOCAL and separator and not path:
-        raise UserError(f"--dataset={dataset} has no path. Give one: --dataset={dataset}PATH.")
+        raise UserError(f"--dataset={dataset} has no path. Add it: --dataset={dataset}PATH.")
     if kind in _LOCAL and separator:
-        source = _LOCAL[kind](path, allow_unlabelled=allow_unlabelled)
+        source = _LOCAL[kind](path, allow_unlabeled=allow_unlabeled)
     elif dataset == "digits":
         source = _load_digits()
     elif os.path.isabs(dataset) or (os.sep in dataset and os.path.exists(dataset)):
         kind = "csv" if os.path.isfile(dataset) else "folder"
-        raise UserError(f"--dataset={dataset} is a path. For data of your own: --dataset={kind}:{dataset}.")
+        raise UserError(f"--dataset={dataset} is a path. For your own data: --dataset={kind}:{dataset}.")
     else:
-        from tl_keras.data import tfds_source  # TFDS may be broken here, which is no matter to the other sources
+        from tl_keras.data import tfds_source  # imported late: other sources work without TFDS
 
         source = Source(**tfds_source.load(dataset, data_dir=data_dir))
     return _only(source, classes) if classes else source
 
 
 def list_images(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
-    """Files below a folder that have an image's suffix, in order of name; links are followed.
+    """Lists all files below a folder that have an image suffix, sorted; links are followed.
 
-    Left out are hidden files, folders that systems make (thumbnails, waste baskets), and folders of runs and exported
-    models.
+    Hidden files, folders of operating systems (thumbnails, trash), run folders and exported models are left out.
 
     Args:
-        folder: where.
-        skipped: counts the suffixes of other files.
+        folder: the folder.
+        skipped: counter to which the suffixes of other files are added.
 
     Raises:
         UserError: the folder can't be read.
@@ -114,7 +113,7 @@ def list_images(folder: Path, skipped: Counter[str] | None = None) -> list[Path]
 
 
 def read_files(paths: Sequence[str], positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """Reads files a little ahead of whoever consumes them; one that can't be read gives b""."""
+    """Reads files in background threads, ahead of the consumer; an unreadable file gives b""."""
     items = ((int(position), paths[position]) for position in positions)
     return map_ahead(_read_file, items, threads=_READERS, ahead=_READ_AHEAD)
 
@@ -126,20 +125,20 @@ def _read_file(path: str) -> bytes:
         return b""
 
 
-def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
+def _load_folder(text: str, *, allow_unlabeled: bool) -> Source:
     root = Path(text)
     _check_folder(root, "--dataset=folder:")
     folders, skipped = _subfolders(root), Counter[str]()
     by_split = {folder.name: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
-    has_splits = bool(by_split) and any(map(_subfolders, by_split.values()))  # a class called "train" has no folders
+    has_splits = bool(by_split) and any(map(_subfolders, by_split.values()))  # a class named "train" has no subfolders
     if has_splits:
         others = [folder.name for folder in folders if folder.name not in by_split]
         if others:
             raise UserError(
-                f"{root} has splits ({', '.join(sorted(by_split))}) and other folders beside them "
-                f"({', '.join(others[:_NAMED])}). Move the others away, or say with csv:PATH what is what."
+                f"{root} has splits ({', '.join(sorted(by_split))}) and other folders "
+                f"({', '.join(others[:_NAMED])}). Move the other folders away, or list the images with csv:PATH."
             )
-        labelled = [
+        labeled = [
             (path, SPLIT_NAMES[name.lower()], label.name)
             for name, split in sorted(by_split.items())
             for label in _subfolders(split)
@@ -147,48 +146,48 @@ def _load_folder(text: str, *, allow_unlabelled: bool) -> Source:
         ]
     else:
         _check_no_splits(root, folders)
-        labelled = [(path, 0, label.name) for label in folders for path in list_images(label, skipped)]
-    if not labelled and allow_unlabelled and (images := list_images(root, skipped)):
+        labeled = [(path, 0, label.name) for label in folders for path in list_images(label, skipped)]
+    if not labeled and allow_unlabeled and (images := list_images(root, skipped)):
         ids, paths = (
             [one_spelling(path.relative_to(root).as_posix()) for path in images],
             [str(path) for path in images],
         )
         source = _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
         return dataclasses.replace(source, notes=_describe_skipped(skipped))
-    if not labelled:
+    if not labeled:
         flat = len(list_images(root))
         if flat:
             raise UserError(
-                f"no images in class folders: {flat:,} lie in {root} itself. Expected {root}/CLASS/*.jpg. For "
+                f"no images in class folders, but {flat:,} directly in {root}. Expected {root}/CLASS/*.jpg. For "
                 "embeddings without labels: --mode=extract --embeddings_output=FILE.npz."
             )
         raise UserError(
-            f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg beside val and test."
+            f"no images in {root}. Expected {root}/CLASS/*.jpg, or {root}/train/CLASS/*.jpg, also for val and test."
         )
-    names = {label for _, _, label in labelled}
+    names = {label for _, _, label in labeled}
     if len(names) == 1 and not has_splits:
         _check_not_wrapped(root, names.pop())
-    ids = [one_spelling(path.relative_to(root).as_posix()) for path, _, _ in labelled]
-    empty = sorted({folder.name for folder in folders} - {label for _, _, label in labelled} - set(by_split))
+    ids = [one_spelling(path.relative_to(root).as_posix()) for path, _, _ in labeled]
+    empty = sorted({folder.name for folder in folders} - {label for _, _, label in labeled} - set(by_split))
     source = _from_files(
         _name_of(root),
         ids,
-        paths=[str(path) for path, _, _ in labelled],
-        class_of=[one_spelling(label) for _, _, label in labelled],
-        splits=[split for _, split, _ in labelled],
+        paths=[str(path) for path, _, _ in labeled],
+        class_of=[one_spelling(label) for _, _, label in labeled],
+        splits=[split for _, split, _ in labeled],
     )
     named = ", ".join(empty[:_NAMED]) + (f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else "")
-    note = f"warning: no class is made of the folders without a file that ends as images do (.jpg, .png, ...): {named}"
+    note = f"warning: folders without image files (.jpg, .png, ...) are not used as classes: {named}"
     flat_notes = _describe_flat(by_split) if has_splits else ()
     notes = (*((note,) if empty else ()), *flat_notes, *_describe_skipped(skipped), *_describe_labels(source))
     return dataclasses.replace(source, notes=notes)
 
 
 def _check_no_splits(root: Path, folders: Sequence[Path]) -> None:
-    """Finds folders that hold the same classes, and are therefore no classes themselves.
+    """Checks that the folders are classes, and not splits with unknown names.
 
     Raises:
-        UserError: there are two folders or more; all hold folders instead of images, mostly of the same names.
+        UserError: all folders contain subfolders instead of images, mostly with the same names.
     """
     inner = {folder.name: _list_inner(folder) for folder in folders}
     inner = {name: found for name, found in inner.items() if found}
@@ -199,43 +198,47 @@ def _check_no_splits(root: Path, folders: Sequence[Path]) -> None:
         return
     shown, classes = ", ".join(sorted(inner)[:_NAMED]), ", ".join(sorted(next(iter(inner.values())))[:_NAMED])
     raise UserError(
-        f"the folders {shown} in {root} all hold the same folders ({classes}), as splits do. If they are splits, "
-        "rename them train, val and test. If they are classes, list the images with --dataset=csv:PATH."
+        f"the folders {shown} in {root} all contain the same folders ({classes}), like splits. If they are splits, "
+        "rename them to train, val and test. If they are classes, list the images with --dataset=csv:PATH."
     )
 
 
 def _list_inner(folder: Path) -> list[str]:
-    """Names of a folder's subfolders; if there is only one that holds folders, of the folders in that."""
+    """Names of the subfolders; if there is only one subfolder with subfolders, names of those."""
     found = _subfolders(folder)
     deeper = _subfolders(found[0]) if len(found) == 1 else []
     return [path.name for path in deeper or found]
 
 
 def _check_not_wrapped(root: Path, name: str) -> None:
-    """Raises: UserError: the only class is a folder that holds the classes."""
+    """Checks that the only class is not a folder that contains the classes.
+
+    Raises:
+        UserError: it contains at least two folders.
+    """
     inner = [folder.name for folder in _subfolders(root / name)]
     if len(inner) >= 2:
         raise UserError(
-            f"only one class: {name}. It holds {len(inner):,} folders ({', '.join(inner[:_NAMED])}). Did you mean "
+            f"only one class: {name}. It contains {len(inner):,} folders ({', '.join(inner[:_NAMED])}). Did you mean "
             f"--dataset=folder:{root / name}?"
         )
 
 
 def _describe_flat(by_split: Mapping[str, Path]) -> tuple[str, ...]:
-    """Images of a split that lie in no class folder, as in data sets whose test labels are secret."""
+    """Describes images of a split outside of class folders, as in data sets with secret test labels."""
     notes = []
     for folder in sorted(by_split.values()):
         count = _count_images(folder)
         if count:
             notes.append(
-                f"warning: {count:,} images in {folder} lie in no class folder, and are left out: they have no label. "
-                "Classify them with --mode=predict. A split without class folders is carved from train"
+                f"warning: {count:,} images in {folder} are not in a class folder and are left out, because they have "
+                "no label. Classify them with --mode=predict. A split without class folders is held out from train"
             )
     return tuple(notes)
 
 
 def _describe_skipped(skipped: Mapping[str, int]) -> tuple[str, ...]:
-    """Files that are no images by their suffix."""
+    """Describes files without an image suffix."""
     if not skipped:
         return ()
     shown = ", ".join(f"{suffix} ({count:,})" for suffix, count in Counter(skipped).most_common(_NAMED))
@@ -243,55 +246,59 @@ def _describe_skipped(skipped: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _describe_labels(source: Source) -> tuple[str, ...]:
-    """Class names that may be slips: some that differ in upper and lower case only, or that stand for nothing."""
+    """Describes class names that may be mistakes: names that differ only in case, or that mean "no label"."""
     groups: dict[str, list[str]] = {}
     for name in source.class_names:
         groups.setdefault(name.casefold(), []).append(name)
     alike = [" and ".join(names) for names in groups.values() if len(names) > 1]
-    notes = [f"warning: classes differ in upper and lower case only: {', '.join(alike[:_NAMED])}"] if alike else []
+    notes = [f"warning: classes differ only in upper and lower case: {', '.join(alike[:_NAMED])}"] if alike else []
     empty = [name for name in source.class_names if name.casefold() in _NOTHING]
     if empty:
-        notes.append(f"warning: the class {', '.join(empty)} may stand for images without a label")
+        notes.append(f"warning: the class {', '.join(empty)} may mean images without a label")
     return tuple(notes)
 
 
-def _load_csv(text: str, *, allow_unlabelled: bool) -> Source:
+def _load_csv(text: str, *, allow_unlabeled: bool) -> Source:
     manifest = Path(text)
     table = read_table(manifest, asked=f"--dataset=csv:{manifest}")
-    if not ({"path"} if allow_unlabelled else {"path", "label"}) <= table.names.keys():
+    if not ({"path"} if allow_unlabeled else {"path", "label"}) <= table.names.keys():
         raise UserError(f"{manifest} begins with {table.header[:80]!r}. Expected the columns path,label[,split].")
-    labelled = not table.rows or "label" in table.names
+    labeled = not table.rows or "label" in table.names
     _check_listed_once(table)
     ids, paths, class_of, splits = table.ids(), list[str](), list[str](), list[int]()
     for row, (number, _) in enumerate(table.rows):
         path, label = table.file(row), table.cell(row, "label")
         split = (table.cell(row, "split") or "train").lower()
-        if not path or (labelled and not label):
+        if not path or (labeled and not label):
             raise UserError(f"{manifest} line {number} has no {'label' if path else 'path'}. Fill it in or delete it.")
         if split not in SPLIT_NAMES:
             raise UserError(f"{manifest} line {number}: split {split!r} is not known. Allowed: train, val, test.")
         if "://" in path:
             raise UserError(
-                f"{manifest} line {number}: {path} is an address. Nothing is downloaded: give paths of files."
+                f"{manifest} line {number}: {path} is a URL. Images are not downloaded: give paths of files."
             )
         paths.append(str(manifest.parent / path))
         class_of.append(one_spelling(label))
         splits.append(SPLIT_NAMES[split])
     if not ids:
-        raise UserError(f"{manifest} has no rows. Expected a line path,label[,split], then one line an image.")
+        raise UserError(f"{manifest} has no rows. Expected a header path,label[,split], then one line per image.")
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         raise UserError(
-            f"none of the {len(paths)} files in {manifest} exists, the first is {missing[0]}. Paths are taken from "
-            "the manifest's own folder."
+            f"none of the {len(paths)} files in {manifest} exists; the first is {missing[0]}. Paths are relative to "
+            "the folder of the manifest."
         )
-    classes = class_of if labelled else None
+    classes = class_of if labeled else None
     source = _from_files(_name_of(manifest.with_suffix("")), ids, paths=paths, class_of=classes, splits=splits)
     return dataclasses.replace(source, notes=_describe_labels(source))
 
 
 def _check_listed_once(table: Table) -> None:
-    """Raises: UserError: two lines name one file."""
+    """Checks that no file is listed twice.
+
+    Raises:
+        UserError: two lines name the same file.
+    """
     seen: dict[str, int] = {}
     for row, (number, _) in enumerate(table.rows):
         path = os.path.normpath(table.file(row))
@@ -301,7 +308,7 @@ def _check_listed_once(table: Table) -> None:
             labels = [table.cell(one, "label") for one in (first, row)]
             if labels[0] != labels[1]:
                 raise UserError(
-                    f"{table.path}: {lines}, once as {labels[0]} and once as {labels[1]}. Keep the right one."
+                    f"{table.path}: {lines}, with the labels {labels[0]} and {labels[1]}. Keep the correct one."
                 )
             raise UserError(f"{table.path}: {lines}. Delete one of them.")
         seen[path] = row
@@ -336,13 +343,12 @@ def _from_files(
     for one_id, path in zip(ids, paths, strict=True):
         if one_id in seen:
             raise UserError(
-                f"two images have the id {one_id}: {seen[one_id]} and {path}. An id may stand for one image only; "
-                "remove or rename one."
+                f"two images have the id {one_id}: {seen[one_id]} and {path}. Ids must be unique: remove or rename one."
             )
         seen[one_id] = path
     class_names = tuple(sorted(set(class_of or ())))
     for label in class_names:
-        if has_control(label):  # labels.txt has one a line
+        if has_control(label):  # labels.txt has one label per line
             raise UserError(f"the class name {label!r} has a line break or control character. Rename it.")
     numbers = {label: number for number, label in enumerate(class_names)}
     return Source(
@@ -357,7 +363,7 @@ def _from_files(
 
 
 def _only(source: Source, classes: Sequence[str]) -> Source:
-    """The source with only some classes, in order of name."""
+    """Keeps only some classes of a source."""
     if not source.class_names:
         raise UserError("--classes: the data has no labels. Leave it out.")
     wanted = [one_spelling(name.strip()) for name in classes]
@@ -365,7 +371,7 @@ def _only(source: Source, classes: Sequence[str]) -> Source:
         if name not in source.class_names:
             known = ", ".join(source.class_names[:10]) + (", ..." if len(source.class_names) > 10 else "")
             raise UserError(
-                f"--classes: the data has no class {name!r}. {nearest(name, source.class_names)}It has: {known}."
+                f"--classes: the data has no class {name!r}. {nearest(name, source.class_names)}Classes: {known}."
             )
     kept_names = tuple(sorted(set(wanted)))
     numbers = np.full(len(source.class_names), -1, np.int32)
@@ -393,7 +399,7 @@ def _walk(folder: Path, parents: set[str], found: list[Path], skipped: Counter[s
     for path in _children(folder):
         if os.path.isdir(path):
             real = os.path.realpath(path)
-            if real not in parents and not _is_ours(path):  # a link to a folder above would never end
+            if real not in parents and not _is_ours(path):  # a link to a parent folder would never end
                 _walk(path, parents | {real}, found, skipped)
         elif path.suffix.lower() in _SUFFIXES:
             found.append(path)
@@ -402,7 +408,7 @@ def _walk(folder: Path, parents: set[str], found: list[Path], skipped: Counter[s
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder was made by a run or an export, whose plots are no photographs."""
+    """Whether a folder was created by a run or an export; its plots are not images of the data set."""
     is_run = os.path.isfile(folder / "config.json") and os.path.isfile(folder / "run.flags")
     return is_run or os.path.isfile(folder / "saved_model.pb")
 
@@ -412,13 +418,13 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _holds_ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but runs, or exported models and their versions."""
+    """Whether a folder contains only runs, or exported models and their versions."""
     inner = [path for path in _children(folder) if os.path.isdir(path)]
     return _is_ours(folder) or (bool(inner) and not _count_images(folder) and all(map(_holds_ours, inner)))
 
 
 def _count_images(folder: Path) -> int:
-    """Images that lie directly in a folder."""
+    """Number of images directly in a folder."""
     return sum(path.suffix.lower() in _SUFFIXES for path in _children(folder))
 
 
@@ -435,7 +441,7 @@ def _check_folder(folder: Path, flag: str) -> None:
     if not os.path.exists(folder):
         raise UserError(f"{flag}{folder} does not exist. Check the path.")
     if not os.path.isdir(folder):
-        raise UserError(f"{flag}{folder} is not a folder. Give the folder that holds one folder a class.")
+        raise UserError(f"{flag}{folder} is not a folder. Give a folder with one subfolder per class.")
 
 
 def _name_of(path: Path) -> str:

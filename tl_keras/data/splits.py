@@ -1,4 +1,4 @@
-"""Splits: train, val and test, given by the source or carved from it by a hash of each example's id."""
+"""Splits: train, val and test, given by the source or held out from train by a hash of each example's id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tl_keras.errors import UserError
 
 SPLITS = ("train", "val", "test")
-# what sources call them
+# names that are recognized in sources
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
 SPLIT_NAMES |= {f"{name}{ending}": split for name, split in SPLIT_NAMES.items() for ending in ("_set", "-set", "set")}
 UNUSED = -1
@@ -19,12 +19,12 @@ _NAMED = 5
 
 
 def evaluated_split(splits: Iterable[str]) -> str:
-    """The split whose figures are quoted, of those that there are: test, or val where there is no test."""
+    """The split whose metrics are reported: test, or val if there is no test split."""
     return "test" if "test" in splits else "val"
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the first 8 bytes of its SHA-256."""
+    """Hashes a text to a number in [0, 1): the first 8 bytes of its SHA-256."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -37,29 +37,29 @@ def carve(
     test_fraction: float | None,
     labels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Gives each example its split; what the source lacks is carved from train.
+    """Assigns a split to each example; splits that the source lacks are held out from train.
 
-    An example's split is decided by a threshold on a hash of its id, whatever other images there are. There is one
-    exception: of a class that would have no training image, the image with the largest hash stays in train.
-    A source with train and test gets its val from train; one with train and val keeps them, and gets a test only if
-    `test_fraction` is given; one with train alone gets both.
+    The split of an example is decided by thresholds on a hash of its id, independently of other images. There is one
+    exception: if a class would have no training image, its image with the largest hash stays in train.
+    A source with train and test gets its val from train. A source with train and val keeps them, and gets a test split
+    only if `test_fraction` is given. A source with only train gets both.
 
     Args:
         ids: n ids.
-        given: int8 `(n,)`, index into `SPLITS`, as the source has it.
-        val_fraction: share of train that becomes val.
-        test_fraction: share of train that becomes test; 0.2 where not given and the source has neither val nor test.
-        labels: int `(n,)`; None: there are no classes to keep in train.
+        given: splits of the source, int8 `(n,)`, index into `SPLITS`.
+        val_fraction: fraction of train that becomes val.
+        test_fraction: fraction of train that becomes test; None: 0.2 if the source has neither val nor test.
+        labels: int `(n,)`; None if there are no classes to keep in train.
 
     Returns:
         int8 `(n,)`, index into `SPLITS`.
 
     Raises:
-        UserError: the source has no train.
+        UserError: the source has no train split.
     """
     train, val, test = (bool(np.any(given == number)) for number in range(3))
     if not train:
-        raise UserError("the data has no train split. Give it one, or leave the splits out and they are carved.")
+        raise UserError("the data has no train split. Add one, or leave the splits out to create them from all images.")
     if test_fraction is None:
         test_fraction = 0.0 if val else DEFAULT_TEST_FRACTION
     test_until = 0.0 if test else test_fraction
@@ -79,16 +79,16 @@ def carve(
 
 
 def choose_shots(ids: Sequence[str], labels: np.ndarray, splits: np.ndarray, *, shots: int, seed: int) -> np.ndarray:
-    """Keeps `shots` training examples a class; the others are marked `UNUSED`.
+    """Keeps `shots` training examples per class; the others are marked `UNUSED`.
 
-    Those with the smallest hash of seed and id are kept, so that more shots contain fewer.
+    The examples with the smallest hash of seed and id are kept, so a larger draw contains a smaller one.
 
     Args:
         ids: n ids.
         labels: int `(n,)`.
         splits: int8 `(n,)`.
-        shots: examples a class.
-        seed: another seed draws others.
+        shots: number of examples per class.
+        seed: random seed of the draw.
 
     Returns:
         int8 `(n,)`, a new array.
@@ -107,47 +107,49 @@ def choose_shots(ids: Sequence[str], labels: np.ndarray, splits: np.ndarray, *, 
             kept[position] = UNUSED
     fewest = min(counts.values(), default=0)
     if fewest < shots:
-        raise UserError(f"--shots={shots} is more than a class has: the smallest has {fewest} in train. Give fewer.")
+        raise UserError(
+            f"--shots={shots} is more than the smallest class has in train, which is {fewest}. Give a smaller number."
+        )
     return kept
 
 
 def check_classes(labels: np.ndarray, splits: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Checks that each class can be learnt and measured.
+    """Checks that each class can be trained and evaluated.
 
     Args:
         labels: int `(n,)`.
         splits: int8 `(n,)`.
-        names: the classes.
+        names: class names.
 
     Returns:
-        Lines that name classes without a val or test example, with what to do.
+        Warnings about classes without val or test examples, with advice.
 
     Raises:
-        UserError: one class only, a split without any example, or a class that train lacks.
+        UserError: there is only one class, val is empty, or a class has no training example.
     """
     counts = np.zeros((len(SPLITS), len(names)), np.int64)
     used = splits >= 0
     np.add.at(counts, (splits[used], labels[used]), 1)
     if len(names) < 2:
-        raise UserError(f"only one class: {', '.join(names)}. A classifier needs two or more; add another class.")
+        raise UserError(f"only one class: {', '.join(names)}. A classifier needs at least two. Add another class.")
     if not counts[1].any():
         raise UserError(
-            "val has no example, so that nothing can be chosen on it. Add images, give a larger --val_fraction, or a "
-            "val split of your own."
+            "val has no examples, but it is needed for selection. Add images, increase --val_fraction, or add a val "
+            "split to the data."
         )
     missing = _name([names[number] for number in np.flatnonzero(counts[0] == 0).tolist()])
     if missing:
         raise UserError(
-            f"train has no example of {missing}, which val or test has. Add training images of it, move some of its "
-            "images to train, or leave it out with --classes."
+            f"train has no example of {missing}, but val or test does. Add training images, move some of its images to "
+            "train, or leave the class out with --classes."
         )
     lines = []
     for number in (1, 2):
         if counts[number].any() and (counts[number] == 0).any():
             missing = _name([names[label] for label in np.flatnonzero(counts[number] == 0).tolist()])
             lines.append(
-                f"warning: {SPLITS[number]} has no example of {missing}: it can't be measured there. Add images, or "
-                f"carve more with --{SPLITS[number]}_fraction"
+                f"warning: {SPLITS[number]} has no example of {missing}, so it can't be evaluated there. Add images, "
+                f"or increase --{SPLITS[number]}_fraction"
             )
     return lines
 

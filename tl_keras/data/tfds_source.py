@@ -1,4 +1,4 @@
-"""Any classification set of TensorFlow Datasets, by name."""
+"""Classification data sets of TensorFlow Datasets (TFDS), by name."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _SPLIT_NAMES = {**SPLIT_NAMES, "dev": 1}
 
 
 def load(name: str, *, data_dir: str | None) -> dict[str, Any]:
-    """Loads a data set, downloading and preparing it where it is not there yet.
+    """Loads a data set; downloads and prepares it if necessary.
 
     Args:
         name: `name` or `name/config:version`.
-        data_dir: where TFDS keeps its data.
+        data_dir: data directory of TFDS.
 
     Returns:
         The fields of a `Source`.
 
     Raises:
-        UserError: TFDS can't be imported, has no such set, or can't fetch it; it is no classification set.
+        UserError: TFDS can't be imported, the data set does not exist or can't be downloaded, or it is not a
+            classification data set.
     """
     tfds = import_tfds()
     builder = _build(tfds, name, data_dir)
@@ -40,7 +41,7 @@ def load(name: str, *, data_dir: str | None) -> dict[str, Any]:
         found = ", ".join(builder.info.splits) or "none"
         raise UserError(f"the TFDS data set {name} has no train split (it has: {found}). Choose another.")
     names = list(builder.info.features[label_key].names)
-    order = sorted(range(len(names)), key=lambda number: names[number])  # classes are in order of name, everywhere
+    order = sorted(range(len(names)), key=lambda number: names[number])  # classes are sorted by name, as in all sources
     renumber = np.empty(len(names), np.int32)
     renumber[order] = np.arange(len(names), dtype=np.int32)
     ids, labels, given = _scan(tfds, builder, splits, label_key)
@@ -59,13 +60,13 @@ def import_tfds() -> Any:
     """Imports TFDS, which fails on some machines.
 
     Raises:
-        UserError: it can't be imported, with the cause.
+        UserError: it can't be imported; the message has the cause.
     """
     try:
         import tensorflow_datasets as tfds
 
         tfds.core.DatasetBuilder  # noqa: B018 (TFDS imports lazily: a broken protobuf shows only now)
-    except Exception as error:  # whatever its own imports raise
+    except Exception as error:  # its imports raise exceptions of many types
         raise UserError(
             f"TensorFlow Datasets can't be imported: {type(error).__name__}: {error}. Try: pip install --upgrade "
             "tensorflow-datasets protobuf importlib_resources. folder:PATH and csv:PATH work without it."
@@ -101,7 +102,7 @@ def _build(tfds: Any, name: str, data_dir: str | None) -> Any:
         known = tfds.list_builders(with_community_datasets=False)
         other = "See https://www.tensorflow.org/datasets/catalog, or give folder:PATH, csv:PATH or digits."
         raise UserError(
-            f"--dataset={name} is not a data set of TFDS. {nearest(name.split('/')[0], known)}{_own(name) or other}"
+            f"--dataset={name} is not a TFDS data set. {nearest(name.split('/')[0], known)}{_own(name) or other}"
         ) from error
     except (ValueError, AssertionError, OSError, ImportError) as error:
         advice = _own(name) or "Check its name."
@@ -109,26 +110,27 @@ def _build(tfds: Any, name: str, data_dir: str | None) -> Any:
 
 
 def _own(name: str) -> str:
-    """What to say where a path was given as a name."""
+    """Advice if a path was given as a name."""
     kind = "folder" if os.path.isdir(name) else "csv"
-    return f"For data of your own: --dataset={kind}:{name}." if os.path.exists(name) else ""
+    return f"For your own data: --dataset={kind}:{name}." if os.path.exists(name) else ""
 
 
 def _keys(builder: Any, name: str) -> tuple[str, str]:
     keys = builder.info.supervised_keys
     features = builder.info.features
     if keys is None and "image" in features and "label" in features:
-        keys = ("image", "label")  # a set with boxes as well, as stanford_dogs, names none
+        keys = ("image", "label")  # data sets with bounding boxes, such as stanford_dogs, have no supervised keys
     if keys is None and "image" in features:
         labels = [one for one in features if type(features[one]).__name__ == "ClassLabel"]
         keys = ("image", labels[0]) if len(labels) == 1 else None
     if keys is None or len(keys) != 2 or keys[1] not in features or not hasattr(features[keys[1]], "names"):
         raise UserError(
-            f"--dataset={name} is not a classification set: it has no image with one label (its features are "
+            f"--dataset={name} is not a classification data set: it has no image with a single label (its features are "
             f"{', '.join(features)}). Choose another."
         )
     if type(features[keys[0]]).__name__ != "Image":
-        raise UserError(f"--dataset={name} is not a set of images: its input is {type(features[keys[0]]).__name__}.")
+        kind = type(features[keys[0]]).__name__
+        raise UserError(f"--dataset={name} is not an image data set: its input is {kind}. Choose another.")
     return keys[0], keys[1]
 
 
@@ -138,7 +140,7 @@ def _prepare(tfds: Any, builder: Any) -> None:
     manual = os.path.join(os.path.expanduser(str(builder._data_dir_root)), "downloads", "manual")
     missing = {
         url: info.filename
-        for url, info in (builder.url_infos or {}).items()  # a builder that fetches nothing has none
+        for url, info in (builder.url_infos or {}).items()  # None if a builder downloads nothing
         if not os.path.exists(os.path.join(manual, info.filename))
     }
     _check_reachable(builder.info.name, missing, manual)
@@ -153,12 +155,12 @@ def _prepare(tfds: Any, builder: Any) -> None:
 
 
 def _check_reachable(name: str, urls: dict[str, str], manual: str) -> None:
-    """Asks the server of the first missing file for a sign of life: TFDS itself tries for over three minutes."""
+    """Checks that the server of the first missing file answers: TFDS itself retries for over three minutes."""
     for url in list(urls)[:1]:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # it answers; what it says is TFDS's to judge
+            pass  # the server answers; TFDS handles the error
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise UserError(
@@ -168,17 +170,17 @@ def _check_reachable(name: str, urls: dict[str, str], manual: str) -> None:
 
 def _advice(urls: dict[str, str], manual: str) -> str:
     if not urls:
-        return "Check the network, or use another --data_dir that has it."
+        return "Check the network, or use a --data_dir that has the data set."
     return (
-        f"Download {', '.join(urls)} on a machine that reaches it, put the files into {manual} and run again; or give "
-        "a --data_dir that has the set."
+        f"Download {', '.join(urls)} on another machine, put the files into {manual} and run again; or use a "
+        "--data_dir that has the data set."
     )
 
 
 def _iterate(
     tfds: Any, builder: Any, splits: list[str], fields: set[str], encoded: set[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Examples in stored order, images as encoded bytes, only the fields asked for."""
+    """Yields examples in stored order with the requested fields; images are encoded bytes."""
     read_config = tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=True, try_autocache=False)
     decoders = tfds.decode.PartialDecoding(
         dict.fromkeys(fields, True), decoders={key: tfds.decode.SkipDecoding() for key in encoded}
@@ -198,7 +200,7 @@ def _scan(tfds: Any, builder: Any, splits: list[str], label_key: str) -> tuple[l
         labels.append(int(example[label_key]))
         given.append(_SPLIT_NAMES[split])
     labels, given = np.array(labels, np.int32), np.array(given, np.int8)
-    given[labels < 0] = UNUSED  # a hidden test split has the label -1
+    given[labels < 0] = UNUSED  # secret test labels are -1
     return ids, labels, given
 
 

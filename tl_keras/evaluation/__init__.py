@@ -1,1 +1,1 @@
-"""Evaluation: what a classifier's probabilities are worth."""
+"""Evaluation of a classifier: metrics, tables, slices, robustness, comparison and leaks."""

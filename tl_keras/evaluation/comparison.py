@@ -1,4 +1,4 @@
-"""Whether one classifier is better than another on the same examples."""
+"""Reads the predictions of several runs, and finds the examples that they share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SIGNIFICANT = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a run predicted.
+    """The predictions of a run.
 
     Attributes:
-        name: of the run's folder, with as much of its path as tells it from the others.
-        split: `test`, or `val` where the run has none.
+        name: the last parts of the run folder's path, as many as distinguish it from the other runs.
+        split: `test`, or `val` if the run has no test split.
         labels: id → label.
-        predicted: id → what was predicted.
-        digests: id → SHA-256 of the image; empty if the run does not say.
+        predicted: id → predicted class.
+        digests: id → SHA-256 of the image; empty if the run has no digests.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Predictions:
     digests: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
     def correct(self, ids: list[str]) -> np.ndarray:
-        """Whether each is predicted rightly, bool `(n,)`."""
+        """Whether each prediction is correct, bool `(n,)`."""
         return np.array([self.labels[one] == self.predicted[one] for one in ids], bool)
 
 
 def read_runs(paths: Sequence[str]) -> list[Predictions]:
-    """Reads what runs have predicted on the split that they report.
+    """Reads the predictions of runs for the split that they report.
 
     Args:
         paths: run folders.
@@ -51,16 +51,16 @@ def read_runs(paths: Sequence[str]) -> list[Predictions]:
     """
     runs = [_read_predictions(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
     if len({run.split for run in runs}) > 1:
-        told = ", ".join(f"{run.name} has {run.split}" for run in runs)
+        splits = ", ".join(f"{run.name} has {run.split}" for run in runs)
         raise UserError(
-            f"--compare: figures on val, on which choices are made, are too good beside those on test: {told}. Compare "
-            "runs on the same data, split alike."
+            f"--compare: metrics on val, which is used for selection, can't be compared with metrics on test: {splits}"
+            ". Compare runs on the same data with the same splits."
         )
     return runs
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
+    """The last parts of each path, as many as distinguish all paths."""
     parts = [Path(path).resolve().parts for path in paths]
     longest = max(map(len, parts))
     by_length = (["/".join(one[-length:]) for one in parts] for length in range(1, longest + 1))
@@ -72,11 +72,9 @@ def _read_predictions(path: str, name: str) -> Predictions:
     try:
         rows = [(row["split"], row["id"], row["label"], row["predicted"]) for row in read_csv(file)]
     except (OSError, KeyError, ValueError, csv.Error) as error:
-        told = f"it has no column {error}" if isinstance(error, KeyError) else str(error)
-        reason = getattr(error, "strerror", None) or told
-        raise UserError(
-            f"--compare: {file} can't be read: {reason}. Give run folders whose runs have ended."
-        ) from error
+        text = f"it has no column {error}" if isinstance(error, KeyError) else str(error)
+        reason = getattr(error, "strerror", None) or text
+        raise UserError(f"--compare: {file} can't be read: {reason}. Give the folders of complete runs.") from error
     split = evaluated_split(row[0] for row in rows)
     own = [row for row in rows if row[0] == split]
     try:
@@ -88,29 +86,31 @@ def _read_predictions(path: str, name: str) -> Predictions:
 
 
 def find_shared(runs: list[Predictions]) -> list[str]:
-    """The ids that all runs have predicted, in the first one's order; each stands for one image in all of them.
+    """Finds the ids that all runs have predicted, in the order of the first run.
+
+    Ids whose image differs between runs are left out.
 
     Raises:
-        UserError: there are none, one has another label for an id, or all ids stand for other images.
+        UserError: there are no such ids, or an id has different labels.
     """
-    first = runs[0]
+    first, names = runs[0], ", ".join(run.name for run in runs)
     named = [one for one in first.labels if all(one in run.labels for run in runs)]
     shared = [one for one in named if len({run.digests[one] for run in runs if one in run.digests}) < 2]
     if named and not shared:
         raise UserError(
-            f"--compare: all {len(named):,} ids that {', '.join(run.name for run in runs)} have in common stand for "
-            "different images: the content of the files differs. Compare runs on the same images."
+            f"--compare: all {len(named):,} ids that {names} have in common name different images: the content of the "
+            "files differs. Compare runs on the same images."
         )
     if not shared:
         raise UserError(
-            f"--compare: {', '.join(run.name for run in runs)} have no example of {first.split} in common. Compare "
-            "runs on the same data, split alike."
+            f"--compare: {names} have no {first.split} example in common. Compare runs on the same data with the same "
+            "splits."
         )
     for run in runs[1:]:
         for one in shared:
             if run.labels[one] != first.labels[one]:
                 raise UserError(
-                    f"--compare: {one} is {first.labels[one]!r} to {first.name} and {run.labels[one]!r} to {run.name}. "
-                    "Compare runs on the same labels."
+                    f"--compare: {one} has the label {first.labels[one]!r} in {first.name} and {run.labels[one]!r} in "
+                    f"{run.name}. Compare runs on the same labels."
                 )
     return shared

@@ -1,4 +1,4 @@
-"""Leaks: evaluated images that the classifier was trained on, and what they do to its accuracy."""
+"""Data leakage: evaluated images that the classifier was trained on, and their effect on accuracy."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tl_keras.statistics.intervals import accuracy_interval, with_interval
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """What a classifier was fitted on; images are known by SHA-256 of their bytes.
+    """The images that a classifier was trained on, identified by the SHA-256 of their bytes.
 
     Attributes:
-        ids: of each image of the run.
-        digests: of each image, and of those of which the run's audit found copies among these.
-        val: of the images on which choices were made, and of their copies.
+        ids: ids of the training images.
+        digests: digests of the training images, and of their copies that the run's audit found.
+        val: digests of the images that were used for selection, and of their copies.
     """
 
     ids: Set[str]
@@ -32,15 +32,15 @@ class TrainedOn:
     val: Set[bytes]
 
     def seen(self, examples: Examples, split: str) -> np.ndarray:
-        """Which of a split's images, or copies of them, it was fitted on: bool `(m,)`, as its positions stand."""
+        """Whether each image of a split, or a copy of it, is a training image: bool `(m,)`, in the split's order."""
         return _among(examples, split, self.digests)
 
     def chosen_on(self, examples: Examples, split: str) -> np.ndarray:
-        """On which of a split's images choices were made: bool `(m,)`."""
+        """Whether each image of a split was used for selection: bool `(m,)`."""
         return _among(examples, split, self.val - self.digests)
 
     def same_id(self, examples: Examples, split: str) -> np.ndarray:
-        """Which of a split's images have the id of one that it was fitted on: bool `(m,)`."""
+        """Whether each image of a split has the id of a training image: bool `(m,)`."""
         own = examples.ids(split)
         return np.fromiter((one in self.ids for one in own), bool, len(own))
 
@@ -51,34 +51,34 @@ def _among(examples: Examples, split: str, digests: Set[bytes]) -> np.ndarray:
 
 
 def read_digests(run_dir: Path) -> list[tuple[str, str, bytes]]:
-    """What a run was made of: id, split, and SHA-256 of the bytes, of each image.
+    """Reads id, split, and SHA-256 of the bytes of each image of a run.
 
     Raises:
-        UserError: the folder does not say, or is damaged.
+        UserError: the files are missing or damaged.
     """
     try:
         rows = [(row["id"], row["split"]) for row in read_csv(run_dir / "splits.csv")]
         digests = np.load(run_dir / DIGESTS, allow_pickle=False)
         if digests.shape != (len(rows), 32):
-            raise ValueError("another number of images")
+            raise ValueError("the number of images differs")
     except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
         raise UserError(
-            f"{run_dir} does not say which images it was trained on: splits.csv or {DIGESTS} in it is missing or "
-            "damaged. Train again for that."
+            f"{run_dir} does not record which images it was trained on: its splits.csv or {DIGESTS} is missing or "
+            "damaged. Train again to record them."
         ) from error
     return [(*row, digest.tobytes()) for row, digest in zip(rows, digests, strict=True)]
 
 
 def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[Path]) -> TrainedOn:
-    """Reads what a run was fitted on.
+    """Reads the images that a run was trained on.
 
     Args:
-        run_dir: its folder.
-        splits: those that it was fitted on in the end.
-        earlier: folders of runs in which its network was trained before.
+        run_dir: the run folder.
+        splits: the splits that the final classifier was fitted on.
+        earlier: folders of earlier runs in which the network was trained.
 
     Raises:
-        UserError: one does not say.
+        UserError: a folder does not record its images.
     """
     own = read_digests(run_dir)
     before = [row for run in earlier for row in read_digests(run) if row[1] == "train"]
@@ -96,12 +96,12 @@ def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[Path]) ->
 
 
 def read_leaks(run_dir: Path) -> dict[str, Any]:
-    """What a run's audit says of leaks in `metrics.json`; empty where it found none, or there was no audit."""
+    """Reads the leaks of a run's audit from `metrics.json`; empty without leaks or without an audit."""
     return _read_entry(run_dir, "audit", "leaks")
 
 
 def read_leaked(run_dir: Path, split: str) -> int:
-    """How many of a split's images leaked, by a run's audit, or by what an evaluation found."""
+    """Reads the number of a split's images that leaked, from the audit or the evaluation of a run."""
     for found in (read_leaks(run_dir), _read_entry(run_dir, "leaks", split)):
         if found.get("split", split) == split and isinstance(found.get("leaked"), int):
             return int(found["leaked"])
@@ -109,7 +109,7 @@ def read_leaked(run_dir: Path, split: str) -> int:
 
 
 def _read_entry(run_dir: Path, *names: str) -> dict[str, Any]:
-    """An entry of `metrics.json`; empty where there is none."""
+    """Reads an entry of `metrics.json`; empty if it does not exist."""
     try:
         found = read_json(run_dir / "metrics.json")
     except UserError:
@@ -120,25 +120,25 @@ def _read_entry(run_dir: Path, *names: str) -> dict[str, Any]:
 
 
 def compare_without(leaked: np.ndarray, right: np.ndarray) -> tuple[dict[str, Any], str]:
-    """The accuracy with and without images that leaked.
+    """Measures accuracy with and without leaked images.
 
     Args:
         leaked: bool `(m,)`.
-        right: bool `(m,)`, whether each image's class was predicted.
+        right: whether each prediction is correct, bool `(m,)`.
 
     Returns:
-        For `metrics.json`: `leaked`, a count, and `accuracy_with`, `accuracy_without` with their 95 % intervals, the
-        latter only where an image remains; and the same in words.
+        For `metrics.json`: `leaked`, a count, and `accuracy_with` and `accuracy_without` with their 95 % confidence
+        intervals, the latter only if an image remains; and the same in words.
     """
     result: dict[str, Any] = {"leaked": int(leaked.sum())}
-    told = []
+    texts = []
     for name, own in (("with", np.ones(len(leaked), bool)), ("without", ~leaked)):
         count, correct = int(own.sum()), int(right[own].sum())
         if count:
             interval = accuracy_interval(correct, count)
             result |= {f"accuracy_{name}": correct / count, f"accuracy_{name}_ci95": list(interval)}
-            told.append(f"{with_interval(correct / count, interval)} {name} them")
-    return result, ", ".join(told)
+            texts.append(f"{with_interval(correct / count, interval)} {name} them")
+    return result, ", ".join(texts)
 
 
 def measure_seen(
@@ -148,38 +148,38 @@ def measure_seen(
     *,
     what: str = "the classifier",
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """What images that the classifier was trained on do to its figures.
+    """Measures the effect of evaluated images that the classifier was trained on.
 
     Args:
-        trained: what it was fitted on; None: it does not say.
-        examples: what is evaluated.
+        trained: the images that it was trained on; None if they are unknown.
+        examples: the evaluated images.
         probabilities: split → float `(n, classes)`.
-        what: was trained, for the warnings.
+        what: subject of the warnings.
 
     Returns:
-        For `metrics.json` split → figures where there are such images, none where it can't be known; and warnings.
+        For `metrics.json`: split → metrics for splits with such images, or None if they are unknown; and warnings.
     """
     if trained is None:
         return None, []
-    leaks, told, namesakes = {}, [], 0
+    leaks, warnings, same_ids = {}, [], 0
     for split, values in probabilities.items():
         leaked, count = trained.seen(examples, split), len(values)
-        namesakes += int((trained.same_id(examples, split) & ~leaked).sum())
+        same_ids += int((trained.same_id(examples, split) & ~leaked).sum())
         if leaked.any():
             leaks[split], accuracy = compare_without(leaked, values.argmax(1) == examples.labels(split))
-            told.append(
+            warnings.append(
                 f"warning: {what} was trained on {int(leaked.sum()):,} of the {count:,} {split} images, or on "
                 f"copies of them; {split} accuracy: {accuracy}"
             )
         chosen = int(trained.chosen_on(examples, split).sum())
         if chosen and split == "test":
-            told.append(
-                f"warning: {chosen:,} of the {count:,} test images are val images of the classifier's run, on which "
-                "choices were made: figures on them are a little too good"
+            warnings.append(
+                f"warning: {chosen:,} of the {count:,} test images are val images of the classifier's run, which were "
+                "used for selection: metrics on them are slightly too good"
             )
-    if namesakes:
-        told.append(
-            f"warning: the classifier was trained on {namesakes:,} other images of the same ids; where they show the "
-            "same, these figures are too good"
+    if same_ids:
+        warnings.append(
+            f"warning: the classifier was trained on {same_ids:,} images with the same ids but different content; if "
+            "they show the same scenes, these metrics are too good"
         )
-    return leaks, told
+    return leaks, warnings

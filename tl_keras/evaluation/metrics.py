@@ -1,4 +1,4 @@
-"""The figures of `metrics.json`, `per_class.csv` and `confusion.csv`."""
+"""Metrics of `metrics.json`, `per_class.csv` and `confusion.csv`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _TOP_K = 5
 def measure(
     probabilities: np.ndarray, labels: np.ndarray, classes: dict[str, np.ndarray] | None = None
 ) -> dict[str, Any]:
-    """Scores every example.
+    """Computes all metrics of a split.
 
     Args:
         probabilities: float32 `(n, classes)`, n at least 1.
         labels: int `(n,)`.
-        classes: what `measure_classes` gives, where it is there already.
+        classes: result of `measure_classes`, if it is known already.
 
     Returns:
-        `n`, `accuracy`, `mean_per_class_accuracy` over the classes that occur, `top5_accuracy` (1 where there are five
-        classes or fewer), `nll` (mean negative log-likelihood, nats), `ece` (expected calibration error, 15 bins of
-        equal width), `macro` and `weighted` averages of precision, recall and F1 over the classes that occur, and for
-        two classes that both occur `auroc`. Each `NAME` has its 95 % interval in `NAME_ci95`,
-        `nll` of a single example None.
+        `n`, `accuracy`, `mean_per_class_accuracy` over the classes that occur, `top5_accuracy` (1 with five classes or
+        fewer), `nll` (mean negative log-likelihood, nats), `ece` (expected calibration error, 15 bins of equal width),
+        `macro` and `weighted` averages of precision, recall and F1 over the classes that occur, and for two classes
+        that both occur `auroc`. Each `NAME` has its 95 % confidence interval in `NAME_ci95`; that of `nll` is None for
+        a single example.
     """
     predicted = probabilities.argmax(1)
     correct, count = int((predicted == labels).sum()), len(labels)
@@ -71,17 +71,17 @@ def measure(
 
 
 def measure_classes(predicted: np.ndarray, labels: np.ndarray, *, num_classes: int) -> dict[str, np.ndarray]:
-    """Figures of each class.
+    """Computes precision, recall and F1 of each class.
 
     Args:
-        predicted: int `(n,)`.
+        predicted: predicted classes, int `(n,)`.
         labels: int `(n,)`.
-        num_classes: classes.
+        num_classes: number of classes.
 
     Returns:
-        `support` (examples of the class) and `predicted` (examples taken for it), int `(classes,)`; `precision`,
-        `recall` and `f1`, float64 `(classes,)`, 0 where there is nothing to count; of each `NAME_ci95`, float64
-        `(classes, 2)` (Wilson; F1: Lam et al. 2023).
+        `support` (examples of the class) and `predicted` (examples predicted as the class), int `(classes,)`;
+        `precision`, `recall` and `f1`, float64 `(classes,)`, 0 if they are undefined; and their 95 % confidence
+        intervals `NAME_ci95`, float64 `(classes, 2)` (Wilson; F1: Lam et al. 2023).
     """
     numbers = np.arange(num_classes)
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -102,28 +102,28 @@ def measure_classes(predicted: np.ndarray, labels: np.ndarray, *, num_classes: i
 
 
 def confuse(predicted: np.ndarray, labels: np.ndarray, *, num_classes: int) -> np.ndarray:
-    """The confusion matrix, int `(classes, classes)`: rows are labels, columns what was predicted."""
+    """Computes the confusion matrix, int `(classes, classes)`: rows are labels, columns are predictions."""
     return np.asarray(confusion_matrix(labels, predicted, labels=np.arange(num_classes)))
 
 
 def count_pairs(predicted: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cells of the confusion matrix that are not empty: label, prediction and count, int64 `(m,)` each, in order.
+    """Counts the nonzero cells of the confusion matrix: label, prediction and count, int64 `(m,)` each, sorted.
 
-    Of thousands of classes the matrix itself would be too large.
+    With thousands of classes the matrix itself would be too large.
     """
     pairs, counts = np.unique(np.stack([labels, predicted], 1).astype(np.int64), axis=0, return_counts=True)
     return pairs[:, 0], pairs[:, 1], counts
 
 
 def most_confused(predicted: np.ndarray, labels: np.ndarray, *, at_most: int) -> list[tuple[int, int, int]]:
-    """Label, what it was taken for, how often: the most frequent first, of equals the lower number first."""
-    label, taken, counts = (column.tolist() for column in count_pairs(predicted, labels))
-    errors = [cell for cell in zip(label, taken, counts, strict=True) if cell[0] != cell[1]]
+    """Lists the most frequent errors as label, prediction and count; ties are sorted by class number."""
+    label, prediction, counts = (column.tolist() for column in count_pairs(predicted, labels))
+    errors = [cell for cell in zip(label, prediction, counts, strict=True) if cell[0] != cell[1]]
     return sorted(errors, key=lambda cell: -cell[2])[:at_most]
 
 
 def summarize(accuracies: Sequence[float]) -> dict[str, Any]:
-    """Of repeated trainings: `accuracies`, `mean`, `standard_deviation`, `min`, `max`."""
+    """Summarizes the accuracies of repeated trainings: `accuracies`, `mean`, `standard_deviation`, `min`, `max`."""
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     return {
         "accuracies": list(accuracies),
@@ -135,18 +135,18 @@ def summarize(accuracies: Sequence[float]) -> dict[str, Any]:
 
 
 def describe_spread(summary: Mapping[str, Any]) -> str:
-    """`0.902, standard deviation 0.004, 0.897 to 0.908`."""
-    low, high = summary["min"], summary["max"]
-    return f"{summary['mean']:.3f}, standard deviation {summary['standard_deviation']:.3f}, {low:.3f} to {high:.3f}"
+    """Formats a summary: `0.902 (standard deviation 0.004, range 0.897 to 0.908)`."""
+    mean, spread, low, high = (summary[name] for name in ("mean", "standard_deviation", "min", "max"))
+    return f"{mean:.3f} (standard deviation {spread:.3f}, range {low:.3f} to {high:.3f})"
 
 
 def headline(name: str, metrics: dict[str, Any]) -> str:
-    """`test accuracy 0.902 [0.845, 0.941] n=153`."""
+    """Formats the headline: `test accuracy 0.902 [0.845, 0.941] n=153`."""
     return f"{name} accuracy {with_interval(metrics['accuracy'], metrics['accuracy_ci95'])} n={metrics['n']}"
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    """Of the second class of two: near 1 a float32 has no room for differences, where the other class's has it."""
+    """Log odds of the second of two classes, from both probabilities: near 1 a float32 can't resolve differences."""
     least = np.finfo(np.float32).smallest_subnormal
     logs = np.log(np.maximum(probabilities, least).astype(np.float64))
     return np.asarray(logs[:, 1] - logs[:, 0])

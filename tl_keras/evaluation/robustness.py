@@ -1,4 +1,4 @@
-"""How accuracy falls when images get worse (Hendrycks & Dietterich 2019)."""
+"""Robustness: accuracy on corrupted images (Hendrycks & Dietterich 2019)."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ def measure_corruptions(
     *,
     show_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Accuracy on the same images, clean and in each corruption at each strength.
+    """Measures accuracy on clean images, and on the same images under each corruption at each strength.
 
     Args:
         images: RGB at the network's size, uint8 `(n, size, size, 3)`, n at least 1.
         labels: int `(n,)`.
-        predict: such images, as float32 → probabilities `(b, classes)`.
-        show_progress: shows how far it is.
+        predict: float32 `(b, size, size, 3)` → probabilities `(b, classes)`.
+        show_progress: called with the progress as text.
 
     Returns:
-        `n`; `clean`; `corruptions`: name → for strengths 1 to 5; each `accuracy` and `accuracy_ci95` (Wilson); and
-        `mean_accuracy` over all of these, with `mean_accuracy_ci95` (bootstrap over images; None of a single one).
+        `n`; `clean`; `corruptions`: name → entries for strengths 1 to 5. `clean` and each entry have `accuracy` and
+        `accuracy_ci95` (Wilson). `mean_accuracy` is the mean over corruptions and strengths, `mean_accuracy_ci95` its
+        interval (bootstrap over images; None for a single image).
     """
-    clean = _predict_rightly(images, labels, predict)
+    clean = _is_correct(images, labels, predict)
     result: dict[str, Any] = {"n": len(labels), "clean": _score(clean), "corruptions": {}}
-    total, rightly = len(CORRUPTIONS) * STRENGTHS, list[np.ndarray]()
+    total, correct = len(CORRUPTIONS) * STRENGTHS, list[np.ndarray]()
     for name in CORRUPTIONS:
         for strength in range(1, STRENGTHS + 1):
             worse = np.stack([corrupt(image, name, strength, seed=row) for row, image in enumerate(images)])
-            rightly.append(_predict_rightly(worse, labels, predict))
-            show_progress(f"corruptions {len(rightly)}/{total}: {name} {strength}")
-        result["corruptions"][name] = [_score(right) for right in rightly[-STRENGTHS:]]
-    each = np.mean(rightly, axis=0)  # an image's share: the same images stand behind all figures
+            correct.append(_is_correct(worse, labels, predict))
+            show_progress(f"corruptions {len(correct)}/{total}: {name} {strength}")
+        result["corruptions"][name] = [_score(right) for right in correct[-STRENGTHS:]]
+    each = np.mean(correct, axis=0)  # accuracy per image: all results share the same images, so images are resampled
     interval = mean_interval(each)
     result |= {"mean_accuracy": float(each.mean()), "mean_accuracy_ci95": list(interval) if interval else None}
     return result
 
 
 def robustness_rows(robustness: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A table for the screen: corruption, accuracy at strengths 1 to 5."""
+    """Makes a table for the screen: corruption, accuracy at strengths 1 to 5."""
     return [(name, *(f"{one['accuracy']:.3f}" for one in found)) for name, found in robustness["corruptions"].items()]
 
 
-def _predict_rightly(images: np.ndarray, labels: np.ndarray, predict: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _is_correct(images: np.ndarray, labels: np.ndarray, predict: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     batches = range(0, len(images), _BATCH)
     predicted = np.concatenate([
         predict(images[start : start + _BATCH].astype(np.float32)).argmax(1) for start in batches

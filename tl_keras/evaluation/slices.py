@@ -1,4 +1,4 @@
-"""The same figures for parts of the examples: by camera, hospital, season, skin tone. That is how bias is seen."""
+"""Slices: metrics for groups of examples, by camera, hospital, season or skin tone, which reveal bias."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SLICES = (
     *("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value"),
     *("mean_per_class_accuracy", "macro_precision", "macro_recall", "macro_f1", "nll", "ece"),
 )
-_NO_ATTRIBUTES = {"id", "path", "label", "split"}  # of a manifest that is given for its further columns
+_NO_ATTRIBUTES = {"id", "path", "label", "split"}  # columns of a manifest that are not attributes
 _MISSING = "(none)"
-_NAMED_AT_LEAST = 10  # examples: a value with fewer is not called the worst
-_AT_MOST = 200  # values of a column: more are no groups
+_NAMED_AT_LEAST = 10  # values with fewer examples are not reported as the worst
+_AT_MOST = 200  # values per column
 
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What a file says about examples beside their labels.
+    """Attributes of examples from a file.
 
     Attributes:
         columns: name → id → value.
@@ -37,60 +37,61 @@ class Attributes:
     columns: dict[str, dict[str, str]]
 
     def values(self, column: str, ids: Sequence[str]) -> list[str]:
-        """A column's value for each id; `(none)` where the file does not say."""
+        """The value of a column for each id; `(none)` if it is missing."""
         return [self.columns[column].get(one) or _MISSING for one in ids]
 
     def count_unknown(self, ids: Sequence[str]) -> int:
-        """How many of these the file does not name."""
+        """The number of ids that the file does not contain."""
         named = next(iter(self.columns.values()))
         return sum(one not in named for one in ids)
 
 
 def read_attributes(path: str | None, ids: Sequence[str]) -> Attributes | None:
-    """Reads a CSV of attributes: a column `id` or `path`, and any others; it is read as a manifest of images is.
+    """Reads a CSV file of attributes: a column `id` or `path`, and one column per attribute.
 
     Args:
-        path: the file, if there is one.
-        ids: the examples.
+        path: the file; None if no slices are wanted.
+        ids: ids of the examples.
 
     Raises:
-        UserError: it can't be read, has no such columns, knows none of the ids, or one twice.
+        UserError: the file can't be read, a column is missing, no id matches, or an id is listed twice.
     """
     if path is None:
         return None
     table = read_table(Path(path), asked=f"--slices={path}")
     names = [name for name in table.names if name not in _NO_ATTRIBUTES]
     if not table.names.keys() & {"id", "path"} or not names:
+        found_columns = ", ".join(table.names.values()) or "(none)"
         raise UserError(
-            f"--slices={path} has the columns {', '.join(table.names.values()) or '(none)'}. It needs id (or path), "
-            "and one more for each attribute: id,camera,season."
+            f"--slices={path} has the columns {found_columns}. It needs id (or path), and one column per attribute: "
+            "id,camera,season."
         )
     known: dict[str, int] = {}
     for row, one in enumerate(_choose_ids(table, set(ids))):
         if known.setdefault(one, row) != row and one:
             raise UserError(
-                f"--slices={path} line {table.rows[row][0]}: {one} stands there twice. Leave one row for each image."
+                f"--slices={path} line {table.rows[row][0]}: {one} is listed twice. Keep one row per image."
             )
     known.pop("", None)
     if not known.keys() & set(ids):
         example = next(iter(known), "")
         raise UserError(
-            f"--slices={path} knows none of the {len(ids):,} examples. Its first id is {example!r}; the data's are "
-            f"like {ids[0]!r}. {nearest(example, ids)}Write ids as they stand in splits.csv."
+            f"--slices={path} contains none of the {len(ids):,} examples. Its first id is {example!r}; ids of the "
+            f"data look like {ids[0]!r}. {nearest(example, ids)}Use the ids of splits.csv."
         )
     columns = {table.names[name]: {one: table.cell(row, name) for one, row in known.items()} for name in names}
     for name, values in columns.items():
         count = len({values.get(one, "") for one in ids})
         if count > _AT_MOST:
             raise UserError(
-                f"--slices={path}: column {name} has {count:,} values; at most {_AT_MOST} make groups. Leave it out, "
-                "or put its values into ranges."
+                f"--slices={path}: column {name} has {count:,} values; at most {_AT_MOST} are allowed. Leave it out, "
+                "or group its values into ranges."
             )
     return Attributes(columns)
 
 
 def _choose_ids(table: Table, examples: set[str]) -> list[str]:
-    """Each row's id by the column that names most of the examples: a column `id` may be a patient's number here."""
+    """Reads ids from the column that matches most examples: a column `id` may contain patient numbers."""
     columns: tuple[Literal["id", "path"], ...] = ("id", "path")
     return max(
         (table.ids_of(column) for column in columns if column in table.names), key=lambda ids: len(examples & set(ids))
@@ -100,19 +101,19 @@ def _choose_ids(table: Table, examples: set[str]) -> list[str]:
 def measure_slices(
     attributes: Attributes, ids: Sequence[str], probabilities: np.ndarray, labels: np.ndarray
 ) -> dict[str, Any]:
-    """The same figures for each value of each column.
+    """Computes the metrics for each value of each column.
 
     Args:
-        attributes: what is known of the examples.
-        ids: of the examples.
+        attributes: attributes of the examples.
+        ids: ids of the examples.
         probabilities: float32 `(n, classes)`.
         labels: int `(n,)`.
 
     Returns:
-        `columns`: column → value → what `measure` gives, and `p_value` of the value's accuracy against all others
-        (Fisher's exact test, two-sided, times the number of values of all columns: Bonferroni); `worst`: column, value
-        and figures of the lowest accuracy among values of ten examples or more, and as many others, or None; `unknown`:
-        how many examples the file does not name.
+        `columns`: column → value → result of `measure`, with the `p_value` of its accuracy against that of all other
+        examples (Fisher's exact test, two-sided, Bonferroni correction for the values of all columns). `worst`: column,
+        value and metrics of the value with the lowest accuracy, among values with at least ten examples and ten others;
+        None without such values. `unknown`: number of examples that the file does not contain.
     """
     correct = probabilities.argmax(1) == labels
     columns: dict[str, dict[str, Any]] = {}
@@ -135,7 +136,7 @@ def measure_slices(
 
 
 def slice_cells(slices: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The rows of `slices.csv`, in the columns of `SLICES`."""
+    """Makes the rows of `slices.csv`, with the columns of `SLICES`."""
     return [
         (
             *(column, value, found["n"], found["accuracy"], *found["accuracy_ci95"], found["p_value"]),
@@ -149,16 +150,15 @@ def slice_cells(slices: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def describe_worst(slices: dict[str, Any], *, accuracy: float) -> str:
-    """A line that names the worst slice."""
+    """Describes the slice with the lowest accuracy in one line."""
     worst, unknown = slices["worst"], slices["unknown"]
     rest = f"; {unknown:,} examples are not in the file" if unknown else ""
     if worst is None:
-        return f"slices: no value has {_NAMED_AT_LEAST} examples and others to be compared with{rest}"
+        return f"slices: no value has {_NAMED_AT_LEAST} examples and {_NAMED_AT_LEAST} others to compare with{rest}"
     shown = with_interval(worst["accuracy"], worst["accuracy_ci95"])
-    told = f"slices: worst is {worst['column']}={worst['value']}: accuracy {shown} n={worst['n']:,}, all {accuracy:.3f}"
-    p_value = worst["p_value"]
-    verdict = f"p = {p_value:.3g}" if p_value < 0.05 else f"which may be chance, p = {p_value:.2f}"
-    return f"{told}; {verdict}{rest}"
+    value, p_value = f"{worst['column']}={worst['value']}", worst["p_value"]
+    verdict = f"p = {p_value:.3g}" if p_value < 0.05 else f"not significant, p = {p_value:.2f}"
+    return f"slices: lowest accuracy for {value}: {shown} n={worst['n']:,}, overall {accuracy:.3f}; {verdict}{rest}"
 
 
 def _compare(own: np.ndarray, correct: np.ndarray, *, tests: int) -> float:

@@ -1,4 +1,4 @@
-"""The files in which a run says what it was and what came out."""
+"""The tables of a run, and the lines that describe its results."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def write_evaluation(
     target_accuracy: float,
     attributes: Attributes | None = None,
 ) -> dict[str, Any]:
-    """Measures val and test, and writes the tables.
+    """Computes the metrics of val and test, and writes the tables.
 
-    These are `splits.csv`, `digests.npy`, `predictions.csv`, `probabilities.npy`, `labels.txt`, `per_class.csv`,
-    `confusion.csv`, `reliability.csv` and `coverage.csv`; with attributes `slices.csv`.
+    The tables are `splits.csv`, `digests.npy`, `predictions.csv`, `probabilities.npy`, `labels.txt`, `per_class.csv`,
+    `confusion.csv`, `reliability.csv` and `coverage.csv`; with attributes also `slices.csv`.
 
     Args:
         folder: the run folder.
-        examples: what was evaluated.
+        examples: the evaluated examples.
         probabilities: split → float32 `(n, classes)`, in the order of the split's positions.
         target_accuracy: see `choose_threshold`.
-        attributes: by which the same figures are wanted.
+        attributes: attributes for slices; None without slices.
 
     Returns:
-        For `metrics.json` split → its figures, and `reject` where there is a val to choose on: `target_accuracy`,
-        `threshold`, and for each split what `measure_threshold` says.
+        For `metrics.json`: split → metrics, and with a val split `reject`: `target_accuracy`, `threshold`, and for each
+        split the result of `measure_threshold`.
     """
     write_examples(folder, examples)
     write_predictions(folder, examples, probabilities)
@@ -75,11 +75,11 @@ def write_evaluation(
         metrics[split] = measure(values, labels, classes)
         per_class += [(split, name, *_class_cells(classes, number)) for number, name in enumerate(names)]
         metrics[split]["most_confused"] = [
-            {"label": names[label], "predicted": names[taken], "count": count}
-            for label, taken, count in most_confused(predicted, labels, at_most=_PAIRS)
+            {"label": names[label], "predicted": names[prediction], "count": count}
+            for label, prediction, count in most_confused(predicted, labels, at_most=_PAIRS)
         ]
         cells = zip(*(column.tolist() for column in count_pairs(predicted, labels)), strict=True)
-        confusion += [(split, names[label], names[taken], count) for label, taken, count in cells]
+        confusion += [(split, names[label], names[prediction], count) for label, prediction, count in cells]
         curve += [(split, *row.values()) for row in reliability(values, labels)]
         coverage += [(split, *row) for row in _thin(accuracy_by_coverage(values, labels))]
         if attributes:
@@ -91,7 +91,7 @@ def write_evaluation(
     folder.write_csv("confusion.csv", ("split", "label", "predicted", "count"), confusion)
     folder.write_csv("reliability.csv", ("split", *RELIABILITY), curve)
     folder.write_csv("coverage.csv", ("split", "threshold", "coverage", "accuracy"), coverage)
-    if "val" in probabilities:  # nothing is chosen on test
+    if "val" in probabilities:  # test is never used for selection
         reached = choose_threshold(probabilities["val"], examples.labels("val"), target_accuracy=target_accuracy)
         metrics["reject"] = {
             "target_accuracy": target_accuracy,
@@ -109,7 +109,7 @@ def write_evaluation(
 
 
 def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
-    """The lines that say more than the headline: calibration, what is confused, what a threshold buys."""
+    """Makes the lines below the headline: calibration, frequent errors, slices, confidence threshold."""
     split = evaluated_split(metrics)
     figures, lines = metrics[split], list[str]()
     calibration = metrics.get("calibration")
@@ -123,28 +123,28 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
         lines.append("calibration: none; val does not determine a temperature")
     if figures["most_confused"]:
         pairs = figures["most_confused"][:_PAIRS_SHOWN]
-        told = ", ".join(f"{one['label']} taken for {one['predicted']} ({one['count']})" for one in pairs)
-        lines.append(f"most often wrong on {split}: {told}")
+        errors = ", ".join(f"{one['label']} predicted as {one['predicted']} ({one['count']})" for one in pairs)
+        lines.append(f"most frequent errors on {split}: {errors}")
     if "slices" in figures:
         lines.append(describe_worst(figures["slices"], accuracy=figures["accuracy"]))
     return [*lines, *_describe_reject(metrics["reject"], split, figures["accuracy"])] if "reject" in metrics else lines
 
 
 def write_examples(folder: RunFolder, examples: Examples) -> None:
-    """Writes `splits.csv`: what was used for what, in the source's order; and row by row `digests.npy`: the content.
+    """Writes `splits.csv` with the split of each example, in the order of the source, and `digests.npy`.
 
-    The latter is uint8 `(n, 32)`, SHA-256 of each image's bytes.
+    `digests.npy` has the SHA-256 of each image's bytes, uint8 `(n, 32)`, in the same order.
     """
     folder.write_csv("splits.csv", ("id", "split", "label"), examples.rows())
     _write_array(folder, DIGESTS, examples.digests[examples.splits >= 0].view(np.uint8).reshape(-1, 32))
 
 
 def write_predictions(folder: RunFolder, examples: Examples, probabilities: Mapping[str, np.ndarray]) -> None:
-    """Writes `predictions.csv` and `probabilities.npy`: row by row the same examples, val before test.
+    """Writes `predictions.csv` and `probabilities.npy` with the same rows, val before test.
 
     Args:
         folder: the run folder.
-        examples: what was evaluated.
+        examples: the evaluated examples.
         probabilities: split → float32 `(n, classes)`, in the order of the split's positions.
     """
     folder.write_csv("predictions.csv", _PREDICTIONS_HEADER, _prediction_rows(examples, probabilities))
@@ -158,7 +158,7 @@ def _write_array(folder: RunFolder, name: str, values: np.ndarray) -> None:
 
 
 def describe_environment(*, engine: str, precision: str) -> dict[str, Any]:
-    """Versions, device, engine and precision, for `metrics.json`."""
+    """Collects versions, device, engine and precision for `metrics.json`."""
     return {
         "tl_keras": __version__,
         "python": platform.python_version(),
@@ -172,7 +172,7 @@ def describe_environment(*, engine: str, precision: str) -> dict[str, Any]:
 
 
 def describe_device() -> str:
-    """What TensorFlow computes on: the GPUs' names, or the CPU's."""
+    """Names the GPUs that TensorFlow uses, or the CPU."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
@@ -181,7 +181,7 @@ def describe_device() -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for the screen, each column as wide as its widest cell."""
+    """Formats a table for the screen; each column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -202,14 +202,14 @@ def _describe_reject(reject: Mapping[str, Any], split: str, accuracy: float) -> 
     if accuracy >= reject["target_accuracy"] and "run" not in reject:
         return []
     found = reject[split]
-    reached = f"accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else "no accuracy"
+    accuracy_text = f", accuracy {with_interval(found['accuracy'], found['accuracy_ci95'])}" if found["n"] else ""
     where = "on val" if "run" not in reject else "by the classifier's run"
     certainty = reject.get("threshold_confidence")
     certain = f" or more, with {100 * certainty:g} % certainty" if certainty else " on val"
     chosen = f"chosen {where} for an accuracy of {target}{certain}"
     return [
-        f"at confidence ≥ {reject['threshold']:.3f} ({chosen}): covers {100 * found['coverage']:.0f} % of {split}, "
-        f"{reached}"
+        f"at confidence ≥ {reject['threshold']:.3f} ({chosen}): covers {100 * found['coverage']:.0f} % of {split}"
+        f"{accuracy_text}"
     ]
 
 
@@ -222,7 +222,7 @@ def _class_cells(found: Mapping[str, np.ndarray], number: int) -> list[Any]:
 
 
 def _thin(curve: tuple[np.ndarray, ...]) -> Iterable[tuple[float, ...]]:
-    """Some points of a curve, the last among them."""
+    """Yields evenly spaced points of a curve, including the last."""
     count = len(curve[0])
     rows = np.unique(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).round().astype(int))
     for row in rows:

@@ -1,6 +1,7 @@
-"""TensorFlow's C++ loader of SavedModels, the one that TensorFlow Serving calls, reached through TensorFlow's C API.
+"""TensorFlow's C++ loader of SavedModels, as used by TensorFlow Serving, called through TensorFlow's C API.
 
-Linux wheels of TensorFlow contain it as `libtensorflow_cc`. Neither TensorFlow's Python nor Keras is imported here.
+Linux wheels of TensorFlow contain it as `libtensorflow_cc`. This module imports neither TensorFlow's Python package nor
+Keras.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-_LIBRARIES = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")  # in this order: the second needs the first
+_LIBRARIES = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")  # in this order: the second depends on the first
 _TYPES = {1: np.float32, 9: np.int64, 10: np.bool_}  # numbers of TensorFlow's enum DataType
 _STRING = 7
-_STRING_BYTES = 24  # of a TF_TString
-_VIEW = 3  # the kind of TF_TString that points to bytes owned by somebody else
+_STRING_BYTES = 24  # size of a TF_TString
+_VIEW = 3  # kind of a TF_TString that does not own its bytes
 _TAG = b"serve"
 
 _Pointer = ctypes.c_void_p
@@ -69,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 def find_libraries() -> list[Path]:
-    """The libraries of the installed TensorFlow that hold its C++ loader; empty where its wheel has none."""
+    """Finds the libraries of the installed TensorFlow with its C++ loader; empty if the wheel does not have them."""
     spec = importlib.util.find_spec("tensorflow")
     folders = list(spec.submodule_search_locations or []) if spec else []
     paths = [Path(folder) / name for folder in folders[:1] for name in _LIBRARIES]
@@ -85,11 +86,11 @@ class CppModel:
         Args:
             library: from `load_library`.
             folder: the version folder.
-            feed: the tensor of the signature's one input, a string `(n,)`; its name, `operation:index`.
-            fetches: output's name → the tensor's name; float32, int64 or bool tensors.
+            feed: name of the input tensor, `operation:index`; a string `(n,)`.
+            fetches: name of the output → name of its tensor; float32, int64 or bool tensors.
 
         Raises:
-            RuntimeError: TensorFlow does not load it; the text is TensorFlow's own.
+            RuntimeError: TensorFlow can't load it, with TensorFlow's message.
         """
         self._library = library
         self._graph = library.TF_NewGraph()
@@ -113,10 +114,10 @@ class CppModel:
             values: n strings, n at least 1.
 
         Returns:
-            Output's name → array `(n, ...)`.
+            Name of the output → array `(n, ...)`.
 
         Raises:
-            RuntimeError: TensorFlow refuses the batch; the text is TensorFlow's own.
+            RuntimeError: TensorFlow can't run the batch, with TensorFlow's message.
         """
         library, count = self._library, len(self._fetches)
         buffers = [ctypes.create_string_buffer(value, max(len(value), 1)) for value in values]
@@ -153,7 +154,7 @@ class CppModel:
         return _Output(operation, int(index or 0))
 
     def _make_strings(self, views: Sequence[tuple[int, int]]) -> Any:
-        """A string tensor `(n,)` of n addresses and lengths; the bytes stay where they are."""
+        """Makes a string tensor `(n,)` from n addresses and lengths, without copying the bytes."""
         size = _STRING_BYTES * len(views)
         tensor = self._library.TF_AllocateTensor(_STRING, (ctypes.c_int64 * 1)(len(views)), 1, size)
         content = b"".join(struct.pack("<QQQ", length << 2 | _VIEW, address, 0) for address, length in views)
@@ -181,7 +182,7 @@ def load_library(paths: Sequence[Path]) -> Any:
         paths: from `find_libraries`.
 
     Returns:
-        The library, its functions declared.
+        The library with declared functions.
 
     Raises:
         OSError: the libraries can't be loaded.

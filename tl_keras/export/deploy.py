@@ -1,4 +1,4 @@
-"""What TF Serving is started with: its configs, container and cluster files, a client; `--mode=export --deploy=DIR`."""
+"""Files for TF Serving: configuration, containers, Kubernetes, a client; `--mode=export --deploy=DIR`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from tl_keras.run import write_atomically
 
-TFSERVING_VERSION = "2.20.0"  # the newest in TF Serving's RELEASE.md of July 2026
-MOST_IMAGES = 256  # in one request, as the local server's --max_request_images
-_QUEUE_SECONDS = 2.0  # of work may wait: clients would rather be refused than wait longer
+TFSERVING_VERSION = "2.20.0"  # the newest release of TF Serving in July 2026
+MOST_IMAGES = 256  # images per request, like --max_request_images of the local server
+_QUEUE_SECONDS = 2.0  # maximum waiting time in the queue; beyond it requests are rejected
 _LONGEST_WAIT_MICROS = 10_000
-_MEMORY_FACTOR = 24  # of the version folder: four signatures, each with its constants packed anew (ResNet50: 2.5 GB)
-_MEMORY_BASE_MIB = 2048  # sixteen images are decoded at once, of 50 million pixels each at the most
+_MEMORY_FACTOR = 24  # times the version folder: four signatures, each with packed constants (ResNet50: 2.5 GB)
+_MEMORY_BASE_MIB = 2048  # sixteen images of up to 50 million pixels are decoded in parallel
 _POLL_SECONDS = 60
 _TEMPLATES = ("Dockerfile", "compose.yaml", "kubernetes.yaml", "kserve.yaml", "client.py", "README.md")
 
@@ -35,19 +35,19 @@ def write_deployment(
     difference: float | None,
     cores: int,
 ) -> list[str]:
-    """Writes every file that TF Serving is started with, for one exported model.
+    """Writes all files for TF Serving, for one exported model.
 
     Args:
-        folder: where; made where it does not exist.
+        folder: the folder; it is created if it does not exist.
         version: the version folder.
-        batch_sizes: that the server may use, rising.
-        images_per_second: precision → batch size → what was measured.
-        bfloat16: whether the server lowers the precision.
-        difference: the largest that bfloat16 makes to a probability; None where it was not measured.
-        cores: of the machine that it was measured on.
+        batch_sizes: batch sizes of the server, increasing.
+        images_per_second: precision → batch size → measured speed.
+        bfloat16: whether the server uses bfloat16.
+        difference: largest difference of a probability with bfloat16; None if it was not measured.
+        cores: number of CPU cores of the measurement.
 
     Returns:
-        The names of the files. A `models.config` that says something else is kept, and the new one written beside it.
+        The names of the files. An existing `models.config` that differs is kept; the new one is `models.config.new`.
 
     Raises:
         UserError: the folder can't be written.
@@ -67,7 +67,7 @@ def write_deployment(
         "flags_kubernetes": "\n".join(f"            - {json.dumps(flag)}" for flag in flags),
         "memory_mib": _MEMORY_BASE_MIB + _MEMORY_FACTOR * (size_bytes >> 20),
         "cores": cores,
-        "requested_cores": max(1, cores - 1),  # a node keeps some of its cores to itself
+        "requested_cores": max(1, cores - 1),  # a node reserves some of its cores
         "largest": batch_sizes[-1],
         "table": _describe_speeds(images_per_second),
         "precision": _describe_precision(bfloat16, difference),
@@ -80,20 +80,20 @@ def write_deployment(
         **{file: _fill(file, values) for file in _TEMPLATES},
     }
     if _differs(folder / "models.config", files["models.config"]):
-        files["models.config.new"] = files.pop("models.config")  # its labels say what clients are sent to
+        files["models.config.new"] = files.pop("models.config")  # its labels decide which version clients get
     for file, content in files.items():
         write_atomically(folder / file, content.encode())
     return list(files)
 
 
 def list_flags(*, bfloat16: bool) -> list[str]:
-    """The server's flags, for the paths inside a container."""
+    """Lists the flags of the server, with paths inside the container."""
     return [
         "--port=8500",
         "--rest_api_port=8501",
         "--model_config_file=/config/models.config",
         f"--model_config_file_poll_wait_seconds={_POLL_SECONDS}",
-        # else a label at the start, when nothing is loaded yet, ends the server (tensorflow/serving#1608)
+        # otherwise the server exits if a label exists before its version is loaded (tensorflow/serving#1608)
         "--allow_version_labels_for_unavailable_models=true",
         "--enable_batching=true",
         "--batching_parameters_file=/config/batching.config",
@@ -104,7 +104,7 @@ def list_flags(*, bfloat16: bool) -> list[str]:
 
 
 def make_models_config(version: Path) -> str:
-    """`ModelServerConfig` in text: the version as `canary`, the one before it, or it again, as `stable`."""
+    """Makes `ModelServerConfig` as text: the version is `canary`, the previous one (or the same) is `stable`."""
     model = version.parent
     names = [path.name for path in model.iterdir() if path.name.isascii() and path.name.isdecimal()]
     numbers = sorted(int(name) for name in names if int(name) <= int(version.name))
@@ -119,11 +119,10 @@ def make_models_config(version: Path) -> str:
 
 
 def make_batching_config(batch_sizes: Sequence[int], *, speeds: Mapping[int, float], cores: int) -> str:
-    """`BatchingParameters` in text (tensorflow_serving/session_bundle/session_bundle_config.proto).
+    """Makes `BatchingParameters` as text (tensorflow_serving/session_bundle/session_bundle_config.proto).
 
-    A request waits for others at most half as long as it takes alone: batching never costs more than it may win. One
-    of more images than the largest batch is split; without that it is refused, and a warm-up request that is larger
-    keeps a version from being loaded.
+    A request waits for others at most half as long as it takes itself. Requests larger than the largest batch are
+    split; otherwise they would be rejected, and a larger warm-up request would prevent a version from loading.
     """
     largest = batch_sizes[-1]
     most = max(MOST_IMAGES, largest)
@@ -142,9 +141,9 @@ def make_batching_config(batch_sizes: Sequence[int], *, speeds: Mapping[int, flo
 
 
 def make_monitoring_config() -> str:
-    """`MonitoringConfig` in text (tensorflow_serving/config/monitoring_config.proto).
+    """Makes `MonitoringConfig` as text (tensorflow_serving/config/monitoring_config.proto).
 
-    Prometheus, at the path that its scrapers expect of TF Serving.
+    It enables Prometheus at the usual path of TF Serving.
     """
     return 'prometheus_config {\n  enable: true\n  path: "/monitoring/prometheus/metrics"\n}\n'
 
@@ -157,14 +156,17 @@ def _differs(path: Path, content: str) -> bool:
 
 
 def _describe_precision(bfloat16: bool, difference: float | None) -> str:
-    told = "" if difference is None else f" Its probabilities differ from float32's by {difference:.1e} at most."
+    measured = "" if difference is None else f" It changes probabilities by up to {difference:.1e}."
     if bfloat16:
-        return f"`server.flags` has `--mixed_precision=bfloat16`: it is at least 1.3 times faster.{told}"
+        return (
+            "`server.flags` has `--mixed_precision=bfloat16`, which is at least 1.3 times as fast as float32 "
+            f"here.{measured}"
+        )
     if difference is None:
-        return "The precision is float32: this CPU has no bfloat16."
+        return "The precision is float32: this CPU has no bfloat16 instructions."
     return (
-        "The precision is float32: bfloat16 is used only if it is at least 1.3 times faster in every measurement "
-        f"and changes probabilities by at most 0.001.{told}"
+        "The precision is float32: bfloat16 is used only if it is at least 1.3 times as fast in every measurement and "
+        f"changes probabilities by at most 0.001.{measured}"
     )
 
 
@@ -174,7 +176,7 @@ def _fill(file: str, values: Mapping[str, object]) -> str:
 
 
 def _as_service_name(name: str) -> str:
-    """As Kubernetes wants names: RFC 1123, at most 63 of a-z, 0-9 and -."""
+    """Makes a name for Kubernetes: RFC 1123, at most 63 characters of a-z, 0-9 and -."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:63].strip("-") or "classifier"
 
 

@@ -1,4 +1,4 @@
-"""Embeddings as a product: a file with id, split, label and embedding of every image, written piece by piece."""
+"""Files with id, split, label and embedding of every image, written in chunks."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
 from tl_keras.run import check_writable, disk_errors
 
-_ROWS = 1000  # read and written at once
+_ROWS = 1000  # rows per chunk
 
 
 def check_output(path: str) -> None:
-    """Finds out before anything is computed whether the file can be written.
+    """Checks that the file can be written, before anything is computed.
 
     Raises:
-        UserError: Parquet without pyarrow, a folder of that name, or a folder that can't be written.
+        UserError: pyarrow is missing, the path is a folder, or its folder is not writable.
     """
     if os.path.isdir(path):
-        raise UserError(f"--embeddings_output={path} is a folder. Give the file a name in it.")
+        raise UserError(f"--embeddings_output={path} is a folder. Give the name of a file in it.")
     if path.endswith(".parquet"):
         _import_pyarrow()
     check_writable(Path(path).parent, path)
 
 
 def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str:
-    """Writes a `.npz` or a Parquet file with a row for each image, in the source's order.
+    """Writes a `.npz` or Parquet file with a row for each image, in the order of the source.
 
-    Its columns (arrays) are `id`, `split` and `label`, text, empty where the images have no labels, and `embedding`,
-    float32 `(n, dim)`. Memory does not grow with n but for the ids.
+    Its columns (arrays) are `id`, `split` and `label`, as text, empty for images without labels, and `embedding`,
+    float32 `(n, dim)`. Only the ids are held in memory.
 
     Args:
-        path: ends in `.npz` or `.parquet`; it replaces a file of that name when it is whole.
-        examples: which images.
+        path: path with the suffix `.npz` or `.parquet`; an existing file is replaced when the new one is complete.
+        examples: the images.
         read: positions, int `(b,)` → embeddings, float32 `(b, dim)`.
 
     Returns:
-        A line that says what was written.
+        A line for the screen.
 
     Raises:
-        UserError: Parquet without pyarrow, no image at all, or the disk is full.
+        UserError: pyarrow is missing, there are no images, or the disk is full.
     """
     positions = np.flatnonzero(examples.splits >= 0)
     if not len(positions):
-        raise UserError("no image could be decoded: there are no embeddings to write. broken.csv says why.")
+        raise UserError("no image could be decoded, so there are no embeddings to write. broken.csv has the reasons.")
     write = _write_parquet if path.endswith(".parquet") else _write_npz
     dim = read(positions[:1]).shape[1]
     with disk_errors(path):
@@ -60,7 +60,7 @@ def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str
             unfinished = Path(folder) / Path(path).name
             write(unfinished, examples, positions, read, dim)
             os.replace(unfinished, path)
-    return f"embeddings: {len(positions):,} of {dim:,} numbers · {path}"
+    return f"embeddings: {len(positions):,} images, {dim:,} dimensions · {path}"
 
 
 def _columns(examples: Examples) -> dict[str, list[str]]:
@@ -99,7 +99,7 @@ def _write_parquet(path: Path, examples: Examples, positions: np.ndarray, read: 
 
 
 def _as_text(value: str) -> str:
-    """A file's name may be no UTF-8, which Parquet's text must be."""
+    """Escapes file names that are not UTF-8, as Parquet requires."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -109,6 +109,6 @@ def _import_pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            "--embeddings_output=*.parquet needs pyarrow. Install it: pip install 'tl_keras[parquet]', or give a .npz."
+            "--embeddings_output=*.parquet needs pyarrow. Run pip install 'tl_keras[parquet]', or write a .npz file."
         ) from error
     return pyarrow, pyarrow.parquet

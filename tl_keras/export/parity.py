@@ -1,8 +1,8 @@
-"""Loads an exported model as TensorFlow Serving does, in a fresh process without Keras, and compares its answers.
+"""Loads an exported model like TensorFlow Serving, in a new process without Keras, and compares its predictions.
 
-As a program (`python -m tl_keras.export.parity`) it is that process: it reads a line of JSON and answers with one. It
-loads the model through TensorFlow's C++ loader, as TensorFlow Serving does. TensorFlow's wheels for Windows and macOS
-have no such library; there it loads the model through a session of TensorFlow 1, which calls the same operations.
+As a program (`python -m tl_keras.export.parity`) this module is that process: it reads a line of JSON and writes one.
+It loads the model with TensorFlow's C++ loader, like TensorFlow Serving. The wheels for Windows and macOS do not have
+this library; there the model is loaded in a TensorFlow 1 session, which runs the same operations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tl_keras.errors import UserError
 from tl_keras.export.cpp_loader import CppModel, find_libraries, load_library
 
 _BATCH_SIZE = 8
-_ONE_BY_ONE = 8  # so many images are run alone as well
+_ONE_BY_ONE = 8  # number of images that also run in a batch of their own
 _SECONDS = 600
 _CPP, _SESSION = "C++", "TF1 session"
 Run = Callable[[Sequence[bytes]], dict[str, np.ndarray]]
@@ -37,14 +37,14 @@ _OUTPUTS = ("probabilities", "valid")
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How well an exported model agrees with what was evaluated.
+    """Agreement of an exported model with the evaluated classifier.
 
     Attributes:
-        count: images compared.
-        decisions: share of images with the same best class.
-        largest_difference: of any probability.
-        batch_difference: largest difference of any probability between two batch sizes.
-        loader: what loaded the model: `C++`, TensorFlow Serving's own loader, or `TF1 session`.
+        count: number of compared images.
+        decisions: fraction of images with the same predicted class.
+        largest_difference: largest difference of a probability.
+        batch_difference: largest difference of a probability between two batch sizes.
+        loader: the loader of the model: `C++`, as in TensorFlow Serving, or `TF1 session`.
     """
 
     count: int
@@ -55,14 +55,14 @@ class Agreement:
 
 
 class ParityProcess:
-    """A fresh Python that loads TensorFlow while the model is still being written."""
+    """A new Python process that loads TensorFlow while the model is being written."""
 
     def __enter__(self) -> ParityProcess:
-        """Starts it."""
+        """Starts the process."""
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "CUDA_VISIBLE_DEVICES": "-1",  # this process may hold all of the GPU's memory
+            "CUDA_VISIBLE_DEVICES": "-1",  # the parent process may use all GPU memory
         }
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -71,21 +71,21 @@ class ParityProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=environment,
-            start_new_session=True,  # Ctrl-C in a terminal is for the run, which goes on to its end
+            start_new_session=True,  # Ctrl-C is handled by the parent process
         )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends it."""
+        """Ends the process."""
         with contextlib.suppress(OSError):
             self._process.kill()
         self._process.communicate()
         self._stderr.close()
 
     def compare(self, folder: Path, samples: Sequence[bytes], expected: np.ndarray) -> Agreement:
-        """Runs images through the model there, in two batch sizes.
+        """Runs images through the exported model, in two batch sizes.
 
         Args:
             folder: the exported model.
@@ -96,7 +96,7 @@ class ParityProcess:
             The agreement.
 
         Raises:
-            UserError: the model can't be loaded, or finds an image invalid that was evaluated.
+            UserError: the model can't be loaded, or rejects an image that was evaluated.
         """
         question = {
             "folder": str(folder),
@@ -108,10 +108,10 @@ class ParityProcess:
             found = json.loads(answer)
         except (subprocess.TimeoutExpired, ValueError, OSError) as error:
             raise UserError(
-                f"the exported model can't be loaded as TF Serving loads it: {self._explain()}. Nothing was exported."
+                f"the exported model can't be loaded like in TF Serving: {self._explain()}. Nothing was exported."
             ) from error
         if not found["valid"]:
-            raise UserError("the exported model finds images invalid that were evaluated. Nothing was exported.")
+            raise UserError("the exported model rejects images that were evaluated. Nothing was exported.")
         batched, alone = np.array(found["batched"], np.float32), np.array(found["alone"], np.float32)
         return Agreement(
             count=len(expected),
@@ -122,20 +122,20 @@ class ParityProcess:
         )
 
     def _explain(self) -> str:
-        """Why the process gave no answer: what ended it, or else the last line that it wrote."""
+        """Explains why the process gave no answer: its signal, or the last line of its output."""
         status = self._process.poll()
         if status is None:
             return f"no answer within {_SECONDS} s"
         if status < 0:
-            hint = " (is there too little memory?)" if status == -signal.SIGKILL else ""
-            return f"signal {-status} ended the process{hint}"
+            hint = ", probably for lack of memory" if status == -signal.SIGKILL else ""
+            return f"the process was killed by signal {-status}{hint}"
         self._stderr.seek(0)
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        return lines[-1][:300].rstrip(".") if lines else f"the process ended with {status}"
+        return lines[-1][:300].rstrip(".") if lines else f"the process exited with status {status}"
 
 
 def _name_tensors(folder: Path) -> dict[str, Any]:
-    """The tensors of the signature `serving_default`: `feed`, and `fetches`; read from the model's file."""
+    """Reads the tensor names of the signature `serving_default` from the model's file: `feed` and `fetches`."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     model = saved_model_pb2.SavedModel()
@@ -144,7 +144,7 @@ def _name_tensors(folder: Path) -> dict[str, Any]:
         signature = model.meta_graphs[0].signature_def["serving_default"]
         fetches = {name: signature.outputs[name].name for name in _OUTPUTS}
         return {"feed": signature.inputs["image_bytes"].name, "fetches": fetches}
-    return {"feed": "", "fetches": {}}  # whoever loads the model will say what is wrong with it
+    return {"feed": "", "fetches": {}}  # the error is reported when the model is loaded
 
 
 def _answer(question: dict[str, Any], library: Any = None) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _answer(question: dict[str, Any], library: Any = None) -> dict[str, Any]:
 
     Args:
         question: `folder`, `tensors` and `images`, base64.
-        library: TensorFlow's C API; None: the model is loaded through a TF1 session.
+        library: TensorFlow's C API; None to load the model in a TF1 session.
     """
     images = [base64.b64decode(image) for image in question["images"]]
     with _open_cpp(library, question) if library else _open_session(question) as run:
@@ -169,7 +169,7 @@ def _answer(question: dict[str, Any], library: Any = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open_cpp(library: Any, question: dict[str, Any]) -> Iterator[Run]:
-    """The model in TensorFlow's C++ runtime, as TensorFlow Serving has it."""
+    """Loads the model in TensorFlow's C++ runtime, like TensorFlow Serving."""
     model = CppModel(library, question["folder"], **question["tensors"])
     try:
         yield model.run
@@ -179,7 +179,7 @@ def _open_cpp(library: Any, question: dict[str, Any]) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _open_session(question: dict[str, Any]) -> Iterator[Run]:
-    """The model in a session of TensorFlow 1."""
+    """Loads the model in a TensorFlow 1 session."""
     import tensorflow as tf
 
     tensors = question["tensors"]
@@ -189,7 +189,7 @@ def _open_session(question: dict[str, Any]) -> Iterator[Run]:
 
 
 def _load_runtime() -> Any:
-    """TensorFlow, while the question is still being prepared: its C API if the wheel has one, or else its Python."""
+    """Loads TensorFlow before the question arrives: its C API if the wheel has it, otherwise its Python package."""
     libraries = find_libraries()
     if libraries:
         with contextlib.suppress(OSError, AttributeError):
@@ -200,7 +200,7 @@ def _load_runtime() -> Any:
 
 
 def _main() -> None:
-    sys.modules["keras"] = None  # type: ignore[assignment]  # whoever imports Keras fails, as in TensorFlow Serving
+    sys.modules["keras"] = None  # type: ignore[assignment]  # importing Keras fails, as in TensorFlow Serving
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     library = _load_runtime()
     answer = json.dumps(_answer(json.loads(sys.stdin.readline()), library))

@@ -1,4 +1,4 @@
-"""Writes `saved_models/NAME/VERSION/`, whole or not at all."""
+"""Exports `saved_models/NAME/VERSION/` atomically, after a comparison with the evaluated classifier."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ _LARGEST_VERSION = 2**63 - 1  # TF Serving reads an int64, and ignores folders w
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """Where the model is, and how well it agrees with the classifier that was evaluated."""
+    """An exported model: its path, and its agreement with the evaluated classifier."""
 
     path: Path
     agreement: Agreement
 
     def as_dict(self) -> dict[str, Any]:
-        """For `metrics.json`."""
+        """The entry of `metrics.json`."""
         return {"path": str(self.path), **dataclasses.asdict(self.agreement)}
 
 
 def name_model(name: str) -> str:
-    """The name under which TF Serving can be asked for a model: what an address can't hold becomes `_`."""
+    """Makes a name for URLs of TF Serving: other characters are replaced by `_`."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")
 
 
 def describe_request(path: Path) -> list[str]:
-    """How to serve this model here, and a `curl` line that asks whoever serves it about one photograph."""
+    """Describes how to serve the model locally, and a request with `curl`."""
     body = """'{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}'"""
     return [
         f"try it: tl_keras serve --classifier={path}",
-        f"and ask it: echo {body} | curl -d @- http://localhost:8501/v1/models/{path.parent.name}:predict",
+        f"then send a request: echo {body} | curl -d @- http://localhost:8501/v1/models/{path.parent.name}:predict",
     ]
 
 
@@ -69,26 +69,25 @@ def export_saved_model(
     parity: ParityProcess | None = None,
     run_id: str = "",
 ) -> Exported:
-    """Writes the next free version and checks what was written before it gets its name.
+    """Exports the next free version, and checks it before it gets its final name.
 
     Args:
-        classifier: what was evaluated.
-        export_dir: the folder of all models.
-        name: the model's name; None: the classifier's own.
+        classifier: the evaluated classifier.
+        export_dir: folder of all models.
+        name: name of the model; None for that of the classifier.
         samples: m encoded images, m at least 1.
-        expected: their probabilities as evaluated, float32 `(m, classes)`.
-        precision: of the trunk that gave them; what it may explain of a difference.
-        max_pixels: larger images are invalid to the model.
+        expected: their evaluated probabilities, float32 `(m, classes)`.
+        precision: precision of the trunk, which determines the allowed difference.
+        max_pixels: pixel limit; the model rejects larger images.
         show: shows a line.
-        parity: the process that compares, where it was started before.
-        run_id: of the run whose export this is; the version that it wrote before it was killed is taken, if there is
-            one.
+        parity: the process that compares, if it was started already.
+        run_id: id of the run; if the run was killed after it exported a version, that version is used.
 
     Returns:
         The version folder, and the agreement.
 
     Raises:
-        UserError: the folder can't be written, or what was written answers otherwise than what was evaluated.
+        UserError: the folder can't be written, or the predictions of the exported model differ.
     """
     small = _find_small(classifier, samples, max_pixels, show)
     samples, expected = [samples[number] for number in small], expected[small]
@@ -99,12 +98,12 @@ def export_saved_model(
         known = _find_version(parent, run_id)
         if known:
             agreement = parity.compare(known, samples, expected)
-            with contextlib.suppress(UserError):  # the data changed since: a version of its own is exported below
+            with contextlib.suppress(UserError):  # the data has changed since: a new version is exported below
                 check_agreement(agreement, precision, has_votes=has_votes(classifier.network))
                 return Exported(known, agreement)
-        for leftover in parent.glob(f"{_UNFINISHED}{run_id}-*") if run_id else ():  # of a process that was killed
+        for leftover in parent.glob(f"{_UNFINISHED}{run_id}-*") if run_id else ():  # from a killed process
             shutil.rmtree(leftover, ignore_errors=True)
-        # a name that is no number: TF Serving ignores it
+        # TF Serving ignores names that are not numbers
         unfinished = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{run_id}-", dir=parent))
         try:
             write_version(classifier, unfinished, name=parent.name, max_pixels=max_pixels, run_id=run_id)
@@ -126,10 +125,10 @@ def export_saved_model(
 def _find_small(
     classifier: Classifier, samples: Sequence[bytes], max_pixels: int, show: Callable[[str], None]
 ) -> list[int]:
-    """Which of the samples the model will take.
+    """Finds the samples that the model accepts.
 
     Raises:
-        UserError: none of them.
+        UserError: it accepts none.
     """
     decoding: dict[str, Any] = {
         "image_size": classifier.image_size,
@@ -139,62 +138,64 @@ def _find_small(
     small = [number for number, sample in enumerate(samples) if not explain_broken(sample, **decoding)]
     if samples and not small:
         raise UserError(
-            f"the images that were evaluated have more than --max_pixels={max_pixels} pixels, which the exported model "
-            "would refuse. Nothing was exported. Give a larger --max_pixels."
+            f"the evaluated images have more than --max_pixels={max_pixels} pixels, so the exported model would reject "
+            "them. Nothing was exported. Give a larger --max_pixels."
         )
     if len(small) < len(samples):
         show(
-            f"warning: {len(samples) - len(small)} of {len(samples)} images that were evaluated have more than "
-            f"--max_pixels={max_pixels} pixels; the exported model finds such images invalid"
+            f"warning: {len(samples) - len(small)} of {len(samples)} evaluated images have more than "
+            f"--max_pixels={max_pixels} pixels; the exported model rejects such images"
         )
     return small
 
 
 def check_agreement(agreement: Agreement, precision: str, *, has_votes: bool = False) -> None:
-    """Refuses a model that answers otherwise than the classifier that was evaluated.
+    """Checks that the predictions of the exported model agree with the evaluated classifier.
 
     Args:
-        agreement: how well it agrees.
-        precision: of the trunk.
-        has_votes: whether its probabilities jump where a vote changes; then the decisions alone are judged.
+        agreement: the agreement of both.
+        precision: precision of the trunk.
+        has_votes: whether its probabilities are votes, which change in steps; then only decisions are compared.
 
     Raises:
-        UserError: by more than the precision explains.
+        UserError: they differ by more than the precision explains.
     """
-    if not agreement.batch_difference <= _DIFFERENCE_AT_MOST["float32"]:  # NaN is refused too
+    if not agreement.batch_difference <= _DIFFERENCE_AT_MOST["float32"]:  # also rejects NaN
         raise UserError(
-            f"the exported model answers otherwise in another batch size (by {agreement.batch_difference:.1e}). "
+            f"the predictions of the exported model depend on the batch size (by {agreement.batch_difference:.1e}). "
             "Nothing was exported; please report this with the run folder."
         )
     advice = "Run again with --precision=float32" if precision != "float32" else "Please report this"
     if precision == "float32" and tf.config.list_physical_devices("GPU"):
         precision = "TensorFloat-32"
     flips = round((1 - agreement.decisions) * agreement.count)
-    too_many = flips > max(1, (1 - AGREE_AT_LEAST) * agreement.count)  # of few images one may flip: it tells nothing
+    too_many = flips > max(
+        1, (1 - AGREE_AT_LEAST) * agreement.count
+    )  # a single flip among few images is not significant
     allowed = 1.0 if has_votes else _DIFFERENCE_AT_MOST[precision]
     if not agreement.largest_difference <= allowed or too_many:
         raise UserError(
-            f"the exported model is not what was evaluated: decisions agree in {agreement.decisions:.3f} (needed: "
-            f"{AGREE_AT_LEAST}), largest difference {agreement.largest_difference:.1e} (allowed in {precision}: "
-            f"{allowed:.0e}). Nothing was exported. {advice}; the run folder is kept."
+            f"the exported model differs from the evaluated classifier: decisions agree in {agreement.decisions:.3f} "
+            f"(required: {AGREE_AT_LEAST}), largest difference {agreement.largest_difference:.1e} (allowed in "
+            f"{precision}: {allowed:.0e}). Nothing was exported. {advice}; the run folder is kept."
         )
 
 
 def _find_version(parent: Path, run_id: str) -> Path | None:
-    """The version that a run exported before."""
+    """Finds the version that a run exported earlier."""
     versions = [path for path in parent.iterdir() if path.name.isdecimal()] if run_id else []
     return next((path for path in versions if read_run_id(path) == run_id), None)
 
 
 def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels: int, run_id: str = "") -> None:
-    """Writes the model, its labels, and the requests that warm it up.
+    """Writes the model, its labels, and its warm-up requests.
 
     Args:
-        classifier: what was trained.
-        folder: the version folder; it exists.
-        name: the model's.
-        max_pixels: larger images are invalid to it.
-        run_id: of the run that exports it, if it is one.
+        classifier: the trained classifier.
+        folder: the version folder, which exists.
+        name: name of the model.
+        max_pixels: pixel limit; the model rejects larger images.
+        run_id: id of the run that exports it, if any.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
@@ -215,24 +216,24 @@ def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels
 
 
 def _warn_of_other_labels(parent: Path, labels: Sequence[str], show: Callable[[str], None]) -> None:
-    """Says so where the version before has other labels: it may be another data set's of the same name."""
+    """Warns if the previous version has other labels: it may belong to another data set with the same name."""
     before = parent / str(_last_version(parent)) / "assets" / "labels.txt"
     if os.path.isfile(before) and before.read_text(encoding="utf-8") != "".join(f"{label}\n" for label in labels):
         show(
-            f"warning: version {before.parent.parent.name} of {parent.name} has other labels, and TF Serving takes the "
-            "newest version; give --model_name where the two are not one model"
+            f"warning: version {before.parent.parent.name} of {parent.name} has other labels, and TF Serving serves "
+            "the newest version; if they are different models, give another --model_name"
         )
 
 
 def _last_version(parent: Path) -> int:
-    """The highest version number in a model's folder, 0 where there is none."""
+    """The highest version number in the folder of a model; 0 if there is none."""
     names = [path.name for path in parent.iterdir()]
     numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
     return max((number for number in numbers if number < _LARGEST_VERSION), default=0)
 
 
 def _take_version(unfinished: Path, parent: Path) -> Path:
-    """Renames the folder to the next free number; another export may take one at the same moment."""
+    """Renames the folder to the next free number, even if other exports run at the same time."""
     first = _last_version(parent) + 1
     for number in range(first, first + _TRIES):
         try:
@@ -241,4 +242,4 @@ def _take_version(unfinished: Path, parent: Path) -> Path:
         except OSError:
             if not (parent / str(number)).exists():
                 raise
-    raise UserError(f"{parent} has no free version number after {first}. Clear old versions.")
+    raise UserError(f"{parent} has no free version number after {first}. Delete old versions.")

@@ -1,4 +1,4 @@
-"""`assets.extra/tf_serving_warmup_requests`: what TF Serving runs through a model before it lets clients at it."""
+"""`assets.extra/tf_serving_warmup_requests`: requests that TF Serving runs before a model is available to clients."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tl_keras.classifier import EXAMPLE_FEATURE
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 _FILE = "assets.extra/tf_serving_warmup_requests"
-_PHOTOGRAPH = (375, 500)  # pixels, as ImageNet's are in the median
+_PHOTOGRAPH = (375, 500)  # height and width in pixels, the median of ImageNet
 
 
 def write_warmup(folder: Path, name: str, *, image_size: int, batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
-    """Writes a request for each signature and batch size: the first of a size makes TensorFlow plan and allocate.
+    """Writes a request for each signature and batch size, because TensorFlow is slow on the first request of a size.
 
-    A tensor of one value with the shape of many stands for equal images, so that the file stays small.
+    The tensors store a single value for all elements, so that the file is small.
 
     Args:
         folder: the version folder.
-        name: the model's.
-        image_size: side of the network's input in pixels.
-        batch_sizes: those of the batching file.
+        name: name of the model.
+        image_size: height and width of the network's input, in pixels.
+        batch_sizes: batch sizes of the batching configuration.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
@@ -49,7 +49,7 @@ def write_warmup(folder: Path, name: str, *, image_size: int, batch_sizes: Seque
 
 
 def read_warmup(folder: Path) -> list[prediction_log_pb2.PredictionLog]:
-    """The requests of a version folder, in order; none where it has no such file."""
+    """Reads the requests of a version folder, in order; empty without such a file."""
     path = folder / _FILE
     if not path.is_file():
         return []
@@ -58,10 +58,10 @@ def read_warmup(folder: Path) -> list[prediction_log_pb2.PredictionLog]:
 
 
 def make_photograph(seed: int = 0) -> bytes:
-    """A JPEG of a photograph's size that shows nothing of the user's: smooth shades with a little noise.
+    """Makes a JPEG with the size of a photograph: gradients with a little noise, no data of the user.
 
     Args:
-        seed: another gives other colours.
+        seed: random seed of color and noise.
     """
     height, width = _PHOTOGRAPH
     shades = np.linspace(60, 190, height)[:, None, None] + np.linspace(-40, 40, width)[None, :, None]
@@ -81,7 +81,7 @@ def _make_requests(name: str, photograph: bytes, image_size: int, size: int) -> 
     example = tf.train.Example()
     example.features.feature[EXAMPLE_FEATURE].bytes_list.value.append(photograph)
     classify = classification_pb2.ClassificationRequest(model_spec=_spec(name, "classify"))
-    # what all examples have in common is sent once, as their context
+    # features that all examples share are sent once, as context
     classify.input.example_list_with_context.context.CopyFrom(example)
     classify.input.example_list_with_context.examples.extend([tf.train.Example()] * size)
     log = prediction_log_pb2.PredictionLog(classify_log=prediction_log_pb2.ClassifyLog(request=classify))

@@ -1,4 +1,4 @@
-"""`--mode=evaluate --compare`: finished runs against each other."""
+"""`--mode=evaluate --compare`: comparison of finished runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tl_keras.statistics.paired import adjust_p_values, compare_paired
 
 
 def compare_runs(config: Config, screen: Screen) -> Result:
-    """Runs against each other, on the examples that all of them have predicted; nothing is computed anew.
+    """Compares runs on the examples that all of them have predicted, without computing predictions again.
 
-    What comes out goes to the screen, and with --run_dir to `metrics.json` there.
+    The results are shown on the screen, and with --run_dir written to its `metrics.json`.
     """
     runs = read_runs(config.evaluation.compare)
     shared = find_shared(runs)
@@ -27,12 +27,12 @@ def compare_runs(config: Config, screen: Screen) -> Result:
         leaked = read_leaked(Path(path), run.split)
         if leaked:
             screen.line(
-                f"warning: {leaked:,} of {run.name}'s {run.split} images, or copies of them, are among its "
+                f"warning: {leaked:,} of the {run.split} images of {run.name}, or copies of them, are among its "
                 "training images: its accuracy may be too good"
             )
     left_out = max(len(run.labels) for run in runs) - len(shared)
     if left_out:
-        screen.line(f"note: {left_out:,} examples are not the same image in all of these runs, and are left out")
+        screen.line(f"note: {left_out:,} examples are left out, because not all runs have the same image for them")
     correct = [run.correct(shared) for run in runs]
     rows = []
     for run, right in zip(runs, correct, strict=True):

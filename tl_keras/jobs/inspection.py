@@ -1,4 +1,4 @@
-"""How modes look at their data: `audit` before anything is trained, `finetune` and `extract` for the report."""
+"""The audit of a job's images: for the mode `audit`, and for the reports of `finetune` and `extract`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS
 from tl_keras.evaluation.leaks import compare_without
 
-_IMAGES_AT_MOST, _NUMBERS_AT_MOST = 100_000, 400_000_000  # a minute for neighbours; 1.6 GB, held up to three times
+_IMAGES_AT_MOST, _NUMBERS_AT_MOST = 100_000, 400_000_000  # one minute of search; 1.6 GB, up to three copies
 
 
 def list_images(examples: Examples) -> tuple[np.ndarray, Images]:
-    """Positions of the images in use, int64 `(n,)`, and what is known of them, in the same order."""
+    """Lists the images in use: their positions, int64 `(n,)`, and ids, labels and splits in the same order."""
     rows = np.flatnonzero(examples.splits >= 0)
     ids = [examples.source.ids[row] for row in rows.tolist()]
     splits = [SPLITS[split] for split in examples.splits[rows].tolist()]
@@ -26,7 +26,7 @@ def list_images(examples: Examples) -> tuple[np.ndarray, Images]:
 
 
 def fits_in_report(count: int, dim: int) -> bool:
-    """Whether so many embeddings of `dim` numbers can be looked at beside a run."""
+    """Whether `count` embeddings of size `dim` are few enough for an audit in a report."""
     return count <= _IMAGES_AT_MOST and count * dim <= _NUMBERS_AT_MOST
 
 
@@ -38,14 +38,14 @@ def examine_examples(
     all_pixels: bool,
     show_progress: Callable[[str], None],
 ) -> Audit:
-    """The audit of a run's images.
+    """Audits the images of a run.
 
     Args:
-        examples: those images.
-        oddities: what is odd about their files.
-        embeddings: of those in use, in the source's order, float `(n, dim)`.
+        examples: the images.
+        oddities: findings about their files.
+        embeddings: embeddings of the images in use, in the order of the source, float `(n, dim)`.
         all_pixels: see `examine`.
-        show_progress: shows how far it is.
+        show_progress: called with the progress as text.
     """
     rows, images = list_images(examples)
     broken = [
@@ -57,7 +57,7 @@ def examine_examples(
     def read(wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
         for done, (row, content) in enumerate(examples.source.read(rows[wanted]), start=1):
             yield numbers[row], content
-            show_progress(f"looking for copies {done:,}/{len(wanted):,}")
+            show_progress(f"searching for duplicates {done:,}/{len(wanted):,}")
 
     return examine(
         images,
@@ -70,16 +70,16 @@ def examine_examples(
 
 
 def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: str) -> tuple[dict[str, Any], list[str]]:
-    """What images that are in two splits do to the accuracy.
+    """Measures the effect of images that are in two splits on accuracy.
 
     Args:
-        audit: what was found.
-        images: what it was found in.
-        predicted: labels of the evaluated split, int `(m,)`, in its order.
-        judge: whose predictions they are, for people.
+        audit: result of the audit.
+        images: the audited images.
+        predicted: predicted classes of the evaluated split, int `(m,)`, in its order.
+        judge: the name of the classifier, for people.
 
     Returns:
-        For `metrics.json`, empty where there is nothing to say, and lines for the screen.
+        An entry of `metrics.json`, empty without leaks, and lines for the screen.
     """
     evaluated = np.array(images.splits) == images.evaluated
     copied = audit.copied[evaluated]
@@ -88,8 +88,8 @@ def measure_leaks(audit: Audit, images: Images, predicted: np.ndarray, judge: st
         return {}, []
     labels = images.labels[evaluated]
     result, accuracies = compare_without(leaked, predicted == labels)
-    line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are in another split too; "
+    line = f"leak: {int(leaked.sum()):,} of {len(leaked):,} {images.evaluated} images are also in another split; "
     rows = np.flatnonzero(evaluated)
     ids = {split: [images.ids[row] for row in rows[own].tolist()] for split, own in zip(SPLITS, copied.T, strict=True)}
     result = {"split": images.evaluated, "judge": judge, **result, "copies_in": ids}
-    return result, [f"{line}{images.evaluated} accuracy by {judge}: {accuracies}"]
+    return result, [f"{line}{images.evaluated} accuracy of {judge}: {accuracies}"]

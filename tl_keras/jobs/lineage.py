@@ -1,4 +1,4 @@
-"""The runs that a network went through before this one, and what they were trained on."""
+"""The earlier runs in which a network was trained, and their training images."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import TrainedOn, read_digests
 from tl_keras.run import read_json
 
-_ANCESTORS = 20  # runs upon runs; a circle must end
+_ANCESTORS = 20  # limit for chains of runs, in case they form a cycle
 
 
 def load_run_config(run_dir: str | Path) -> Config:
-    """How a run was configured.
+    """Loads the configuration of a run.
 
     Raises:
-        UserError: the folder is no run's, or is damaged.
+        UserError: the folder is not a run folder, or is damaged.
     """
     path = Path(run_dir) / "config.json"
     try:
         return from_dict(read_json(path))
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's. Give a run folder whose run has ended.") from error
+        raise UserError(f"{path} is not the configuration of a run. Give the folder of a complete run.") from error
 
 
 def trace_weights(weights: str) -> tuple[list[tuple[str, Config]], str]:
-    """The runs that a network went through, the latest first, and what it began with.
+    """Traces the earlier runs of a network, latest first, and the weights that the first of them started with.
 
-    That is the folder of `--weights`, if it is a run's, that run's own, and so on.
+    The folder of `--weights`, if it is a run folder, has a `--weights` of its own, and so on.
     """
     found: list[tuple[str, Config]] = []
     while len(found) < _ANCESTORS and is_run(weights) and (Path(weights) / "config.json").is_file():
@@ -44,12 +44,12 @@ def trace_weights(weights: str) -> tuple[list[tuple[str, Config]], str]:
 
 
 def find_weights(weights: str) -> str:
-    """What a network began with: `--weights`, of a run folder that of the run, and so on."""
+    """Finds the weights that a network started with: `--weights`, or that of its earliest run."""
     return trace_weights(weights)[1]
 
 
 def list_training_runs(weights: str) -> list[Path]:
-    """The earlier runs that changed the network's weights: those that trained more than a head."""
+    """Lists the earlier runs that changed the network's weights: those that trained more than a head."""
     return [Path(run) for run, config in trace_weights(weights)[0] if config.training.trainable != "head"]
 
 
@@ -58,8 +58,8 @@ class Lineage:
     """Evaluated images that the network or its head is trained on.
 
     Attributes:
-        seen: content of the training images of this run and of earlier runs.
-        notes: lines that say so before anything is trained.
+        seen: digests of the training images of this run and of earlier runs.
+        notes: warnings to show before training.
     """
 
     seen: TrainedOn
@@ -67,18 +67,18 @@ class Lineage:
 
 
 def read_lineage(weights: str, examples: Examples) -> Lineage:
-    """Compares the evaluated images with what this run and earlier ones are trained on, by their content.
+    """Compares the content of the evaluated images with the training images of this run and of earlier runs.
 
     Args:
-        weights: `--weights`.
-        examples: of this run.
+        weights: value of `--weights`.
+        examples: examples of this run.
     """
     notes, trained, chosen = list[str](), set[bytes](), set[bytes]()
     for run in list_training_runs(weights):
         try:
             rows = read_digests(run)
         except UserError as error:
-            notes.append(f"warning: {error} Its training images among these can't be told from others")
+            notes.append(f"warning: {error} Its training images can't be recognized among the evaluated images")
             continue
         its_own = {digest for _, split, digest in rows if split == "train"}
         trained |= its_own
@@ -87,11 +87,11 @@ def read_lineage(weights: str, examples: Examples) -> Lineage:
     began = trace_weights(weights)[1]
     if began not in {"imagenet", "none"} and not os.path.exists(began):
         notes.append(
-            f"warning: {began}, which the network began with, is not there any more: whether it was trained on these "
-            "images can't be known"
+            f"warning: {began}, with which the network was initialized, does not exist any more: it is unknown whether "
+            "it was trained on these images"
         )
     own = {digest.tobytes() for digest in examples.digests[examples.positions("train")]}
-    notes += _describe("train has copies, byte for byte, of", own, examples)
+    notes += _describe("train has exact copies of", own, examples)
     return Lineage(TrainedOn(frozenset(), trained | own, chosen), tuple(notes))
 
 
@@ -101,4 +101,4 @@ def _describe(subject: str, digests: set[bytes], examples: Examples) -> list[str
         own = examples.digests[examples.positions(split)]
         counts[split] = (int(np.sum([digest.tobytes() in digests for digest in own])), len(own))
     parts = [f"{found:,} of the {count:,} {split} images" for split, (found, count) in counts.items() if found]
-    return [f"warning: {subject} {' and '.join(parts)}: accuracy on these is too good"] if parts else []
+    return [f"warning: {subject} {' and '.join(parts)}: accuracy on them is too good"] if parts else []

@@ -1,4 +1,4 @@
-"""What a mode returns."""
+"""The result of a mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Result:
         """The trained classifier, loaded from the run folder or the exported model.
 
         Raises:
-            UserError: the mode trained none, or its files are damaged.
+            UserError: the mode trained no classifier, or its files are damaged.
         """
         from tl_keras.classifier import load  # loads TensorFlow
 

@@ -1,4 +1,4 @@
-"""The start of a job: network, examples, run folder; and what its later steps share."""
+"""The start of a job: network, examples, run folder, and the state shared by later steps."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def start(network: Network, *, asked: Config | None = None) -> Job:
             data.dataset or "",
             data_dir=data.data_dir,
             classes=data.classes,
-            allow_unlabelled=config.probe.embeddings_output is not None or is_audit,
+            allow_unlabeled=config.probe.embeddings_output is not None or is_audit,
         )
         embeddings_only = not source.class_names or "none" in config.probe.probe or is_audit
         splits, split_warnings = _split(source, config, embeddings_only=embeddings_only)

@@ -1,4 +1,4 @@
-"""What a training with Keras needs around it: its embeddings, its memory, and its repetition with other seeds."""
+"""Steps of a training job: plan, memory check, embeddings, and repetition with other random seeds."""
 
 from __future__ import annotations
 

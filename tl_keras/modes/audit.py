@@ -1,4 +1,4 @@
-"""`--mode=audit`: what is wrong with the images and their labels, before anything is trained on them."""
+"""`--mode=audit`: finds duplicates, data leakage, label errors and outliers before training."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ from tl_keras.jobs.start import Job, load_network, start
 from tl_keras.report.compose import compose_audit_report, try_report
 from tl_keras.run import UNFINISHED, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
 
-_JUDGED = {"label", "outlier"}  # by a model, not by what is in the file
-_MANY = 300_000  # images; of fewer it is done in minutes
-_NEIGHBOUR_SECONDS = 42  # of 100,000 embeddings (benchmarks/results/audit.json); it grows with their square
+_ESTIMATED = {"label", "outlier"}  # kinds that are estimates of a model, not properties of the file
+_MANY = 300_000  # images; fewer take minutes
+_NEIGHBOR_SECONDS = 42  # for 100,000 embeddings (benchmarks/results/audit.json); grows quadratically
 _UNTRAINED = (
-    "warning: --weights=none: an untrained network finds few modified copies, and finds wrong labels and outliers only "
-    "by chance. Leave the flag out, or give a weights file"
+    "warning: --weights=none: an untrained network finds few modified copies, and label errors and outliers only by "
+    "chance. Leave the flag out, or give a weights file"
 )
 _SURROGATE = "a logistic regression on these embeddings"
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
-    """Looks at files, at copies within and across splits, at labels, outliers and the balance of classes.
+    """Audits files, duplicates, data leakage, labels, outliers and class balance.
 
-    Nothing of the user's files is changed. Findings go to `audit.csv`; with --write_clean_csv the rest to a manifest.
-    With --classifier it looks at that run's data, with that run's network and predictions.
+    The user's files are not changed. Findings are written to `audit.csv`; with --write_clean_csv the images without
+    findings are written to a manifest. With --classifier the data of that run is audited, with its network and its
+    predictions.
     """
     screen, watch = screen or Screen(), Stopwatch()
     asked, config = config, _follow_classifier(config, screen)
@@ -60,7 +61,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
         embedded = job.embed([backbone])[0]
     rows, images = list_images(job.examples)
     if not len(rows):
-        raise UserError(f"none of the images can be read: {job.folder.path}/broken.csv says why. Mend them.")
+        raise UserError(f"none of the images can be read; {job.folder.path}/broken.csv has the reasons. Repair them.")
     _estimate_time(screen, len(rows), int(backbone.output_shape[-1]))
     with watch.stage("audit"):
         embeddings, progress = embedded.read_float32(rows), screen.progress
@@ -106,28 +107,29 @@ def run(config: Config, screen: Screen | None = None) -> Result:
 
 
 def _estimate_time(screen: Screen, count: int, dim: int) -> None:
-    """Shows how long the search for neighbors takes, if that is hours."""
+    """Shows an estimate of the time for nearest neighbors, if it is hours."""
     if count > _MANY:
-        hours = _NEIGHBOUR_SECONDS * (count / 1e5) ** 2 / 3600
+        hours, gigabytes = _NEIGHBOR_SECONDS * (count / 1e5) ** 2 / 3600, 4e-9 * count * dim
         screen.line(
             f"note: finding the nearest neighbors of {count:,} images takes about {hours:.1f} hours on two cores, and "
-            f"{4e-9 * count * dim:.0f} GB of memory"
+            f"{gigabytes:.0f} GB of memory"
         )
 
 
 def _follow_classifier(config: Config, screen: Screen) -> Config:
-    """With a classifier: its own data, unless another is given, through its own network."""
+    """With --classifier, takes the network of its run, and its data unless --dataset is given."""
     path = config.read.classifier
     if not path:
         return config
     if not (Path(path) / "config.json").is_file():
         raise UserError(
-            f"--classifier={path} is no run folder, and does not say what it was trained on. Give runs/NAME."
+            f"--classifier={path} is not a run folder and does not record its data. Give a run folder: runs/NAME."
         )
     trained, own = load_trained(path), load_run_config(path)
     if own.mode == "finetune" and own.training.trainable != "head":
         screen.line(
-            "note: this network was trained on these labels: wrong ones may look right to it, and test unlike train"
+            "note: this network was trained on these labels, so it may miss label errors and exaggerate the shift "
+            "between train and test"
         )
     data = config.data
     if data.dataset is None:
@@ -144,10 +146,10 @@ def _follow_classifier(config: Config, screen: Screen) -> Config:
 
 
 def _check_clean_path(config: Config) -> None:
-    """The manifest may replace nothing of the user's.
+    """Checks that the manifest does not replace a file of the user.
 
     Raises:
-        UserError: it can't be written, or would.
+        UserError: it would, or it can't be written.
     """
     path = Path(str(config.audit.write_clean_csv))
     if path.is_dir():
@@ -155,33 +157,33 @@ def _check_clean_path(config: Config) -> None:
     own = os.path.realpath(path) == os.path.realpath((config.data.dataset or "").partition(":")[2])
     is_resumed = (Path(config.run.run_dir or "") / UNFINISHED).is_file()  # the run may have written it before
     if path.exists() and (own or not (config.run.overwrite or is_resumed)):
-        raise UserError(
-            f"--write_clean_csv={path} exists already{', and is what is looked at' * own}. Give another name"
-            + ("." if own else ", or --overwrite.")
+        state = (
+            "is the audited file. Give another name." if own else "already exists. Give another name, or --overwrite."
         )
+        raise UserError(f"--write_clean_csv={path} {state}")
     check_writable(path.absolute().parent, str(path))
 
 
 def _check_clean(config: Config, job: Job) -> None:
-    """The manifest must be of files, and may be none of them.
+    """Checks that the data has files that a manifest can list, and that the manifest does not replace one of them.
 
     Raises:
-        UserError: it is not, or would be.
+        UserError: the data has no files, or the manifest would replace one.
     """
     if not config.audit.write_clean_csv:
         return
     path, source = Path(config.audit.write_clean_csv), job.examples.source
     if not source.paths:
         raise UserError(
-            f"--write_clean_csv lists files, and {source.name} has none of its own. Leave it out, or give "
-            "--dataset=folder: or csv:."
+            f"--write_clean_csv lists image files, but {source.name} has none. Leave it out, or use --dataset=folder: "
+            "or csv:."
         )
     if os.path.realpath(path) in {os.path.realpath(one) for one in source.paths}:
-        raise UserError(f"--write_clean_csv={path} is one of the images that are looked at. Give another name.")
+        raise UserError(f"--write_clean_csv={path} is one of the audited images. Give another name.")
 
 
 def _count_classes(job: Job) -> dict[str, dict[str, int]]:
-    """Class → split → images."""
+    """Counts images: class → split → number of images."""
     examples = job.examples
     counts = {split: np.bincount(examples.labels(split), minlength=len(examples.class_names)) for split in SPLITS}
     return {
@@ -191,17 +193,17 @@ def _count_classes(job: Job) -> dict[str, dict[str, int]]:
 
 
 def _predict(config: Config, audit: Audit, images: Images, digests: Sequence[bytes]) -> tuple[np.ndarray, str]:
-    """Labels of the evaluated split, and whose they are: the classifier's own of these very images, or a stand-in's."""
+    """Predicts the evaluated split, and names the predictor: the run, if it predicted these images, or a surrogate."""
     run_dir, numbers = config.read.classifier, {name: number for number, name in enumerate(images.names)}
     if run_dir and (Path(run_dir) / "predictions.csv").is_file():
-        told = _recall(Path(run_dir), images, digests)
-        if all(one in numbers for one in told):
-            return np.array([numbers[one] for one in told if one], np.int64), run_dir
+        predicted = _recall(Path(run_dir), images, digests)
+        if all(one in numbers for one in predicted):
+            return np.array([numbers[one] for one in predicted if one], np.int64), run_dir
     return predict_surrogate(audit.points, images), _SURROGATE
 
 
 def _recall(run_dir: Path, images: Images, digests: Sequence[bytes]) -> list[str | None]:
-    """What a run predicted of the evaluated split's images; None of those that it has not predicted, or not these."""
+    """Reads a run's predictions for the images of the evaluated split; None for images that it did not predict."""
     try:
         content = {name: digest for name, _, digest in read_digests(run_dir)}
     except UserError:
@@ -216,7 +218,7 @@ def _recall(run_dir: Path, images: Images, digests: Sequence[bytes]) -> list[str
 
 
 def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[Finding]) -> list[str]:
-    """Writes the manifest; ids stay what they were, so that runs before and after can be compared."""
+    """Writes the manifest; ids are kept, so that runs on both data sets can be compared."""
     source, examples = job.examples.source, job.examples
     left_out = {one.id for one in findings if one.kind in config.audit.clean}
     lines, unwritable = [], 0
@@ -232,15 +234,17 @@ def _write_clean(config: Config, job: Job, rows: np.ndarray, findings: Sequence[
     path = Path(str(config.audit.write_clean_csv))
     header = ("path", "label", "split", "id") if source.class_names else ("path", "split", "id")
     write_atomically(path, csv_bytes(header, lines))
-    told = [f"clean: {len(lines):,} of {len(rows):,} images, without {', '.join(config.audit.clean)} · {path}"]
-    judged = _JUDGED & set(config.audit.clean)
-    gone = {one.id for one in findings if one.kind in judged}
+    texts = [f"clean: {len(lines):,} of {len(rows):,} images, without {', '.join(config.audit.clean)} · {path}"]
+    estimated = sorted(_ESTIMATED & set(config.audit.clean))
+    gone = {one.id for one in findings if one.kind in estimated}
     evaluated = sum(source.ids[row] in gone and SPLITS[examples.splits[row]] != "train" for row in rows.tolist())
     if evaluated:
-        told.append(
-            f"warning: {evaluated:,} of those left out are val and test images that a model finds odd ("
-            f"{', '.join(sorted(judged))}): figures on the others are too good. Look at them before you leave them out"
+        texts.append(
+            f"warning: {evaluated:,} val and test images are left out because of estimates of a model "
+            f"({', '.join(estimated)}): metrics on the others are too good. Look at these images first"
         )
     if unwritable:
-        told.append(f"clean: {unwritable:,} files have names that a CSV can't hold, and are left out: rename them")
-    return told
+        texts.append(
+            f"clean: {unwritable:,} files are left out, because a CSV file can't hold their names: rename them"
+        )
+    return texts

@@ -1,4 +1,4 @@
-"""`--mode=doctor`: what this machine has, each line ok or what to do."""
+"""`--mode=doctor`: checks the installation, the devices and the caches; each line is ok or says what to do."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ _CPU_FLAGS = {
 
 
 _OPTIONAL = {
-    "openvino": "the faster engine on most CPUs: pip install 'tl_keras[openvino]'",
-    "uvicorn": "--mode=serve: pip install 'tl_keras[serving]'",
-    "pyarrow": "embeddings as Parquet: pip install 'tl_keras[parquet]'",
+    "openvino": "faster engine on most CPUs: pip install 'tl_keras[openvino]'",
+    "uvicorn": "for --mode=serve: pip install 'tl_keras[serving]'",
+    "pyarrow": "for embeddings as Parquet: pip install 'tl_keras[parquet]'",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: fine, or with what to do."""
+    """One line of the doctor, with advice if something is wrong."""
 
     what: str
     advice: str = ""
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
-    """Looks at versions, devices, CPU, TFDS, caches and disk. Exit 1 where something needs doing."""
+    """Checks versions, devices, CPU, TFDS, caches and disk space; the exit status is 1 if a check fails."""
     screen = screen or Screen()
     store_dir = config.engine.store_dir or default_store_dir()
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -104,16 +104,16 @@ def _check_devices() -> Iterator[Finding]:
     if not present:
         yield Finding(f"no GPU; {os.cpu_count()} CPU cores")
         return
-    yield Finding(f"an NVIDIA GPU is there ({present}), but TensorFlow does not see it", explain_unseen())
+    yield Finding(f"there is an NVIDIA GPU ({present}), but TensorFlow does not find it", explain_unseen())
 
 
 def find_nvidia() -> str:
-    """Where Linux shows an NVIDIA GPU; empty where it shows none."""
+    """Finds the device file of an NVIDIA GPU on Linux; empty if there is none."""
     return next(iter(sorted(glob.glob("/proc/driver/nvidia/gpus/*") + glob.glob("/dev/nvidia[0-9]*"))), "")
 
 
 def explain_unseen() -> str:
-    """Why TensorFlow does not see a GPU that is there, and what to do."""
+    """Explains why TensorFlow does not find an existing GPU, and what to do."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in {"", "-1"}:
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides it: unset CUDA_VISIBLE_DEVICES"
@@ -121,7 +121,7 @@ def explain_unseen() -> str:
         return "this TensorFlow is built without CUDA (tensorflow-cpu?): pip install 'tensorflow[and-cuda]'"
     if not shutil.which("nvidia-smi") and not os.path.exists("/proc/driver/nvidia/version"):
         return "the NVIDIA driver is not installed: install it, then run nvidia-smi"
-    return "CUDA's libraries are missing or of another version: pip install 'tensorflow[and-cuda]'"
+    return "the CUDA libraries are missing or have another version: pip install 'tensorflow[and-cuda]'"
 
 
 def _check_cpu() -> Iterator[Finding]:
@@ -131,8 +131,8 @@ def _check_cpu() -> Iterator[Finding]:
         return
     found = [f"{flag} ({use})" for flag, use in _CPU_FLAGS.items() if flag in flags]
     missing = [flag for flag in _CPU_FLAGS if flag not in flags]
-    text = f"CPU has {', '.join(found) or 'none of the instructions that matter'}"
-    yield Finding(text + (f"; not {', '.join(missing)}" if missing else ""))
+    text = f"CPU has {', '.join(found) or 'no instructions for fast inference'}"
+    yield Finding(text + (f"; it does not have {', '.join(missing)}" if missing else ""))
 
 
 def _check_tfds() -> Iterator[Finding]:
@@ -148,7 +148,7 @@ def _check_folders(store_dir: str) -> Iterator[Finding]:
     size = sum(stored for _, stored in stores)
     yield _check_disk(f"embedding store {store_dir}: {len(stores)} stores, {size / 1e6:,.0f} MB", store_dir)
     for path, stored in stores[:10]:
-        yield Finding(f"  {path.name}: {stored / 1e6:,.0f} MB (to clear it: rm '{path}'*)")
+        yield Finding(f"  {path.name}: {stored / 1e6:,.0f} MB (to delete it: rm '{path}'*)")
     keras_home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
     yield _check_disk(f"ImageNet weights {keras_home}/models", keras_home)
     data_dir = os.environ.get("TFDS_DATA_DIR") or os.path.join(os.path.expanduser("~"), "tensorflow_datasets")
@@ -160,7 +160,7 @@ def _check_disk(what: str, folder: str) -> Finding:
     if not os.path.isdir(existing):
         return Finding(what, f"{existing} is a file: choose another folder")
     if not os.access(existing, os.W_OK):
-        return Finding(what, f"{existing} can't be written: change its permissions, or choose another folder")
+        return Finding(what, f"{existing} is not writable: change its permissions, or choose another folder")
     free = shutil.disk_usage(existing).free
     return Finding(
         f"{what}, {free / 1e9:,.0f} GB free", "" if free > _FREE_BYTES else "less than 5 GB are free: free some space"

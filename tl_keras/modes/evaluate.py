@@ -1,4 +1,4 @@
-"""`--mode=evaluate`: a finished classifier on labelled images."""
+"""`--mode=evaluate`: measures a trained classifier on labeled images."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _start(config: Config, screen: Screen) -> _Task:
 
 
 def _measure(task: _Task, probabilities: dict[str, np.ndarray]) -> tuple[dict[str, Any], int]:
-    """The content of `metrics.json`, and the exit status: 1 if the corruptions could not be measured."""
+    """Makes the content of `metrics.json`, and the exit status: 1 if the corruptions could not be measured."""
     config, examples, status = task.config.evaluation, task.examples, 0
     metrics: dict[str, Any] = write_evaluation(
         task.folder, examples, probabilities, target_accuracy=config.target_accuracy, attributes=task.attributes
@@ -197,15 +197,15 @@ def _write_report(task: _Task, probabilities: dict[str, np.ndarray], metrics: di
 
 
 def _tell_broken(examples: Examples, folder: RunFolder, screen: Screen) -> None:
-    """Says how many images are left out.
+    """Shows how many images are left out.
 
     Raises:
-        UserError: all of them.
+        UserError: no image is left.
     """
     if not (examples.splits >= 0).any():
         raise UserError(
-            f"none of the {len(examples.broken)} images can be used: {folder.path}/broken.csv says why. Mend them, "
-            "or give others."
+            f"none of the {len(examples.broken)} images can be used; {folder.path}/broken.csv has the reasons. Repair "
+            "them, or give other images."
         )
     if examples.broken:
         screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
@@ -214,7 +214,7 @@ def _tell_broken(examples: Examples, folder: RunFolder, screen: Screen) -> None:
 def _judge(
     classifier: LoadedClassifier, path: Path, examples: Examples, probabilities: dict[str, np.ndarray]
 ) -> Judged:
-    """What the report is of; an exported model knows its name by its folder alone."""
+    """Collects the classifier and its predictions for the report; an exported model is named after its folder."""
     trained = classifier.trained
     return Judged(
         name=trained.name if trained else "-".join(path.resolve().parts[-2:]),
@@ -230,7 +230,7 @@ def _judge(
 def _try_corruptions(
     classifier: LoadedClassifier, examples: Examples, split: str, count: int, screen: Screen
 ) -> tuple[dict[str, Any], int]:
-    """The entry `robustness` of `metrics.json`, or none where it can't be had or was interrupted; an exit status."""
+    """Makes the entry `robustness` of `metrics.json`, empty if it fails or is interrupted; and the exit status."""
     try:
         return {"robustness": _corrupt(classifier, examples, split, count, screen)}, 0
     except KeyboardInterrupt:
@@ -244,13 +244,13 @@ def _try_corruptions(
 def _corrupt(
     classifier: LoadedClassifier, examples: Examples, split: str, count: int, screen: Screen
 ) -> dict[str, Any]:
-    """Accuracy on images that were made worse, of some drawn from a split."""
+    """Measures accuracy on corrupted images, drawn at random from a split."""
     positions = np.sort(np.random.default_rng(0).permutation(examples.positions(split))[:count])
     size, resize = classifier.decoding["image_size"], classifier.decoding["resize"]
     read = examples.source.read
     batches = list(make_images(read, positions, image_size=size, resize=resize, batch_size=_CORRUPTED_BATCH))
     if not batches:
-        raise UserError("--corruptions: none of the images that were drawn can be read any more. Look at them.")
+        raise UserError("--corruptions: none of the images can be read any more. Check the files.")
     order, images = (np.concatenate(part) for part in zip(*batches, strict=True))
     found = measure_corruptions(
         images, examples.source.labels[order], classifier.predict_pixels, show_progress=screen.progress
@@ -258,13 +258,13 @@ def _corrupt(
     clean, strengths = found["clean"], [str(number) for number in range(1, STRENGTHS + 1)]
     shown = with_interval(clean["accuracy"], clean["accuracy_ci95"])
     screen.line(f"corruptions: {len(order):,} {split} images, clean {shown}; accuracy by strength:")
-    for line in format_table(("corrupted by", *strengths), robustness_rows(found)):
+    for line in format_table(("corruption", *strengths), robustness_rows(found)):
         screen.line(line)
     return {"split": split, **found}
 
 
 def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
-    """The classifier's own data, split as it was; of another source its val and test, or else all of it as test."""
+    """Loads the classifier's own data with its splits, or another source: its val and test, or all images as test."""
     if config.data.dataset is None:
         own = _own_config(path)
         data = dataclasses.replace(own.data, data_dir=config.data.data_dir or own.data.data_dir)
@@ -283,26 +283,26 @@ def _load_data(config: Config, path: Path) -> tuple[Source, np.ndarray]:
             splits[splits == 0] = SPLITS.index("test")
     splits[splits == 0] = UNUSED
     if not (splits >= 0).any():
-        raise UserError(f"{source.name} has neither val nor test to evaluate on. Give another --dataset.")
+        raise UserError(f"{source.name} has neither a val nor a test split to evaluate. Give another --dataset.")
     return source, splits
 
 
 def _own_config(path: Path) -> Config:
     if not (path / "config.json").is_file():
-        raise UserError(f"--dataset is missing: {path} does not say what data it was made from. Give --dataset.")
+        raise UserError(f"--dataset is missing, and {path} does not record its training data. Give --dataset.")
     return load_run_config(path)
 
 
 def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
-    """The source with the classifier's class numbers.
+    """Converts the labels of a source to the class numbers of the classifier.
 
     Raises:
-        UserError: it has a label that the classifier does not know.
+        UserError: the classifier does not have one of the labels.
     """
     for name in source.class_names:
         if name not in labels:
             raise UserError(
-                f"the data has the label {name!r}, which the classifier does not know. {nearest(name, labels)}"
+                f"the data has the label {name!r}, which is not a class of the classifier. {nearest(name, labels)}"
                 "Rename it, or leave it out with --classes."
             )
     numbers = np.array([labels.index(name) for name in source.class_names], np.int32)
@@ -310,23 +310,23 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
 
 
 def _list_origin(config: Config, path: Path, names: Sequence[str]) -> list[str]:
-    """A warning where the network has seen the images before it was trained."""
-    if not (path / "config.json").is_file():  # an exported model does not say what it began with
-        told = describe_origin(config.data.dataset or "", "imagenet", names)
-        return [told.replace("warning:", "warning: if its network began with ImageNet weights:")] if told else []
-    told = describe_origin(config.data.dataset or _own_config(path).data.dataset or "", find_weights(str(path)), names)
-    return [told] if told else []
+    """Makes a warning if the network was pretrained on the evaluated images."""
+    if not (path / "config.json").is_file():  # an exported model does not record its initial weights
+        text = describe_origin(config.data.dataset or "", "imagenet", names)
+        return [text.replace("warning:", "warning: if its network had ImageNet weights:")] if text else []
+    text = describe_origin(config.data.dataset or _own_config(path).data.dataset or "", find_weights(str(path)), names)
+    return [text] if text else []
 
 
 def _reject_as_run(
     metrics: dict[str, Any], path: Path, examples: Examples, probabilities: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """How the threshold does that the classifier's run chose, where there is no val to choose another on."""
+    """Measures the confidence threshold of the classifier's run, if there is no val split to select one."""
     file = path / "metrics.json"
     chosen = (read_json(file).get("reject") or {}) if file.is_file() and "reject" not in metrics else {}
     if chosen.get("threshold") is None:
         return {}
-    kept = ("target_accuracy", "threshold", "threshold_confidence")  # runs before version 0.2 guarantee nothing
+    kept = ("target_accuracy", "threshold", "threshold_confidence")  # thresholds of version 0.1 have no guarantee
     reject = {name: chosen[name] for name in kept if name in chosen} | {"run": str(path)}
     for split, values in probabilities.items():
         reject[split] = measure_threshold(values, examples.labels(split), chosen["threshold"])
@@ -334,13 +334,16 @@ def _reject_as_run(
 
 
 def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
-    """What a classifier was fitted on, its network in earlier runs included; or a note that this can't be known."""
+    """Reads the images that a classifier and its network were trained on; or a note that they are unknown."""
     if not (path / "config.json").is_file():
-        return None, "note: an exported model does not say which of these images it was trained on; its run folder does"
+        return (
+            None,
+            "note: an exported model does not record its training images; evaluate its run folder to check for them",
+        )
     config = load_run_config(path)
     began = trace_weights(config.backbone.weights)[1]
     before = list_training_runs(config.backbone.weights)
-    unknown = f"note: what {began} was trained on, with which the network began, can't be known"
+    unknown = f"note: the network started with {began}, whose training images are unknown"
     try:
         found = read_trained_on(path, set(config.probe.refit.split("+")), before)
     except UserError as error:
@@ -351,7 +354,7 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
 def _predict(
     classifier: LoadedClassifier, examples: Examples, screen: Screen
 ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """Probabilities of every example, split by split, and why some could not be decoded."""
+    """Predicts every example: split → probabilities, and the reasons why images could not be decoded."""
     probabilities, broken = {}, {}
     for split in SPLITS[1:]:
         positions = examples.positions(split)

@@ -1,4 +1,4 @@
-"""`--mode=export`: a run's classifier as the next version of a model for TensorFlow Serving."""
+"""`--mode=export`: exports the classifier of a run as the next version of a model for TensorFlow Serving."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _PHOTOGRAPHS = 8
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
-    """Exports a run's classifier, compared with what the run evaluated on some of its real images.
+    """Exports the classifier of a run, and compares it with the evaluated predictions for sample images of the run.
 
-    With `--deploy` it writes what TF Serving is started with, too; of a model that is exported already that alone.
+    With `--deploy` it also writes the files for TF Serving; for an exported model only these.
     """
     screen, path, metrics = screen or Screen(), Path(str(config.read.classifier)), dict[str, Any]()
     if config.serve.deploy:
         check_writable(Path(config.serve.deploy), f"--deploy={config.serve.deploy}")
     if is_exported(path):
         if not config.serve.deploy:
-            raise UserError(f"{path} is exported already. Give a run folder, or --deploy=DIR.")
+            raise UserError(f"{path} is already an exported model. Give a run folder, or --deploy=DIR.")
         exported_path = path.resolve()
         if not exported_path.name.isdecimal():
-            raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
+            raise UserError(f"{path} is not a version folder: its name must be a number, such as saved_models/NAME/1.")
         samples = [make_photograph(seed) for seed in range(_PHOTOGRAPHS)]
     else:
         classifier = load_trained(str(path))
@@ -71,7 +71,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
 
 
 def _read_precision(run_dir: Path) -> str:
-    """The precision in which a run's samples were evaluated; float32 since version 0.2, a killed run's included."""
+    """Reads the precision of a run's evaluation; float32 since version 0.2, also for killed runs."""
     file = run_dir / "metrics.json"
     environment = read_json(file)["environment"] if file.is_file() else {}
     return str(environment.get("evaluated_precision", environment.get("precision", "float32")))

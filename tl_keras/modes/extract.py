@@ -1,4 +1,4 @@
-"""`--mode=extract`: a pretrained backbone read as it is, its embeddings given to scikit-learn; one model of both."""
+"""`--mode=extract`: fits a scikit-learn classifier on embeddings of a pretrained backbone; exports both as one."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _describe_selection(candidates: Sequence[_Candidate], winner: _Candidate) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A probe on a layer, fitted on train and scored on val; what was fitted is kept of the best alone."""
+    """A probe on a layer, fitted on train and scored on val; `fitted` is kept only for the best."""
 
     trunk: keras.Model
     embedded: Embedded
@@ -164,7 +164,7 @@ class _Candidate:
         return accuracy_interval(self.correct, len(self.val_logits))
 
     def as_dict(self) -> dict[str, Any]:
-        """For `metrics.json`."""
+        """The entry of `metrics.json`."""
         return {
             "layer": self.layer,
             "probe": self.probe,
@@ -180,12 +180,12 @@ class _Candidate:
         }
 
     def as_cells(self) -> tuple[Any, ...]:
-        """For `candidates.csv`."""
+        """The row of `candidates.csv`."""
         row = self.as_dict()
         return tuple(row[name] for name in _COLUMNS[:6]) + (*self.interval, row["seconds"])
 
     def as_row(self) -> tuple[str, ...]:
-        """For the screen."""
+        """The row on the screen."""
         return (
             self.layer,
             self.probe,
@@ -199,7 +199,7 @@ class _Candidate:
 def _compare(
     job: Job, trunks: Sequence[keras.Model], embedded: Sequence[Embedded]
 ) -> tuple[list[_Candidate], _Candidate]:
-    """Tries every probe on every layer, shows and keeps each as it is done, and finds the best on val."""
+    """Fits every probe on every layer, shows and writes each result, and selects the best on val."""
     config, candidates, winner = job.config.probe, list[_Candidate](), None
     several = len(trunks) * len(config.probe) > 1
     for trunk, found in zip(trunks, embedded, strict=True):
@@ -228,16 +228,20 @@ def _compare(
 
 
 def _check_pooling(trunks: Sequence[keras.Model], layers: Sequence[str], pooling: str) -> None:
-    """A pooling that was asked for must have a feature map to pool."""
+    """Checks that there is a feature map to pool, if a pooling is given.
+
+    Raises:
+        UserError: the layers have no feature map.
+    """
     if pooling != "avg" and all(trunk.operations[-1].name in layers for trunk in trunks):
         raise UserError(
-            f"--pooling={pooling} is of a feature map, and {', '.join(layers)} gives a vector. Name a layer that gives "
-            "a map with --feature_layer, or leave --pooling out."
+            f"--pooling={pooling} needs a feature map, but the output of {', '.join(layers)} is a vector. Give a layer "
+            "with a feature map as --feature_layer, or leave --pooling out."
         )
 
 
 def _wants_top(config: Config) -> bool:
-    """Whether a layer is read that only the backbone with its top has; a run's backbone is as the run left it."""
+    """Whether a layer of the backbone's top is read; the backbone of an earlier run has no top."""
     if is_run(config.backbone.weights):
         return False
     top = find_preset(config.backbone.backbone or "").top
@@ -245,7 +249,7 @@ def _wants_top(config: Config) -> bool:
 
 
 def _check(config: ProbeConfig, examples: Examples, trunks: Sequence[keras.Model]) -> None:
-    """Finds out before anything long is computed what would stop the run after it."""
+    """Checks the probes before the embeddings are computed."""
     _check_refit(config, examples)
     count = len(examples.positions("train")) + len(examples.positions("val"))
     for probe in config.probe:
@@ -264,8 +268,8 @@ def _draw(job: Job, repeat: int) -> Job:
 def _check_refit(config: ProbeConfig, examples: Examples) -> None:
     if config.refit == "train+val" and not len(examples.positions("test")):
         raise UserError(
-            "--refit=train+val leaves nothing to measure the classifier on: there is no test split. Give one, carve it "
-            "with --test_fraction, or leave --refit out."
+            "--refit=train+val leaves no images for evaluation, because there is no test split. Add a test split, "
+            "create one with --test_fraction, or leave --refit out."
         )
 
 
@@ -280,12 +284,12 @@ def _read(examples: Examples, embedded: Embedded, *splits: str) -> Labelled:
 
 
 def _predict(examples: Examples, embedded: Embedded, head: keras.Model, split: str) -> np.ndarray:
-    """By the folded head: what is measured is what is served."""
+    """Predicts with the folded head, so that the metrics hold for the served model."""
     return predict_logits(head, embedded.read, examples.positions(split), batch_size=_PREDICT_BATCH)
 
 
 def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train: Labelled, val: Labelled) -> _Candidate:
-    """Chooses the parameter, fits on train, scores on val."""
+    """Selects the parameter, fits on train, and scores on val."""
     start = time.perf_counter()
     search, fitted = _fit(job, probe, train, val)
     _warn_of_convergence(job, fitted, search)
@@ -311,7 +315,7 @@ def _fit(job: Job, probe: str, train: Labelled, val: Labelled) -> tuple[Search |
 
 
 def _search_once(path: Path, inputs: tuple[Any, ...], choose: Callable[[], Search]) -> Search:
-    """Searches, or reads what a process that was interrupted has found from the same inputs."""
+    """Searches, or reads the result of an interrupted process with the same inputs."""
     digest = hashlib.sha256()
     for value in inputs:
         digest.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
@@ -331,18 +335,18 @@ def _warn_of_convergence(job: Job, fitted: Fitted, search: Search | None) -> Non
     if not fitted.converged:
         scale = ", or --scale=standard" if config.scale == "none" else ""
         job.warn(
-            f"warning: {name} has not converged in --max_iter={config.max_iter} iterations; give more, or a smaller C "
-            f"(--probe_parameter){scale}"
+            f"warning: {name} did not converge in --max_iter={config.max_iter} iterations; give more iterations, a "
+            f"smaller C (--probe_parameter){scale}"
         )
     elif search and search.unconverged:
         values = ", ".join(f"{value:.3g}" for value in search.unconverged)
         job.warn(f"note: with C {values} {name} did not converge in {config.max_iter} iterations")
     if search and name != "knn" and search.value in {min(search.scores), max(search.scores)}:
-        job.warn(f"note: the best {PROBES[name].parameter} of {name} is the end of its grid, {search.value:.3g}")
+        job.warn(f"note: the best {PROBES[name].parameter} of {name} is at the end of its grid, {search.value:.3g}")
 
 
 def _refit(job: Job, winner: _Candidate, value: float) -> Fitted:
-    """The winner on train and val together; the figures of val stay those of the one fitted on train alone."""
+    """Fits the winner on train and val together; the metrics on val remain those of the fit on train."""
     both = _read(job.examples, winner.embedded, "train", "val")
     return fit_probe(winner.probe, value, *both, _recipe(job))
 

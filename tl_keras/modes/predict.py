@@ -1,4 +1,4 @@
-"""`--mode=predict`: any number of images → a CSV, row by row as they are done."""
+"""`--mode=predict`: classifies images and writes a CSV file, row by row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DIGITS = 6
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
-    """Classifies files, folders and globs; a broken image has its reason in `error` and never stops the others."""
+    """Classifies files, folders and glob patterns; the reason for a broken image is in the column `error`."""
     screen = Screen(sys.stderr, shows=screen.shows if screen else "all")  # standard output may be the CSV
     paths = _find(config.read.images)
     classifier = load(str(config.read.classifier))
@@ -38,7 +38,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
                 broken, done = broken + bool(prediction["error"]), done + 1
             file.flush()
             screen.progress(f"predicting {done:,}/{len(paths):,}")
-    note = f", {broken:,} broken: see the column error" if broken else ""
+    note = f", {broken:,} broken (see the column error)" if broken else ""
     where = f" · {config.read.output}" if config.read.output else ""
     screen.result(f"{done - broken:,} images classified{note}{where}")
     return Result()
@@ -54,10 +54,10 @@ def _row(path: str, prediction: dict[str, Any], ranks: Sequence[int]) -> list[An
 
 
 def _find(patterns: Sequence[str]) -> list[str]:
-    """Files as given; of folders and globs the images in them, in order of name.
+    """Finds the images: files as given, and the images of folders and glob patterns, sorted by name.
 
     Raises:
-        UserError: one of the patterns finds nothing.
+        UserError: a pattern matches no image.
     """
     found: list[str] = []
     for pattern in patterns:
@@ -69,7 +69,9 @@ def _find(patterns: Sequence[str]) -> list[str]:
         else:
             matches = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
         if not matches:
-            raise UserError(f"--images={pattern} finds no image. Give files, folders or globs, comma-separated.")
+            raise UserError(
+                f"--images={pattern} matches no image. Give files, folders or glob patterns, comma-separated."
+            )
         found += matches
     return list(dict.fromkeys(found))
 
@@ -80,7 +82,7 @@ def _open(output: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     if os.path.isdir(output):
-        raise UserError(f"--output={output} is a folder. Give the CSV a name in it: predictions.csv.")
+        raise UserError(f"--output={output} is a folder. Give the name of a file in it: predictions.csv.")
     with disk_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(output + ".unfinished")

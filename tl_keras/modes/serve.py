@@ -1,4 +1,4 @@
-"""`--mode=serve`: TF Serving's REST and gRPC APIs for exported models or a run, at once and without Docker."""
+"""`--mode=serve`: serves exported models or a run with the REST and gRPC APIs of TF Serving, without Docker."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ except ImportError as missing:
 
 
 _SAMPLES = 4
-_REQUESTS_IN_FLIGHT = 16  # of the largest size allowed: what all clients together may hold
+_REQUESTS_IN_FLIGHT = 16  # memory limit for all clients, in requests of the largest allowed size
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
-    """Serves models until the process is told to end: Ctrl-C, or SIGTERM."""
+    """Serves models until the process ends with Ctrl-C or SIGTERM."""
     screen, settings = screen or Screen(), config.serve
-    signal.signal(signal.SIGTERM, _end)  # while models are loaded; then the server has its own
+    signal.signal(signal.SIGTERM, _end)  # while models are loading; the server installs its own handler
     with _find(config, screen) as (entries, roots, samples):
         interrupted = serve(
             entries,
@@ -68,7 +68,7 @@ def _end(number: int, _: Any) -> NoReturn:
 
 @contextlib.contextmanager
 def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry], list[Path], list[bytes]]]:
-    """What is served, the folders that it may lie in, and images to compare engines on."""
+    """Finds the models to serve, the folders that they may be in, and images to compare engines on."""
     export_dir, samples = Path(config.run.export_dir), [make_photograph(seed) for seed in range(_SAMPLES)]
     if config.serve.models_config:
         entries = read_config_file(Path(config.serve.models_config))
@@ -79,7 +79,7 @@ def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry]
         yield find_models(export_dir), [export_dir], samples
     elif is_exported(path := Path(config.read.classifier).resolve()):
         if not path.name.isdecimal():
-            raise UserError(f"{path} is no version folder: its name must be a number, as saved_models/NAME/1.")
+            raise UserError(f"{path} is not a version folder: its name must be a number, such as saved_models/NAME/1.")
         yield (
             [ModelEntry(config.run.model_name or path.parent.name, path.parent, (int(path.name),))],
             [path.parent],
@@ -92,13 +92,17 @@ def _find(config: Config, screen: Screen) -> Iterator[tuple[Sequence[ModelEntry]
         with tempfile.TemporaryDirectory(prefix="tl_keras-serve-") as folder:
             model = Path(folder) / (config.run.model_name or name_model(classifier.name))
             (model / "1").mkdir(parents=True)
-            screen.line(f"serving the run {config.read.classifier}: its model is written to {model} while it is served")
+            screen.line(f"serving the run {config.read.classifier}: temporary export in {model}")
             write_version(classifier, model / "1", name=model.name, max_pixels=config.run.max_pixels)
             own, _ = load_samples(str(find_folder(config.read.classifier)))
             yield [ModelEntry(model.name, model)], [model], own
 
 
 def _check_no_name(config: Config) -> None:
-    """Raises: UserError: one name was given for a list of models."""
+    """Checks that --model_name is not given for several models.
+
+    Raises:
+        UserError: it is given.
+    """
     if config.run.model_name:
-        raise UserError("--model_name names one model: give --classifier with it, or leave it out.")
+        raise UserError("--model_name names a single model. Give --classifier too, or leave --model_name out.")

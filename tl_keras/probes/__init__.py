@@ -1,1 +1,1 @@
-"""Probes: scikit-learn's classifiers on embeddings, chosen, fitted, and folded into TensorFlow."""
+"""Probes: scikit-learn classifiers on embeddings; selection, fitting, and conversion to TensorFlow."""

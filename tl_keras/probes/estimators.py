@@ -1,4 +1,4 @@
-"""The probes: which of scikit-learn's estimators, what of it is chosen from a grid, and how it gets probabilities."""
+"""The probes: scikit-learn estimators, the grids of their parameters, and their probabilities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sklearn.svm import SVC, LinearSVC
 
 from tl_keras.errors import UserError
 
-# Over twelve data sets the best C for a ResNet-50 runs from 0.006 to 1,000 (Ericsson, Gouk & Hospedales 2021,
+# Over twelve data sets the best C for a ResNet-50 ranges from 0.006 to 1,000 (Ericsson, Gouk & Hospedales 2021,
 # ssl-transfer); DINOv2 (Oquab et al. 2023) searches 10^-6 to 10^5.
 _DECADES = tuple(10.0**power for power in range(-6, 6))
 _THIRDS = tuple(10 ** (part / 3) for part in (-2, -1, 1, 2))
@@ -35,12 +35,12 @@ _DUAL_UNTIL = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is given to every estimator.
+    """Settings of all estimators.
 
     Attributes:
         scale: `standard`, `l2` or `none`.
-        max_iter: of the iterative ones.
-        seed: of the random ones.
+        max_iter: maximum number of iterations.
+        seed: random seed.
     """
 
     scale: str
@@ -53,11 +53,11 @@ class Probe:
     """One row of the table of probes.
 
     Attributes:
-        parameter: what is chosen from the grid, as scikit-learn calls it.
-        coarse: the grid, the simplest classifier first.
-        fine: factors around the best of it.
-        build: parameter and recipe → the estimator.
-        calibrated: whether it has no probabilities of its own, and gets them by sigmoids.
+        parameter: name of the regularization parameter in scikit-learn.
+        coarse: grid of the parameter, simplest classifier first.
+        fine: factors for a second grid around the best value.
+        build: parameter and recipe → estimator.
+        calibrated: whether it has no probabilities of its own, so that they are fitted with sigmoids.
     """
 
     parameter: str
@@ -68,12 +68,12 @@ class Probe:
 
 
 def _logistic_regression(value: float, recipe: Recipe) -> Any:
-    """L-BFGS: its cost an iteration is linear in images, dimensions and classes; Newton's is cubic in the last two."""
+    """Uses L-BFGS: an iteration is linear in images, dimensions and classes; Newton's is cubic in the last two."""
     return LogisticRegression(C=value, max_iter=recipe.max_iter, random_state=recipe.seed)
 
 
 def _linear_svm(value: float, recipe: Recipe) -> Any:
-    """Coordinate descent in the dual for a small C, where it is the faster (benchmarks/probes.py, dual)."""
+    """Uses dual coordinate descent for a small C, where it is faster (benchmarks/probes.py, dual)."""
     dual = True if value <= _DUAL_UNTIL else "auto"
     return LinearSVC(C=value, dual=dual, max_iter=recipe.max_iter, random_state=recipe.seed)
 
@@ -101,13 +101,13 @@ PROBES: dict[str, Probe] = {
 
 
 class RbfKernel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """The RBF kernel with all that it was fitted on, by matrix products: libsvm computes its own a number at a time.
+    """RBF kernel with the training examples, computed with matrix products, which are faster than libsvm's kernel.
 
-    Its gamma is what scikit-learn's SVC calls "scale": one over dimensions times variance.
+    Its gamma is that of scikit-learn's `SVC(gamma="scale")`: 1 / (dimensions * variance).
     """
 
     def fit(self, X: np.ndarray, y: Any = None) -> RbfKernel:  # noqa: N803, ARG002 (scikit-learn's names)
-        """Keeps X, `(n, dim)`."""
+        """Stores X, `(n, dim)`."""
         variance = float(np.var(X, dtype=np.float64))
         self.gamma_ = 1 / (X.shape[1] * variance) if variance else 1.0
         self.kept_ = X
@@ -120,7 +120,7 @@ class RbfKernel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
 
 def build_scaler(scale: str) -> Any:
-    """What embeddings go through before the estimator: `standard`, `l2` or `none`."""
+    """Builds the scaler of embeddings: `standard`, `l2` or `none`."""
     if scale == "standard":
         return StandardScaler()
     return Normalizer() if scale == "l2" else FunctionTransformer()
@@ -128,14 +128,14 @@ def build_scaler(scale: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A probe that was fitted.
+    """A fitted probe.
 
     Attributes:
-        name: of the probe.
-        value: of its parameter.
-        estimator: scikit-learn's, with `predict_proba`: embeddings `(n, dim)` → `(n, classes)`.
-        embeddings: what it was fitted on, float32 `(n, dim)`, not scaled.
-        converged: whether the solver came to its end.
+        name: name of the probe.
+        value: value of its parameter.
+        estimator: scikit-learn estimator with `predict_proba`: embeddings `(n, dim)` → `(n, classes)`.
+        embeddings: training embeddings before scaling, float32 `(n, dim)`.
+        converged: whether the solver converged.
     """
 
     name: str
@@ -151,39 +151,41 @@ class Fitted:
 
     @property
     def sigmoids(self) -> list[tuple[float, float]]:
-        """Slope and offset of each class's sigmoid 1 / (1 + exp(slope x + offset)); a single one of two classes."""
+        """Slope and offset of each class's sigmoid 1 / (1 + exp(slope x + offset)); a single one for two classes."""
         return [(float(one.a_), float(one.b_)) for one in self.estimator.calibrated_classifiers_[0].calibrators]
 
 
 def check_probe(name: str, labels: np.ndarray, *, value: float | None) -> None:
-    """Checks that a probe can be fitted on so many examples.
+    """Checks that there are enough examples to fit a probe.
 
     Args:
-        name: of the probe.
-        labels: of train, int `(n,)`, every class from 0 up.
-        value: of its parameter, where it is asked for.
+        name: name of the probe.
+        labels: training labels, int `(n,)`, every class from 0 up.
+        value: value of its parameter, if it is given.
 
     Raises:
-        UserError: a class has too few examples for the calibration, or knn has fewer examples than neighbours.
+        UserError: a class has too few examples for calibration, or there are fewer examples than neighbors for knn.
     """
     if name == "knn" and value and value > len(labels):
-        raise UserError(f"--probe=knn can't ask {value:g} neighbours: train has {len(labels)} examples. Ask fewer.")
+        raise UserError(
+            f"--probe=knn can't use {value:g} neighbors: train has only {len(labels)} examples. Use fewer neighbors."
+        )
     if PROBES[name].calibrated and int(np.bincount(labels).min()) < 2:
         raise UserError(
-            f"--probe={name} has no probabilities of its own: they are calibrated on examples held out, and a "
-            "class has one alone. Give more images, or --probe=logistic_regression."
+            f"--probe={name} needs at least two training images per class to calibrate its probabilities, but a class "
+            "has only one. Add images, or use --probe=logistic_regression."
         )
 
 
 def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarray, recipe: Recipe) -> Fitted:
-    """Fits scaler, estimator and, where it has no probabilities, sigmoids on out-of-fold decisions (Platt 1999).
+    """Fits scaler and estimator; probabilities, if it has none, are fitted to out-of-fold decisions (Platt 1999).
 
     Args:
-        name: of the probe.
-        value: of its parameter.
+        name: name of the probe.
+        value: value of its parameter.
         embeddings: float32 `(n, dim)`.
         labels: int `(n,)`, every class from 0 up.
-        recipe: the rest.
+        recipe: settings of the estimator.
 
     Returns:
         The fitted probe.
@@ -199,7 +201,9 @@ def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarra
         estimator = CalibratedClassifierCV(
             estimator, method="sigmoid", cv=split_folds(labels), ensemble=False, n_jobs=-1
         )
-    exact = embeddings if name == "logistic_regression" else embeddings.astype(np.float64)  # as the others would
+    exact = (
+        embeddings if name == "logistic_regression" else embeddings.astype(np.float64)
+    )  # other estimators compute in float64
     with quiet(), joblib.parallel_backend("threading"):
         estimator.fit(exact, labels)
     fitted = Fitted(name, value, estimator, embeddings, converged=True)
@@ -207,16 +211,16 @@ def fit_probe(name: str, value: float, embeddings: np.ndarray, labels: np.ndarra
 
 
 def split_folds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Five stratified folds, as many as the data has examples if these are fewer.
+    """Makes five stratified folds, or fewer if the largest class has fewer examples.
 
-    A class of two images is in two folds, and in the training part of all: its rarity must not make the folds of all
-    other classes fewer, as scikit-learn does where it is given their number.
+    A class of two images is in the test part of two folds, and in the training part of all. scikit-learn would reduce
+    the number of folds for all classes instead.
 
     Args:
         labels: int `(n,)`, at least two of each class.
 
     Returns:
-        Positions that are fitted on and positions that are predicted, of each fold.
+        Training and test positions of each fold.
     """
     number = min(_CALIBRATION_FOLDS, int(np.bincount(labels).max()))
     with quiet():
@@ -224,17 +228,17 @@ def split_folds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def has_converged(estimator: Any, max_iter: int) -> bool:
-    """Whether an iterative estimator ended by itself; others always do."""
+    """Whether an iterative estimator converged; true for others."""
     iterates = isinstance(estimator, (LogisticRegression, LinearSVC))
     return not iterates or int(np.max(estimator.n_iter_)) < max_iter
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps scikit-learn's warnings off the screen.
+    """Silences warnings of scikit-learn.
 
-    These are warnings of classes that are smaller than the number of folds, of convergence, which `has_converged` is
-    asked about, and of ridge with so small an alpha that its matrix is singular, for which it takes another solver.
+    They concern classes smaller than the number of folds, convergence (`has_converged` reports it), and singular
+    matrices of ridge with a very small alpha, for which it falls back to another solver.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

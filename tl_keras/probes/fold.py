@@ -1,4 +1,4 @@
-"""Folding: a fitted probe as a Keras head of stock TensorFlow ops, its scaler inside."""
+"""Folding: converts a fitted probe and its scaler to a Keras head of standard TensorFlow ops."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from tl_keras.classifier.probe_layers import NearestNeighbours, SupportVectors
 from tl_keras.probes.estimators import PROBES, Fitted
 
-NEIGHBOURS_SMOOTHING = 1.0  # one vote, spread over all classes
+NEIGHBOURS_SMOOTHING = 1.0  # one additional vote, distributed over all classes
 
 
 def fold(fitted: Fitted, *, num_classes: int) -> keras.Model:
-    """Turns scikit-learn's probe into a Keras head that gives the same probabilities.
+    """Converts a scikit-learn probe to a Keras head with the same probabilities.
 
-    Scaler, linear probe and the slopes of its sigmoids become one dense layer. It computes in float64, as scikit-learn
-    does: weights of a large C cancel each other out, and float32 would lose the rest.
+    Scaler, linear probe and the slopes of its sigmoids become one dense layer. It computes in float64 like
+    scikit-learn, because large weights (large C) cancel out, and float32 would lose precision.
 
     Args:
-        fitted: fitted on labels 0 to `num_classes` - 1, each of which occurs.
-        num_classes: classes.
+        fitted: a probe fitted on labels 0 to `num_classes` - 1, all of which occur.
+        num_classes: number of classes.
 
     Returns:
-        Embeddings, float32 `(b, dim)` → logits, float64 `(b, num_classes)`, whose softmax is `predict_proba`; of
-            knn, with `NEIGHBOURS_SMOOTHING` more votes.
+        Embeddings, float32 `(b, dim)` → logits, float64 `(b, num_classes)`. Their softmax equals `predict_proba`; for
+        knn with `NEIGHBOURS_SMOOTHING` additional votes.
     """
     scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
     if list(probe.classes_) != list(range(num_classes)):
-        raise ValueError(f"the probe knows {len(probe.classes_)} classes of {num_classes}")
+        raise ValueError(f"the probe has {len(probe.classes_)} of {num_classes} classes")
     if fitted.name == "knn":
-        layers: list[Any] = [_fold_neighbours(fitted, num_classes)]
+        layers: list[Any] = [_fold_neighbors(fitted, num_classes)]
     elif fitted.name == "rbf_svm":
         layers = [_fold_support_vectors(fitted, num_classes)]
     else:
@@ -66,14 +66,14 @@ def _fold_linear(fitted: Fitted, scaler: Any, probe: Any, num_classes: int) -> l
     return [unit, dense] if isinstance(scaler, Normalizer) else [dense]
 
 
-def _fold_neighbours(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
+def _fold_neighbors(fitted: Fitted, num_classes: int) -> keras.layers.Layer:
     scaler, probe = fitted.pipeline[0], fitted.pipeline[-1]
     count, dim = fitted.embeddings.shape
     unit = isinstance(scaler, Normalizer)
     layer = NearestNeighbours(
         count=count, dim=dim, unit=unit, num_classes=num_classes, k=probe.n_neighbors, smoothing=NEIGHBOURS_SMOOTHING
     )
-    _assign(layer, scaler, kept=fitted.embeddings, labels=probe._y)  # it has no public name
+    _assign(layer, scaler, kept=fitted.embeddings, labels=probe._y)  # there is no public attribute
     return layer
 
 
@@ -82,7 +82,7 @@ def _fold_support_vectors(fitted: Fitted, num_classes: int) -> keras.layers.Laye
     counts = [int(count) for count in probe.n_support_]
     dual = np.zeros((sum(counts), num_classes))
     intercepts = np.zeros((num_classes, num_classes))
-    sign = -1 if num_classes == 2 else 1  # of two classes scikit-learn turns libsvm's signs round
+    sign = -1 if num_classes == 2 else 1  # for two classes scikit-learn inverts the signs of libsvm
     for label, rows in enumerate(np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])):
         others = np.delete(np.arange(num_classes), label)
         dual[np.ix_(rows, others)] = sign * probe.dual_coef_[:, rows].T
@@ -106,7 +106,7 @@ def _assign(layer: Any, scaler: Any, **weights: np.ndarray) -> None:
 
 
 def _center_and_spread(scaler: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a scaler takes off and divides by, float64 `(dim,)` each; nothing where it does neither."""
+    """Offset and divisor of a scaler, float64 `(dim,)` each; 0 and 1 for other scalers."""
     if isinstance(scaler, StandardScaler):
         return scaler.mean_.astype(np.float64), scaler.scale_.astype(np.float64)
     return np.zeros(dim), np.ones(dim)

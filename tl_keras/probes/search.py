@@ -1,4 +1,4 @@
-"""Choosing a probe's parameter: coarse, then fine, on val or by cross-validation within train and val."""
+"""Selection of a probe's parameter with a coarse and a fine grid, on val or by cross-validation in train and val."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from tl_keras.probes.estimators import PROBES, RbfKernel, Recipe, build_scaler, has_converged, quiet
 
-SMALL_VAL = 1000  # at 1,000 images the 95 % interval of an accuracy of 0.9 is still 0.88 to 0.92
+SMALL_VAL = 1000  # with 1,000 images the 95 % confidence interval of an accuracy of 0.9 is still 0.88 to 0.92
 _FOLDS = 5
-_SCORED = 2000  # with fewer examples the folds are drawn several times: one draw's accuracies differ by 0.01 by luck
+_SCORED = 2000  # with fewer examples cross-validation is repeated, because accuracies vary by 0.01 between draws
 _REPEATS = 5
 _TAIL = 2
 _ROUGH_TOLERANCE, _ROUGH_ITERATIONS = 1e-2, 100
@@ -27,13 +27,13 @@ Labelled = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How a parameter was chosen.
+    """The result of a search for a parameter.
 
     Attributes:
-        value: the best.
-        scores: value → accuracy, the simplest classifier first.
+        value: the best value.
+        scores: value → accuracy, simplest classifier first.
         chosen_by: `val`, or `5-fold cross-validation within train and val, 3 times`.
-        unconverged: values at which the solver did not come to its end.
+        unconverged: values for which the solver did not converge.
     """
 
     value: float
@@ -45,19 +45,19 @@ class Search:
 def choose_parameter(
     name: str, train: Labelled, val: Labelled, *, recipe: Recipe, choose_by: str, show_progress: Callable[[str], None]
 ) -> Search:
-    """Tries the grid's decades, then thirds of decades around the best; the simpler of equals wins.
+    """Selects a parameter from a grid of decades, then of thirds of decades; simpler classifiers win ties.
 
     Args:
-        name: of the probe.
+        name: name of the probe.
         train: embeddings, float32 `(n, dim)`, and labels, int `(n,)`.
-        val: the same.
-        recipe: of the estimators.
-        choose_by: `val`, `cv`, or `auto`: cross-validation where val has fewer than 1,000 images and train more than
-            val; its folds are then about as large as train, so that what is best for them is best for train.
-        show_progress: shows how far it is.
+        val: the same for val.
+        recipe: settings of the estimators.
+        choose_by: `val`, `cv`, or `auto`: cross-validation if val has fewer than 1,000 images and fewer than train;
+            then the training part of a fold is about as large as train, so that the best value also fits train.
+        show_progress: called with the progress as text.
 
     Returns:
-        The best value, and all that were tried.
+        The best value, and the scores of all values.
     """
     probe = PROBES[name]
     folds, fewest, chosen_by = _make_folds(train, val, choose_by=choose_by, recipe=recipe)
@@ -70,7 +70,7 @@ def choose_parameter(
 
     def try_values(values: Sequence[float]) -> None:
         show_progress(f"{name}: trying {probe.parameter} " + ", ".join(f"{value:.3g}" for value in values))
-        # set here, not in the threads: it is the whole process's, and the last thread to end would leave it set
+        # set here and not in the threads: it is global, and the last thread to finish would leave it set
         one_thread = threadpool_limits(1) if len(folds) > 1 else contextlib.nullcontext()
         with one_thread, quiet():
             found = Parallel(n_jobs=cores if len(folds) > 1 else 1, prefer="threads")(
@@ -94,27 +94,27 @@ def choose_parameter(
 
 
 def _split_path(name: str, values: Sequence[float]) -> list[Sequence[float]]:
-    """The grid in parts, after each of which the path may end; of most probes in one.
+    """Splits the grid into parts after which the search may stop; most probes have a single part.
 
-    A linear SVM's solver is the slower the larger C is: its path ends after two decades in a row below the best. The
-    parts are of two whatever the cores: what is chosen must not depend on the machine.
+    The solver of a linear SVM is slow for a large C, so its search stops after two decades in a row below the best. The
+    parts do not depend on the number of cores, so that the result does not depend on the machine.
     """
     size = _TAIL if name == "linear_svm" else len(values)
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def _best(scores: dict[float, list[float]], values: Iterable[float]) -> float:
-    """The value with the best mean; of equals the first, which is the simplest classifier."""
+    """The value with the best mean score; ties go to the first value, which is the simplest classifier."""
     return max(values, key=lambda value: round(float(np.mean(scores[value])), 9))
 
 
 def _make_folds(
     train: Labelled, val: Labelled, *, choose_by: str, recipe: Recipe
 ) -> tuple[list[Callable[[], tuple[Labelled, Labelled]]], int, str]:
-    """What is fitted on and what is scored, scaled by the statistics of the former; made when asked for.
+    """Makes the folds lazily; both parts of a fold are scaled with statistics of its training part.
 
     Returns:
-        The folds, how many examples the smallest of them and train have, and what was done in words.
+        The folds, the size of the smallest training part (including train), and a description of the method.
     """
     labels = np.concatenate([train[1], val[1]])
     rarest = int(np.bincount(labels)[np.unique(labels)].min())
@@ -145,7 +145,7 @@ def _scale(fit: Labelled, score: Labelled, recipe: Recipe) -> tuple[Labelled, La
 
 
 class _RegularizationPath:
-    """Scores values of a parameter, side by side on several cores."""
+    """Scores values of a parameter in parallel."""
 
     def __init__(self, name: str, recipe: Recipe, cores: int) -> None:
         self._probe, self._recipe, self._cores = PROBES[name], recipe, cores
@@ -166,7 +166,7 @@ class _RegularizationPath:
 
 
 class _WarmStartPath(_RegularizationPath):
-    """Logistic regression: each value starts from the solution of the one before, the simplest first."""
+    """Logistic regression: each value starts from the solution of the previous one, simplest first."""
 
     def __init__(self, name: str, recipe: Recipe, cores: int) -> None:
         super().__init__(name, recipe, cores)
@@ -188,7 +188,7 @@ class _WarmStartPath(_RegularizationPath):
 
 
 class _LowTolerancePath(_RegularizationPath):
-    """Linear SVM: a hundred iterations to a hundredth tell which value is best; the last fit is solved to the end."""
+    """Linear SVM: 100 iterations with tolerance 0.01 are enough to compare values; only the final fit converges."""
 
     def _build(self, value: float) -> Any:
         iterations = min(_ROUGH_ITERATIONS, self._recipe.max_iter)
@@ -207,8 +207,8 @@ class _KernelPath(_RegularizationPath):
         return super().score(values, (self._kernels[0], fit[1]), (self._kernels[1], score[1]))
 
 
-class _NeighboursPath(_RegularizationPath):
-    """Nearest neighbours: they are looked up once, for the largest number of them."""
+class _NeighborsPath(_RegularizationPath):
+    """Nearest neighbors: they are searched once, for the largest number of neighbors."""
 
     def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
         estimator = self._build(max(values)).fit(*fit)
@@ -227,5 +227,5 @@ _PATHS: dict[str, type[_RegularizationPath]] = {
     "logistic_regression": _WarmStartPath,
     "linear_svm": _LowTolerancePath,
     "rbf_svm": _KernelPath,
-    "knn": _NeighboursPath,
+    "knn": _NeighborsPath,
 }

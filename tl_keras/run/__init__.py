@@ -1,4 +1,4 @@
-"""A run: its folder, its files, what it shows, its threads."""
+"""A run: its folder, files, screen output and threads."""
 
 from tl_keras.run.console import Screen, Stopwatch
 from tl_keras.run.files import (

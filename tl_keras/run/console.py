@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on, and how long each stage takes."""
+"""Output on the screen and in the log of a run, and time per stage."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Screen:
         self.log(text)
 
     def progress(self, text: str) -> None:
-        """Shows how far a stage is: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+        """Shows the progress of a stage: rewritten in place on a terminal, otherwise a line every ten seconds."""
         if self.shows != "all":
             return
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, after a crash and a power loss as well."""
+"""Atomic and durable files: complete or not there at all, even after a crash or power loss."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tl_keras.errors import UserError
 
 
 def existing_parent(path: str) -> Path:
-    """The nearest folder (or file) above a path that exists, or the path itself.
+    """Finds the nearest existing parent of a path, or the path itself.
 
-    Not by Path.exists, which raises where a folder above can't be looked into.
+    `Path.exists` is not used, because it raises if a parent is not accessible.
     """
     absolute = Path(path).absolute()
     return next(parent for parent in [absolute, *absolute.parents] if os.path.exists(parent))
@@ -28,7 +28,7 @@ def existing_parent(path: str) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns a full disk, a missing permission and their like into one line that names `what`.
+    """Turns disk errors, such as a full disk or missing permissions, into one line that names `what`.
 
     Raises:
         UserError: the block raised an OSError.
@@ -36,7 +36,7 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever reads our output has read enough: no mistake
+        raise  # the reader of the output has closed it: not an error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk is full: {what} could not be written. Free some space and run again.") from error
@@ -44,10 +44,10 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Makes a folder and tries to write in it, before anything long is computed that is to end there.
+    """Creates a folder and checks that it is writable, before a long computation.
 
     Raises:
-        UserError: it can't be made or written; it names `what`.
+        UserError: it can't be created or written; the message names `what`.
     """
     with disk_errors(what):
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, syncs it to the disk and renames it: no reader ever sees half of it.
+    """Writes a file under a temporary name, syncs it to the disk and renames it, so that it is never incomplete.
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
@@ -66,7 +66,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that gets its name when the block has ended without an error; missing parents are made.
+    """Opens a file that gets its final name when the block ends without an error; creates missing parents.
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
@@ -83,9 +83,9 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 
 def replace_durably(source: Path, target: Path) -> None:
-    """Renames a file that was written, so that a power loss leaves the old content or the new one, never an empty file.
+    """Renames a written file so that after a power loss it has either the old or the new content, and is never empty.
 
-    The content is synced before the name changes, and the folder after it; `rename` alone promises neither (Pillai et
+    The content is synced before the file is renamed, and the folder after it; `rename` guarantees neither (Pillai et
     al. 2014, "All File Systems Are Not Created Equal", OSDI).
 
     Raises:
@@ -97,7 +97,7 @@ def replace_durably(source: Path, target: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Puts a folder that is whole in the place of another one, which is deleted.
+    """Replaces a folder with a complete one, and deletes the old one.
 
     Raises:
         OSError: the disk is full, or the folders can't be written.
@@ -120,7 +120,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs the names in a folder; Windows has no such call, and some network file systems refuse it."""
+    """Syncs the entries of a folder; Windows and some network file systems do not support this."""
     if os.name == "posix":
         with contextlib.suppress(OSError):
             _sync(folder)
@@ -145,15 +145,15 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def csv_writer(stream: TextIO) -> Any:
-    """A `csv.writer` whose lines end in LF and whose cells may hold CR and LF.
+    """Makes a `csv.writer` whose lines end in LF, and whose cells may contain CR and LF.
 
-    Python before 3.12 quotes of the two only what the line's end holds, so that CR stood bare.
+    Python before 3.12 quotes CR and LF in cells only if they are part of the line terminator.
     """
     return csv.writer(_UnixLines(stream), lineterminator="\r\n")
 
 
 class _UnixLines:
-    """Takes rows that end in CR LF, and writes LF."""
+    """Writes rows that end in CR LF with LF."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -163,7 +163,7 @@ class _UnixLines:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file that a run wrote; names in it may be no UTF-8.
+    """Reads the rows of a CSV file of a run; file names in it may not be UTF-8.
 
     Raises:
         OSError: it can't be read.
@@ -176,11 +176,11 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        UserError: it is missing, unreadable or no JSON.
+        UserError: it is missing, unreadable or not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}. Check the path.") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. Make it again, or restore it from a copy.") from error
+        raise UserError(f"{path} is damaged: {error}. Create it again, or restore a copy.") from error

@@ -1,4 +1,4 @@
-"""The run folder: one folder that holds everything made by one invocation, and that an interrupted run continues in."""
+"""The run folder: all files of one invocation; an interrupted run continues in its folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from tl_keras.errors import UserError
 from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
 
-INTERRUPTED = 130  # exit status, as shells say it: 128 + SIGINT
-UNFINISHED = "unfinished.json"  # in the folder of a run until it has ended
+INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
+UNFINISHED = "unfinished.json"  # in the folder of a run until it is complete
 _CONFIG = "config.json"
-# settings that say how a run is started, not what it computes
+# settings that do not affect the results of a run
 _HOW_STARTED = frozenset(("resume", "overwrite", "run_dir"))
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Attributes:
-        path: the folder.
-        run_id: a random name that the run keeps when it is resumed.
-        resumed: whether an earlier process began the run.
+        path: path of the folder.
+        run_id: a random id that the run keeps when it is resumed.
+        resumed: whether an earlier process started the run.
     """
 
     def __init__(self, path: Path, *, run_id: str = "", resumed: bool = False) -> None:
@@ -37,25 +37,25 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str, *, overwrite: bool, config: dict[str, Any], flags: str) -> RunFolder:
-        """Makes the folder, or opens that of an interrupted run with the same settings, which then continues.
+        """Creates the folder, or opens that of an interrupted run with the same settings, which then continues.
 
-        Until `end_run`, the folder holds `unfinished.json`. An earlier run that is replaced is renamed to
+        Until `end_run`, the folder contains `unfinished.json`. An earlier run that is replaced is renamed to
         `PATH.replaced`, and deleted by `end_run`.
 
         Args:
-            path: the folder; its parents are made too.
-            overwrite: an earlier run's folder is replaced; an unfinished run with the same settings continues.
-            config: for `config.json`.
-            flags: for `run.flags`.
+            path: path of the folder; its parents are created too.
+            overwrite: whether to replace an earlier run; an unfinished run with the same settings continues anyway.
+            config: content of `config.json`.
+            flags: content of `run.flags`.
 
         Raises:
-            UserError: the folder exists already and is not empty, is used by a running process, or can't be written.
+            UserError: the folder already exists and is not empty, is used by a running process, or can't be written.
         """
         folder = Path(path)
         replaced = list[str]()
         if folder.is_dir() and any(folder.iterdir()):
             _check_not_running(folder)
-            if _is_same_run(folder, config):  # with --overwrite too: it would be the same run again
+            if _is_same_run(folder, config):  # also with --overwrite: it would be the same run
                 return cls._open(folder, config=config, flags=flags)
             replaced = _put_aside(folder, overwrite=overwrite, config=config)
         with disk_errors(f"the run folder {path}"):
@@ -65,22 +65,22 @@ class RunFolder:
                 with (folder / UNFINISHED).open("x", encoding="utf-8") as file:
                     json.dump(created._describe(replaced), file)
             except FileExistsError as error:
-                raise UserError(f"the run folder {path} was taken by another run just now. Run again.") from error
+                raise UserError(f"the run folder {path} was just created by another run. Run again.") from error
         created._write_settings(config, flags)
         return created
 
     @classmethod
     def _open(cls, folder: Path, *, config: dict[str, Any], flags: str) -> RunFolder:
-        """The folder of an interrupted run, to continue in."""
+        """Opens the folder of an interrupted run, to continue it."""
         marker = _read_marker(folder)
         opened = cls(folder, run_id=str(marker.get("run_id") or uuid.uuid4().hex), resumed=True)
         opened._mark_unfinished(list(marker.get("replaces") or []))
-        for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed
+        for leftover in list(folder.rglob(".*.tmp")):  # from a killed process
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
-        if not _is_run(folder):  # killed while the folder was made
+        if not _is_run(folder):  # killed while the folder was created
             opened._write_settings(config, flags)
         return opened
 
@@ -89,7 +89,7 @@ class RunFolder:
         write_atomically(self.path / name, text.encode("utf-8", "surrogateescape"))
 
     def write_json(self, name: str, content: Any) -> None:
-        """Writes a JSON file: keys in the order given, NaN refused."""
+        """Writes a JSON file; keys keep their order, NaN is not allowed."""
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -104,15 +104,15 @@ class RunFolder:
         self.write_json(UNFINISHED, self._describe(replaces))
 
     def _describe(self, replaces: Sequence[str]) -> dict[str, Any]:
-        """What `unfinished.json` holds."""
+        """The content of `unfinished.json`."""
         return {"run_id": self.run_id, "replaces": list(replaces), "process": _describe_process()}
 
 
 class History:
-    """`history.csv`: one row an epoch, on disk as soon as the epoch has ended."""
+    """`history.csv`: one row per epoch, written at the end of the epoch."""
 
     def __init__(self, folder: RunFolder, header: Sequence[str]) -> None:
-        """Args: header: the columns."""
+        """Args: header: column names."""
         self._folder, self._header = folder, header
         self.rows: list[Sequence[Any]] = []
 
@@ -127,7 +127,7 @@ def end_run(folder: Path, *, keep_replaced: bool = False) -> list[Path]:
 
     Args:
         folder: the run folder.
-        keep_replaced: the earlier run is left where it is.
+        keep_replaced: whether to keep the earlier run.
 
     Returns:
         Earlier runs that are kept.
@@ -146,12 +146,12 @@ def end_run(folder: Path, *, keep_replaced: bool = False) -> list[Path]:
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether a run folder is complete; versions before 0.2 mark that by `metrics.json` alone."""
+    """Whether a run is complete; versions before 0.2 only have `metrics.json` to mark this."""
     return (folder / "metrics.json").is_file() and not (folder / UNFINISHED).is_file()
 
 
 def read_run_config(path: str) -> dict[str, Any] | None:
-    """The settings in a run folder; None where there is none yet.
+    """Reads the settings in a run folder; None if there are none yet.
 
     Raises:
         UserError: `config.json` is damaged.
@@ -162,7 +162,7 @@ def read_run_config(path: str) -> dict[str, Any] | None:
 
 
 def find_unfinished(mode: str) -> str | None:
-    """The latest unfinished run of a mode in the folder `runs`."""
+    """Finds the latest unfinished run of a mode in the folder `runs`."""
     markers = sorted(Path("runs").glob(f"*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime, reverse=True)
     runs = ((str(marker.parent), read_run_config(str(marker.parent))) for marker in markers)
     return next(
@@ -171,7 +171,7 @@ def find_unfinished(mode: str) -> str | None:
 
 
 def name_run(mode: str, data: str, backbone: str) -> str:
-    """`runs/MODE-DATA-BACKBONE-TIME`, with a number behind it if that name is taken (two runs in one second)."""
+    """Makes the name `runs/MODE-DATA-BACKBONE-TIME`, with a number if it exists (two runs in the same second)."""
     stem = os.path.join("runs", f"{mode}-{data}-{backbone}-{time.strftime('%Y%m%d-%H%M%S')}")
     path, number = stem, 2
     while os.path.exists(path):
@@ -180,21 +180,21 @@ def name_run(mode: str, data: str, backbone: str) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder was made by a run, and may therefore be replaced by another."""
+    """Whether a folder was created by a run, so that another run may replace it."""
     return all((folder / name).is_file() for name in (_CONFIG, "run.flags"))
 
 
 def _is_same_run(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a folder holds an unfinished run of these settings."""
+    """Whether a folder contains an unfinished run with these settings."""
     if has_ended(folder) or not _is_run(folder):
-        return not _is_run(folder) and (folder / UNFINISHED).is_file()  # killed while it was made
+        return not _is_run(folder) and (folder / UNFINISHED).is_file()  # killed while it was created
     return not _find_differences(read_run_config(str(folder)) or {}, config)
 
 
 def _find_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Flags that differ between two configurations, with both values."""
+    """Lists the flags that differ between two configurations, with both values."""
     found = []
-    for group, settings in json.loads(json.dumps(now)).items():  # tuples as JSON holds them
+    for group, settings in json.loads(json.dumps(now)).items():  # converts tuples to lists
         before = earlier.get(group)
         if not isinstance(settings, dict):
             found += [] if before == settings else [f"--{group}: {before} there, {settings} here"]
@@ -209,24 +209,24 @@ def _find_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _put_aside(folder: Path, *, overwrite: bool, config: Mapping[str, Any]) -> list[str]:
-    """Renames an earlier run's folder, so that nothing is lost before the new run has ended.
+    """Renames the folder of an earlier run, so that it is kept until the new run is complete.
 
     Returns:
         The folders that the new run replaces.
 
     Raises:
-        UserError: the folder is not to be replaced, or is no run's.
+        UserError: the folder must not be replaced, or is not a run folder.
     """
     if not (overwrite and _is_run(folder)):
         if _is_run(folder) and not has_ended(folder):
             differences = "; ".join(_find_differences(read_run_config(str(folder)) or {}, config)[:3])
             raise UserError(
-                f"the run folder {folder} exists already. It holds an unfinished run with other settings "
+                f"the run folder {folder} already exists. It contains an unfinished run with other settings "
                 f"({differences}). Repeat its command to continue it, replace it with --overwrite, or give another "
                 "--run_dir."
             )
         raise UserError(
-            f"the run folder {folder} exists already. Give another --run_dir, or --overwrite to replace an earlier run."
+            f"the run folder {folder} already exists. Give another --run_dir, or --overwrite to replace an earlier run."
         )
     earlier = list(_read_marker(folder).get("replaces") or [])
     target, number = folder.with_name(f"{folder.name}.replaced"), 2
@@ -240,22 +240,26 @@ def _put_aside(folder: Path, *, overwrite: bool, config: Mapping[str, Any]) -> l
 def _read_marker(folder: Path) -> dict[str, Any]:
     try:
         found = read_json(folder / UNFINISHED)
-    except UserError:  # there is none, or it is damaged
+    except UserError:  # missing or damaged
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _check_not_running(folder: Path) -> None:
-    """Raises: UserError: a process of this machine is at work in the folder."""
+    """Checks that no process on this machine uses the folder.
+
+    Raises:
+        UserError: a process uses it.
+    """
     process = _find_process(folder)
     if process is not None:
         raise UserError(
-            f"the run in {folder} is still going on, in process {process}. Wait for its end, or give another --run_dir."
+            f"the run in {folder} is still running in process {process}. Wait until it ends, or give another --run_dir."
         )
 
 
 def _find_process(folder: Path) -> int | None:
-    """The other process of this machine that is at work in a run folder."""
+    """Finds another process on this machine that uses a run folder."""
     process, own = _read_marker(folder).get("process"), _describe_process()
     if not isinstance(process, dict) or process == own or process.get("host") != own["host"]:
         return None
@@ -267,9 +271,9 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _start_time(process: Any) -> str | None:
-    """When a process started, in clock ticks since the machine did; None if there is no such process, or no /proc.
+    """Start time of a process, in clock ticks since boot; None if there is no such process, or no /proc.
 
-    With it a process is told from a later one that got the same number.
+    It distinguishes a process from a later one with the same id.
     """
     try:
         return Path(f"/proc/{int(process)}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]

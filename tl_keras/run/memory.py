@@ -1,4 +1,4 @@
-"""Memory of the machine."""
+"""Free memory of the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def free_memory_bytes() -> float:
-    """Memory that this process can still have, as Linux and its control group tell it; infinite where neither does."""
+    """Memory available to this process, according to Linux and its control group; infinite if it is unknown."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024.0

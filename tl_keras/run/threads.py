@@ -1,4 +1,4 @@
-"""Work done in threads, a little ahead of whoever consumes it."""
+"""Parallel work in threads, ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Found = TypeVar("Found")
 def map_ahead(
     work: Callable[[Value], Found], items: Iterable[tuple[Key, Value]], *, threads: int | None, ahead: int
 ) -> Iterator[tuple[Key, Found]]:
-    """Works on items in threads, a little ahead of whoever consumes what was found, in the items' order.
+    """Applies a function to items in threads, ahead of the consumer; results are in the order of the items.
 
     Args:
-        work: what is done with an item's value.
-        items: keys, by which what was found is known, and values.
-        threads: at most so many; None: the executor's own number.
-        ahead: items that are worked on before they are asked for.
+        work: function of an item's value.
+        items: pairs of key and value; a result is yielded with its key.
+        threads: maximum number of threads; None for the default of the executor.
+        ahead: number of items that are processed ahead of the consumer.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque[tuple[Key, Future[Found]]]()

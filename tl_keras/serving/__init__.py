@@ -1,1 +1,1 @@
-"""The local server: TF Serving's REST and gRPC APIs, and a page for people."""
+"""The local server: the REST and gRPC APIs of TF Serving, and a web page."""

@@ -1,4 +1,4 @@
-"""Requests of many clients in one batch of a size that the network was warmed up for."""
+"""Batching: combines requests of several clients into batches of sizes that were warmed up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class _Task:
-    """A request's rows, or a part of them, until they are answered."""
+    """The rows of a request, or a part of them, until they are answered."""
 
     inputs: Arrays
     rows: int
@@ -37,10 +37,10 @@ class _Task:
 
 
 class Batcher:
-    """Runs requests of one model in batches: whatever waits while a batch runs goes together into the next.
+    """Runs the requests of one model in batches.
 
-    A request that comes alone runs at once; under load what waits while a batch runs goes together into the next one.
-    All methods are for the event loop's thread.
+    A single request runs at once. Under load, the requests that arrive while a batch runs form the next batch. All
+    methods must be called in the thread of the event loop.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Batcher:
         max_queued: int,
         workers: int = 1,
     ) -> None:
-        """Starts its threads.
+        """Starts the threads.
 
         Args:
-            run: signature and inputs → outputs; for several threads at once.
-            sizes: of batches, rising.
-            max_queued: rows that may wait.
-            workers: batches at once. One keeps a few cores busy, and what waits meanwhile makes the next one larger.
+            run: signature and inputs → outputs; thread-safe.
+            sizes: batch sizes, increasing.
+            max_queued: maximum number of rows in the queue.
+            workers: number of concurrent batches. One batch keeps a few cores busy; fewer workers make larger batches.
         """
         self._run, self._sizes, self._max_queued, self._workers = run, sorted(sizes), max_queued, workers
         self._waiting: dict[str, collections.deque[_Task]] = {}
@@ -68,23 +68,23 @@ class Batcher:
 
     @property
     def queued(self) -> int:
-        """Rows that wait."""
+        """Number of rows in the queue."""
         return self._queued
 
     async def run(self, signature: str, inputs: Arrays, *, rows: int, deadline: float) -> Arrays:
         """Runs a request, together with others.
 
         Args:
-            signature: its name.
-            inputs: name → array `(rows, ...)`, checked.
-            rows: how many.
-            deadline: by `time.monotonic`.
+            signature: name of the signature.
+            inputs: name → array `(rows, ...)`, already validated.
+            rows: number of rows.
+            deadline: latest time, in seconds of `time.monotonic`.
 
         Returns:
-            Output's name → array `(rows, ...)`.
+            Name of the output → array `(rows, ...)`.
 
         Raises:
-            RequestError: too many wait already, the deadline passed, or the graph refuses the inputs.
+            RequestError: the queue is full, the deadline passed, or the graph rejects the inputs.
         """
         if self._queued + rows > self._max_queued:
             raise RequestError(
@@ -112,13 +112,13 @@ class Batcher:
         return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def close(self) -> None:
-        """Ends the threads; nothing may run any more."""
+        """Ends the threads; no batch may be running."""
         if self._timer is not None:
             self._timer.cancel()
         self._threads.shutdown(wait=False)
 
     def _dispatch(self) -> None:
-        """Gives free threads what waits; the signature whose first request has waited longest comes first."""
+        """Starts batches in free threads; the signature whose first request has waited longest comes first."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -139,7 +139,7 @@ class Batcher:
         return min(waiting, key=lambda name: waiting[name][0].arrival, default=None)
 
     def _take(self, waiting: collections.deque[_Task]) -> list[_Task]:
-        """As many as fill a batch; who gave up or is too late is left out."""
+        """Takes requests for one batch; canceled and expired requests are left out."""
         tasks, rows = list[_Task](), 0
         limit = self._choose_size(sum(task.rows for task in waiting))
         while waiting and (not tasks or rows + waiting[0].rows <= limit):
@@ -155,18 +155,18 @@ class Batcher:
         return tasks
 
     def _choose_size(self, rows: int) -> int:
-        """The batch's size for so many rows that wait."""
+        """Chooses the batch size for the number of rows in the queue."""
         above = next((size for size in self._sizes if size >= rows), self._sizes[-1])
         below = max((size for size in self._sizes if size <= rows), default=self._sizes[0])
         return above if rows >= _WORTH_PADDING * above else below
 
     def _answer(self, signature: str, tasks: list[_Task]) -> list[Arrays | RequestError]:
-        """In a thread: one batch, or each request alone where the batch fails, so that none pays for another."""
+        """Runs a batch in a thread; if it fails, runs each request alone, so that only invalid requests fail."""
         try:
             return list[Arrays | RequestError](self._run_together(signature, tasks))
         except RequestError as error:
             failure = RequestError(error.code, error.message)  # without its traceback, which holds these frames
-        except Exception as error:  # OpenVINO's exceptions have no class of their own
+        except Exception as error:  # OpenVINO raises plain RuntimeErrors
             failure = RequestError(grpc.StatusCode.INTERNAL, str(error).splitlines()[0] if str(error) else repr(error))
         if len(tasks) == 1:
             return [failure]
@@ -204,10 +204,10 @@ class Batcher:
 
 
 async def _wait(answers: list[asyncio.Future[Arrays]], seconds: float) -> list[Arrays]:
-    """All answers in order; whoever gives up, or is too late, gives all of them up.
+    """Collects all answers in order; all are canceled if one fails or the deadline passes.
 
     Raises:
-        RequestError: one of them failed, or they are not there in time.
+        RequestError: an answer failed, or the deadline passed.
     """
     try:
         await asyncio.wait(answers, timeout=seconds)
@@ -215,7 +215,7 @@ async def _wait(answers: list[asyncio.Future[Arrays]], seconds: float) -> list[A
             raise expired(_ANSWERED)
     finally:
         for answer in answers:
-            answer.cancel()  # does nothing to those that are there
+            answer.cancel()  # has no effect on those that are complete
     failures = [answer.exception() for answer in answers]
     if failure := next((one for one in failures if one), None):
         raise failure
@@ -223,7 +223,7 @@ async def _wait(answers: list[asyncio.Future[Arrays]], seconds: float) -> list[A
 
 
 def _fill(arrays: list[np.ndarray], size: int) -> np.ndarray:
-    """All rows one behind the other, and rows of nothing (empty strings, zeros) up to the size."""
+    """Concatenates all rows, and pads them to the batch size with empty strings or zeros."""
     missing = size - sum(len(array) for array in arrays)
     if missing <= 0:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,4 +1,4 @@
-"""What clients ask of a model, whichever API they come by: predict, classify, regress, metadata, status."""
+"""The calls of both APIs: predict, classify, regress, metadata, status."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _RESERVE, _SMALL_BYTES = 8, 1 << 20  # an eighth of the budget is reserved for r
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A version that is loaded and takes requests.
+    """A loaded version that accepts requests.
 
     Attributes:
         graph: its signatures.
-        batcher: runs them.
-        labels: the classes.
-        description: engine and precision, for people.
+        batcher: runs the signatures.
+        labels: class names.
+        description: engine and precision, for the screen.
     """
 
     graph: Graph
@@ -47,19 +47,19 @@ class Served:
     description: str
 
     def __str__(self) -> str:
-        """Says what runs it."""
+        """Describes its engine."""
         return self.description
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may cost.
+    """Limits of a request.
 
     Attributes:
-        request_bytes: of a body or message.
-        images: rows.
-        seconds: from the request's arrival to its answer.
-        bytes_in_flight: of all requests that are being read or answered.
+        request_bytes: maximum size of a body or message.
+        images: maximum number of rows.
+        seconds: maximum time from the arrival of the request to its answer.
+        bytes_in_flight: maximum size of all requests that are being read or answered.
     """
 
     request_bytes: int
@@ -68,33 +68,33 @@ class Limits:
     bytes_in_flight: int
 
     def deadline(self, seconds: float | None = None) -> float:
-        """When a request that comes now must be answered, by `time.monotonic`; the client may want it sooner."""
+        """Deadline of a request that arrives now, in seconds of `time.monotonic`; the client may set an earlier one."""
         return time.monotonic() + min(self.seconds, self.seconds if seconds is None else seconds)
 
     def check_rows(self, rows: int) -> None:
-        """Refuses a request with too many rows.
+        """Checks the number of rows of a request.
 
         Raises:
-            RequestError: it has.
+            RequestError: there are too many.
         """
         if rows > self.images:
             raise invalid(f"the request holds {rows} images; this server takes at most {self.images} in one")
 
     def check_bytes(self, size: int) -> None:
-        """Refuses what little in a request stands for too much.
+        """Checks that a short message does not expand to a large tensor.
 
         Raises:
-            RequestError: it does.
+            RequestError: the tensor is too large.
         """
         if size > self.request_bytes:
             raise invalid(f"what the request stands for is larger than a request may be ({self.request_bytes} bytes)")
 
 
 class Budget:
-    """Bytes of requests that are being read or answered, of all clients together; for the event loop's thread."""
+    """Budget of bytes for the requests of all clients; used in the thread of the event loop."""
 
     def __init__(self, limits: Limits) -> None:
-        """Args: limits: how many there may be."""
+        """Args: limits: limits of the server."""
         self._left = limits.bytes_in_flight
         self._reserve = limits.bytes_in_flight // _RESERVE
 
@@ -116,7 +116,7 @@ class Budget:
         self._left -= size
 
     def give_back(self, size: int) -> None:
-        """Gives back what was taken."""
+        """Returns bytes to the budget."""
         self._left += size
 
 
@@ -133,17 +133,17 @@ async def predict(
 
     Args:
         served: the version.
-        signature_name: empty for the default.
+        signature_name: name of the signature; empty for the default.
         inputs: name → array `(n, ...)`.
-        limits: what it may cost.
-        deadline: by `time.monotonic`.
-        output_filter: these outputs alone; empty: all.
+        limits: limits of the request.
+        deadline: latest time, in seconds of `time.monotonic`.
+        output_filter: names of the outputs to return; empty for all.
 
     Returns:
-        Output's name → array `(n, ...)`.
+        Name of the output → array `(n, ...)`.
 
     Raises:
-        RequestError: it can't be answered.
+        RequestError: the request can't be answered.
     """
     name, signature = find_signature(served.graph, signature_name)
     rows = check_inputs(signature, inputs)
@@ -164,20 +164,20 @@ async def predict(
 async def classify(
     served: Served, signature_name: str, examples: Sequence[bytes], *, limits: Limits, deadline: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs a signature that takes examples and gives classes and scores.
+    """Runs a signature from examples to classes and scores.
 
     Args:
         served: the version.
-        signature_name: empty for the default.
+        signature_name: name of the signature; empty for the default.
         examples: n serialized `tf.train.Example`s.
-        limits: what it may cost.
-        deadline: by `time.monotonic`.
+        limits: limits of the request.
+        deadline: latest time, in seconds of `time.monotonic`.
 
     Returns:
         Classes, bytes `(n, k)`, and scores, float32 `(n, k)`.
 
     Raises:
-        RequestError: it can't be answered, or the signature is not one for this API.
+        RequestError: the request can't be answered, or the signature does not support this API.
     """
     name, signature = _find_signature(served, signature_name)
     if len(signature.outputs) not in {1, 2}:
@@ -194,7 +194,7 @@ async def classify(
 
 
 async def regress(served: Served, signature_name: str) -> None:
-    """Answers as TF Serving does a model without a signature for regression: a classifier has none.
+    """Answers like TF Serving for a model without a regression signature, which classifiers do not have.
 
     Raises:
         RequestError: always.
@@ -207,10 +207,10 @@ async def regress(served: Served, signature_name: str) -> None:
 
 
 def read_input(message: input_pb2.Input, *, limits: Limits) -> list[bytes]:
-    """The examples of a Classify or Regress call, serialized; a context is merged into each.
+    """Reads the serialized examples of a Classify or Regress call, and merges the context into each.
 
     Raises:
-        RequestError: there are none, too many, or a context that is too large so often.
+        RequestError: there are no examples, too many, or the repeated context is too large.
     """
     kind = message.WhichOneof("kind")
     examples = getattr(message, kind).examples if kind else []
@@ -236,7 +236,7 @@ def merge(context: bytes, examples: Sequence[bytes]) -> list[bytes]:
 
 
 def describe_metadata(version: Version, served: Served) -> get_model_metadata_pb2.GetModelMetadataResponse:
-    """A version's signatures."""
+    """Lists the signatures of a version."""
     signatures = get_model_metadata_pb2.SignatureDefMap()
     for name, signature in (*served.graph.signatures.items(), *served.graph.internal_signatures.items()):
         signatures.signature_def[name].CopyFrom(signature)
@@ -252,7 +252,7 @@ def describe_metadata(version: Version, served: Served) -> get_model_metadata_pb
 def describe_status(
     models: Models, name: str, *, number: int | None = None, label: str = ""
 ) -> get_model_status_pb2.GetModelStatusResponse:
-    """Where the versions of a model are in their lives.
+    """Reports the status of the versions of a model.
 
     Raises:
         RequestError: there is no such model or version.
@@ -273,7 +273,7 @@ async def _run_examples(
     outputs = await served.batcher.run(
         name, {_CLASSIFY_INPUT: as_strings(examples)}, rows=len(examples), deadline=deadline
     )
-    # a signature may give one of the two alone
+    # a signature may have only one of them
     shape = next(iter(outputs.values())).shape
     return {_CLASSES: np.full(shape, b"", object), _SCORES: np.zeros(shape, np.float32), **outputs}
 
@@ -294,10 +294,10 @@ def _find_signature(served: Served, name: str) -> tuple[str, Any]:
 
 
 def make_array(proto: tensor_pb2.TensorProto, *, limits: Limits) -> np.ndarray:
-    """A tensor of a gRPC call; its size is looked at first, as one value may stand for a whole gigabyte.
+    """Reads a tensor of a gRPC call; checks its size first, because a single value may expand to gigabytes.
 
     Raises:
-        RequestError: it is too large, or contradicts itself.
+        RequestError: it is too large or inconsistent.
     """
     dims = [dim.size for dim in proto.tensor_shape.dim]
     if any(dim < 0 for dim in dims):
@@ -310,7 +310,7 @@ def make_array(proto: tensor_pb2.TensorProto, *, limits: Limits) -> np.ndarray:
         if given > max(number, 1):
             raise invalid(f"a tensor of the shape {dims} can't hold {given} values")
         each = max(map(len, proto.string_val), default=0) if dtype == tf.string else dtype.size
-        limits.check_bytes(number * each if len(proto.string_val) < 2 else 0)  # several strings stand for themselves
+        limits.check_bytes(number * each if len(proto.string_val) < 2 else 0)  # several strings are not repeated
         if dtype == tf.float32 and len(proto.float_val) > _PART:
             return _read_floats(proto.float_val, number).reshape(dims)
         return np.asarray(tf.make_ndarray(proto))

@@ -1,4 +1,4 @@
-"""What runs a served model: its graph as TF Serving runs it, or its network in OpenVINO, whichever is faster."""
+"""Engines of a served model: its graph as in TF Serving, or its network in OpenVINO, whichever is faster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tl_keras.classifier import EXAMPLE_FEATURE, TOP_K, read_decoding
 from tl_keras.data.images import decode
 from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings, time_run
 
-_PART = 4  # images that one core runs at once (benchmarks/extract.py: the faster of 4 and 32 on five networks)
+_PART = 4  # images per batch of one core (benchmarks/extract.py: faster than 32 on five networks)
 _TYPES = {"float32": "f32", "bfloat16": "bf16"}
 DIFFERENCE_AT_MOST = 1e-3  # largest change of a probability; the export has the same limit
 _COMPARED = 8
@@ -30,22 +30,22 @@ _CALLERS_THREAD = -1  # tf.ConfigProto: no threads of the session's own
 
 
 class OpenVinoGraph:
-    """The exported model with its network run by OpenVINO; decoding is ours, by the same ops as in the graph.
+    """The exported model with its network in OpenVINO; images are decoded with the same ops as in the graph.
 
-    The signature `embeddings` stays the graph's own.
+    The signature `embeddings` runs in the graph.
     """
 
     def __init__(self, graph: Graph, path: Path, labels: Sequence[str], *, precision: str) -> None:
         """Converts the network.
 
         Args:
-            graph: the model as TF Serving runs it.
+            graph: the graph of the model.
             path: its version folder.
-            labels: the classes.
+            labels: class names.
             precision: `float32` or `bfloat16`.
 
         Raises:
-            RuntimeError: OpenVINO does not convert it.
+            RuntimeError: OpenVINO can't convert it.
         """
         import openvino
 
@@ -96,17 +96,17 @@ class OpenVinoGraph:
         return graph is self._graph
 
     def _classify(self, image_bytes: np.ndarray) -> dict[str, np.ndarray]:
-        # one by one, on all cores: the pipeline in the graph takes longer to start than an image to decode
+        # image by image on all cores: starting the pipeline in the graph takes longer than decoding an image
         images = list(self._decoders.map(self._decode, image_bytes))
         valid = np.array([image is not None for image in images], bool)
         probabilities = np.zeros((len(valid), len(self._labels)), np.float32)
-        if valid.any():  # rows that fill a batch up cost nothing
+        if valid.any():  # padding rows are not decoded
             good = np.stack([image for image in images if image is not None])
             probabilities[valid] = self._run(good.astype(np.float32))
         return self._answer(probabilities, valid)
 
     def _decode(self, content: bytes) -> np.ndarray | None:
-        """One image, uint8 `(size, size, 3)`; None where it is invalid."""
+        """Decodes one image, uint8 `(size, size, 3)`; None if it is invalid."""
         if not content:
             return None
         try:
@@ -116,8 +116,8 @@ class OpenVinoGraph:
             return None
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities, float32 `(n, classes)`."""
-        size = 1 if len(images) <= _PART else _PART  # a part has one core: few images are sooner done by all cores
+        """Computes probabilities, float32 `(n, classes)`."""
+        size = 1 if len(images) <= _PART else _PART  # each part runs on one core: a few images are faster on all cores
         probabilities = np.zeros((len(images), len(self._labels)), np.float32)
         queue = self._queue(size)
 
@@ -135,7 +135,7 @@ class OpenVinoGraph:
         return probabilities
 
     def _queue(self, size: int) -> Any:
-        """A thread's own, of as many parts at once as the cores take: two threads may not share one."""
+        """The request queue of the current thread, for parallel parts; it can't be shared between threads."""
         import openvino
 
         if not hasattr(self._own, "queues"):
@@ -161,38 +161,38 @@ class OpenVinoGraph:
 
 @dataclasses.dataclass(frozen=True)
 class ServingEngine:
-    """What runs a model.
+    """Engine and precision of a model.
 
     Attributes:
-        engine: `tensorflow` or `openvino`; `auto` where it is still to be found out.
-        precision: `float32` or `bfloat16`; `auto` where it is still to be found out.
+        engine: `tensorflow` or `openvino`; `auto` before it is chosen.
+        precision: `float32` or `bfloat16`; `auto` before it is chosen.
     """
 
     engine: str
     precision: str
 
     def __str__(self) -> str:
-        """For people."""
+        """The text for the screen."""
         return f"{self.engine} {self.precision}"
 
 
 def build_engine(
     path: Path, labels: Sequence[str], *, wanted: ServingEngine, samples: Sequence[bytes], show: Callable[[str], None]
 ) -> tuple[Any, ServingEngine]:
-    """Loads a version in the engine asked for, or the fastest of those here that answer as the graph does.
+    """Loads a version in the requested engine, or in the fastest one whose predictions agree with the graph.
 
     Args:
         path: the version folder.
-        labels: its classes.
-        wanted: engine and precision.
-        samples: images to compare and time on.
+        labels: class names.
+        wanted: requested engine and precision.
+        samples: images for the comparison and the benchmark.
         show: shows a line.
 
     Returns:
-        What runs the signatures, and what it is.
+        The engine that runs the signatures, and its description.
 
     Raises:
-        RuntimeError: what was asked for is not to be had, or does not answer as the graph does.
+        RuntimeError: the requested engine is not available, or its predictions differ from the graph.
     """
     graph = Graph(path, precision="float32")
     images = as_strings([*(list(samples) * _COMPARED)[: _COMPARED - 1], b"no image"])
@@ -211,7 +211,7 @@ def build_engine(
             found[choice] = tried, clock(tried)
             if choice.precision == "bfloat16":
                 show(_describe_rounding(choice, difference, len(images) - 1))
-        except Exception as error:  # OpenVINO's own exceptions have no class; TensorFlow's differ
+        except Exception as error:  # OpenVINO raises plain RuntimeErrors, TensorFlow its own exceptions
             reason = f"{choice} does not run {path}: {(str(error).strip().splitlines() or ['unknown'])[0][:200]}"
             show(reason)
             if tried is not None:
@@ -237,7 +237,7 @@ def _describe_rounding(choice: ServingEngine, difference: float, count: int) -> 
 
 
 def _list(wanted: ServingEngine) -> list[ServingEngine]:
-    """What comes into question."""
+    """Lists the engines to try."""
     engines = [wanted.engine]
     if wanted.engine == "auto":
         engines = ["tensorflow", "openvino"] if has_openvino() else ["tensorflow"]
@@ -266,9 +266,9 @@ def _check_answers(tried: Any, choice: ServingEngine, images: np.ndarray, expect
     if (answers["valid"] != expected["valid"]).any():
         raise RuntimeError("it does not find the same images invalid as the graph does")
     difference = float(np.abs(answers["probabilities"] - expected["probabilities"]).max())
-    if not difference <= (DIFFERENCE_AT_MOST if choice.precision == "float32" else 1.0):  # NaN is refused too
+    if not difference <= (DIFFERENCE_AT_MOST if choice.precision == "float32" else 1.0):  # also rejects NaN
         raise RuntimeError(f"its probabilities differ from the graph's by {difference:.1e}")
-    # where the two best are as good as equal, rounding may swap them
+    # rounding may swap the two best classes if they are nearly equal
     ordered = np.sort(expected["probabilities"], axis=1)
     is_clear = ordered[:, -1] - ordered[:, -2] > 2 * difference
     if (answers["labels"][is_clear, 0] != expected["labels"][is_clear, 0]).any():
@@ -277,13 +277,14 @@ def _check_answers(tried: Any, choice: ServingEngine, images: np.ndarray, expect
 
 
 def _make_decoder(**decoding: Any) -> tuple[tf.compat.v1.Session, Callable[[bytes], np.ndarray]]:
-    """`decode` for several threads at once, each of them doing its own work.
+    """Builds a decoder that several threads can call, each of which does its own work.
 
-    A session takes a quarter less of the cores for that than a `tf.function`, which hands each call to other threads
-    (2 cores, TF 2.21: 2.5 ms of CPU an image against 3.2).
+    A session needs a quarter less CPU time than a `tf.function`, which hands each call to other threads (2 cores, TF
+    2.21: 2.5 ms of CPU time per image instead of 3.2 ms).
 
     Returns:
-        The session, and encoded bytes → uint8 `(size, size, 3)`; it raises `tf.errors.OpError` for what is no image.
+        The session, and a function from encoded bytes to uint8 `(size, size, 3)`, which raises `tf.errors.OpError` for
+        invalid images.
     """
     as_function = tf.function(functools.partial(decode, **decoding), autograph=False)
     traced = as_function.get_concrete_function(tf.TensorSpec((), tf.string))
@@ -296,7 +297,7 @@ def _make_decoder(**decoding: Any) -> tuple[tf.compat.v1.Session, Callable[[byte
 
 
 def _extract_network(pixels: Any) -> bytes:
-    """The graph from `images` to `probabilities`, as a serialized GraphDef; labels and top k left out."""
+    """Extracts the graph from `images` to `probabilities`, as a serialized GraphDef, without labels and top k."""
     frozen = freeze_function(pixels)
     names = sorted(pixels.structured_outputs)
     output = frozen.outputs[names.index("probabilities")].op.name
@@ -305,7 +306,7 @@ def _extract_network(pixels: Any) -> bytes:
 
 
 def _read_example(serialized: bytes) -> bytes:
-    """The image in a serialized example; empty, which is no image, where it has none, or several."""
+    """Reads the image in a serialized example; empty, and therefore invalid, if it has none or several."""
     try:
         values = tf.train.Example.FromString(serialized).features.feature[EXAMPLE_FEATURE].bytes_list.value
     except DecodeError:

@@ -1,4 +1,4 @@
-"""What goes wrong while a request is answered, in the codes that gRPC and TF Serving share."""
+"""Errors of requests, with the codes of gRPC and TF Serving."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _HTTP = {  # tensorflow_serving/model_servers/http_server.cc, ToHTTPStatusCode
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.UNAUTHENTICATED: 401,
 }
-_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?!//)(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # of an absolute path
+_FOLDERS = re.compile(r"(?<![^\s'\"(=:\[])(?!//)(?:[A-Za-z]:)?[/\\](?:[^/\\\s:;,'\"]+[/\\])*")  # an absolute path
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class RequestError(Exception):
-    """A request that can't be answered: its code, and a message for the client."""
+    """A request that can't be answered, with a code and a message for the client."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        """Args: code: gRPC's; message: what the client is told."""
+        """Args: code: gRPC code; message: message for the client."""
         super().__init__(message)
         self.code, self.message = code, message
 
     @property
     def http_status(self) -> int:
-        """The HTTP code that TF Serving gives for it."""
+        """The HTTP status of TF Serving for this code."""
         return _HTTP.get(self.code, 500)
 
 
 def invalid(message: str) -> RequestError:
-    """A request that is wrong in itself: 400."""
+    """Creates the error for an invalid request (400)."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
@@ -50,12 +50,12 @@ def precondition(message: str) -> RequestError:
 
 
 def not_found(message: str) -> RequestError:
-    """A model or version that is not there: 404."""
+    """Creates the error for a missing model or version (404)."""
     return RequestError(grpc.StatusCode.NOT_FOUND, message)
 
 
 def code_of(number: int) -> grpc.StatusCode:
-    """GRPC's code for TensorFlow's number: they count alike."""
+    """The gRPC code for a number of TensorFlow; both have the same numbering."""
     return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
 
 

@@ -1,4 +1,4 @@
-"""A version of a model, loaded as TF Serving loads it: through a TF1 session, no Keras, none of our code."""
+"""A version of a model, loaded like in TF Serving: in a TF1 session, without Keras and without Python code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INIT_OP = "__saved_model_init_op"
 
 
 class Graph:
-    """A loaded SavedModel: its signatures, and a session that runs them.
+    """A loaded SavedModel with its signatures and a session that runs them.
 
     Attributes:
         signatures: name → `SignatureDef`.
@@ -31,11 +31,11 @@ class Graph:
 
         Args:
             path: the version folder.
-            precision: `float32`, or `bfloat16`, as TF Serving's `--mixed_precision=bfloat16` lowers it.
+            precision: `float32`, or `bfloat16`, like TF Serving with `--mixed_precision=bfloat16`.
 
         Raises:
             OSError: there is no model at `path`.
-            ValueError: it is damaged; TensorFlow raises others, too.
+            ValueError: it is damaged; TensorFlow also raises other exceptions.
         """
         self._graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
@@ -53,10 +53,10 @@ class Graph:
             inputs: name → array `(n, ...)`; strings as arrays of bytes.
 
         Returns:
-            Output's name → array `(n, ...)`.
+            Name of the output → array `(n, ...)`.
 
         Raises:
-            RequestError: TensorFlow refuses the inputs.
+            RequestError: TensorFlow rejects the inputs.
         """
         signature = self.signatures[name]
         try:
@@ -68,7 +68,7 @@ class Graph:
         return dict(zip(sorted(signature.outputs), found, strict=True))
 
     def close(self) -> None:
-        """Gives the session's memory back."""
+        """Releases the memory of the session."""
         self._session.close()
 
     close_own = close
@@ -78,7 +78,7 @@ class Graph:
         return graph is self
 
     def _make_runner(self, signature: Any) -> Any:
-        """A call without the cost of parsing names anew each time."""
+        """Makes a callable of the session that does not parse names in each call."""
         fetches = [signature.outputs[key].name for key in sorted(signature.outputs)]
         feeds = [signature.inputs[key].name for key in sorted(signature.inputs)]
         with self._graph.as_default():
@@ -86,10 +86,10 @@ class Graph:
 
 
 def find_signature(graph: Graph, name: str) -> tuple[str, Any]:
-    """A signature by the name in a request, empty for the default.
+    """Finds a signature by the name in a request; empty for the default.
 
     Raises:
-        RequestError: the model has none of that name.
+        RequestError: the model has no such signature.
     """
     found = name or DEFAULT_SIGNATURE
     if found not in graph.signatures:
@@ -104,7 +104,7 @@ def check_inputs(signature: Any, inputs: Mapping[str, np.ndarray]) -> int:
         The number of rows.
 
     Raises:
-        RequestError: a name, type or shape that the signature does not take.
+        RequestError: a name, type or shape does not fit the signature.
     """
     sent, wanted = set(inputs), set(signature.inputs)
     if sent != wanted:
@@ -130,12 +130,12 @@ def check_inputs(signature: Any, inputs: Mapping[str, np.ndarray]) -> int:
 
 
 def time_run(graph: Any, images: np.ndarray, *, seconds: float) -> float:
-    """The shortest of several runs of `serving_default` in seconds: at least three, and at least so long altogether.
+    """Measures the shortest of several runs of `serving_default`, in seconds.
 
     Args:
-        graph: a `Graph`, or what runs as one; it has run such a batch before, which plans and allocates.
-        images: encoded, `(n,)` of bytes.
-        seconds: for all runs.
+        graph: a `Graph` or engine that has already run a batch of this size, so that it is warmed up.
+        images: encoded images, `(n,)` of bytes.
+        seconds: minimum total time; there are at least three runs.
     """
     times = list[float]()
     while len(times) < _TIMED_RUNS or sum(times) < seconds:
@@ -146,7 +146,7 @@ def time_run(graph: Any, images: np.ndarray, *, seconds: float) -> float:
 
 
 def as_strings(values: Sequence[bytes]) -> np.ndarray:
-    """Bytes as an array that TensorFlow takes for strings; NumPy's own type would cut trailing zeros off."""
+    """Makes an array of bytes for string tensors; NumPy's bytes type would remove trailing zeros."""
     array = np.empty(len(values), object)
     array[:] = values
     return array

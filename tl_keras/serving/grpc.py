@@ -1,4 +1,4 @@
-"""TF Serving's gRPC API, by its own protos; with reflection and the health service."""
+"""The gRPC API of TF Serving, with its protos, reflection and the health service."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tl_keras.serving.workers import Workers
 _MOST_RELOADS = 4  # limit of concurrent reload requests
 _CONNECTION_STREAMS = 1024
 _PART = 1 << 16  # number of values that are converted at once
-_FIELDS = {  # tensor.proto: where numbers of a kind stand
+_FIELDS = {  # tensor.proto: fields of the numeric types
     tf.float32: "float_val",
     tf.float64: "double_val",
     tf.bool: "bool_val",
@@ -61,7 +61,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
     """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
     def __init__(self, models: Models, metrics: Metrics, limits: calls.Limits, workers: Workers) -> None:
-        """Args: models: what is served; metrics: counts requests; limits: of one request; workers: convert tensors."""
+        """Args: models: served models; metrics: request counters; limits: request limits; workers: convert tensors."""
         self._models, self._metrics, self._limits, self._workers = models, metrics, limits, workers
 
     async def Predict(  # noqa: N802 (the proto's name)
@@ -90,7 +90,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
     async def Classify(  # noqa: N802
         self, request: classification_pb2.ClassificationRequest, context: Any
     ) -> classification_pb2.ClassificationResponse:
-        """Runs a signature that takes examples."""
+        """Runs a signature on examples."""
 
         async def work(
             version: Version, served: calls.Served, deadline: float
@@ -106,7 +106,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
     async def Regress(  # noqa: N802
         self, request: regression_pb2.RegressionRequest, context: Any
     ) -> regression_pb2.RegressionResponse:
-        """Refuses, as TF Serving does with a classifier."""
+        """Rejects the request, like TF Serving for a classifier."""
 
         async def work(version: Version, served: calls.Served, deadline: float) -> regression_pb2.RegressionResponse:
             del version, deadline
@@ -140,7 +140,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
     async def GetModelMetadata(  # noqa: N802
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: Any
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        """A model's signatures."""
+        """Returns the signatures of a model."""
         del context
         spec = request.model_spec
         if not request.HasField("model_spec"):
@@ -179,7 +179,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
         context: Any,
         work: Callable[[Version, calls.Served, float], Awaitable[Any]],
     ) -> Any:
-        """Finds the version, works, counts.
+        """Finds the version, runs the call, and counts it.
 
         Raises:
             RequestError: the call can't be answered.
@@ -214,14 +214,14 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
     """GetModelStatus and HandleReloadConfigRequest."""
 
     def __init__(self, models: Models, workers: Workers, note_health: Callable[[], Awaitable[None]]) -> None:
-        """Args: models: what is served; workers: load models; note_health: tells the health service what is loaded."""
+        """Args: models: served models; workers: load models; note_health: updates the health service."""
         self._models, self._workers, self._note_health = models, workers, note_health
         self._reloads = 0
 
     async def GetModelStatus(  # noqa: N802
         self, request: get_model_status_pb2.GetModelStatusRequest, context: Any
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        """Where the versions of a model are in their lives."""
+        """Returns the status of the versions of a model."""
         del context
         if not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
@@ -230,7 +230,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
     async def HandleReloadConfigRequest(  # noqa: N802
         self, request: model_management_pb2.ReloadConfigRequest, context: Any
     ) -> model_management_pb2.ReloadConfigResponse:
-        """Takes a new list of models, and answers when each has a version that is there."""
+        """Applies a new list of models, and answers when each model has an available version."""
 
         def work() -> model_management_pb2.ReloadConfigResponse:
             entries = read_config(request.config)
@@ -254,7 +254,7 @@ class Health:
     """Reports to gRPC's health service whether the models are loaded."""
 
     def __init__(self, models: Models) -> None:
-        """Args: models: what is served."""
+        """Args: models: served models."""
         self._models = models
         self.servicer = health.HealthServicer()
         self._told: int | None = None
@@ -273,14 +273,14 @@ class Health:
 def build_server(
     models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget, *, workers: Workers
 ) -> tuple[grpc.aio.Server, Health]:
-    """The gRPC server, without a port, and its health service.
+    """Builds the gRPC server, without a port, and its health service.
 
     Args:
-        models: what is served.
+        models: served models.
         metrics: counts requests.
-        limits: what one request may cost.
-        budget: what all may hold.
-        workers: parse messages and load models.
+        limits: limits of a request.
+        budget: memory budget of all requests.
+        workers: threads that parse messages and load models.
     """
     server = grpc.aio.server(
         interceptors=[StreamLimit()],
@@ -289,7 +289,7 @@ def build_server(
             ("grpc.max_receive_message_length", limits.request_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", _CONNECTION_STREAMS),
-            ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
+            ("grpc.so_reuseport", 0),  # otherwise two servers could share a port unnoticed
         ],
     )
     checked, told = Gate(limits, budget, workers), Health(models)
@@ -310,7 +310,7 @@ def _read_spec(spec: model_pb2.ModelSpec) -> dict[str, Any]:
 
 
 def _check_tasks(request: inference_pb2.MultiInferenceRequest, served: calls.Served) -> None:
-    """As multi_inference.cc does."""
+    """Validates the request like multi_inference.cc."""
     seen, tensors = set(), set()
     for task in request.tasks:
         if not task.model_spec.name:
@@ -339,10 +339,10 @@ def _write_tensors(outputs: Arrays) -> predict_pb2.PredictResponse:
 
 
 def _write_tensor(array: np.ndarray, proto: tensor_pb2.TensorProto) -> None:
-    """As TF Serving's `AsProtoField` does: numbers in their own field, which its clients read, not as bytes."""
+    """Converts an array like TF Serving's `AsProtoField`: numbers in typed fields, which clients read, not as bytes."""
     kind = tf.as_dtype(array.dtype)
     if (field := _FIELDS.get(kind)) is None:
-        proto.CopyFrom(tf.make_tensor_proto(array, shape=array.shape))  # strings stand in their field there
+        proto.CopyFrom(tf.make_tensor_proto(array, shape=array.shape))  # strings are in their typed field
         return
     proto.dtype = kind.as_datatype_enum
     proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())

@@ -1,4 +1,4 @@
-"""How fast an exported model is here in each batch size and precision, run as TF Serving runs it."""
+"""Benchmark of an exported model for each batch size and precision, run like in TF Serving."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tl_keras.backbones.engines import FASTER_AT_LEAST, has_bfloat16
 from tl_keras.serving.engines import DIFFERENCE_AT_MOST
 from tl_keras.serving.graphs import DEFAULT_SIGNATURE, IMAGE_INPUT, Graph, as_strings, time_run
 
-_SECONDS, _PASSES = 0.3, 2  # at least so long, each time
-_FULL_SPEED = 0.95  # of the fastest size: larger batches only make clients wait
+_SECONDS, _PASSES = 0.3, 2  # minimum time of each measurement
+_FULL_SPEED = 0.95  # fraction of the highest speed: larger batches only increase the latency
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What was measured, and what follows.
+    """Measured speeds, and recommended settings.
 
     Attributes:
-        images_per_second: precision → batch size → images a second.
-        batch_sizes: those worth allowing, rising.
-        bfloat16: whether `--mixed_precision=bfloat16` pays.
-        difference: the largest that it makes to a probability; None where the CPU has no bfloat16.
-        cores: the CPU's.
+        images_per_second: precision → batch size → images per second.
+        batch_sizes: recommended batch sizes, increasing.
+        bfloat16: whether `--mixed_precision=bfloat16` is recommended.
+        difference: largest difference of a probability with bfloat16; None if the CPU does not have it.
+        cores: number of CPU cores.
     """
 
     images_per_second: dict[str, dict[int, float]]
@@ -37,15 +37,15 @@ class Speed:
 
 
 def measure_speed(path: Path, samples: Sequence[bytes], *, batch_sizes: Sequence[int]) -> Speed:
-    """Times the signature `serving_default`, all sizes and precisions twice: what else the machine does comes and goes.
+    """Measures the signature `serving_default` twice for all sizes and precisions, because other load varies.
 
     Args:
         path: the version folder.
         samples: encoded images.
-        batch_sizes: to try, rising.
+        batch_sizes: batch sizes to try, increasing.
 
     Returns:
-        Images a second, and the settings that follow from them.
+        Speeds in images per second, and recommended settings.
     """
     precisions = ["float32", "bfloat16"] if has_bfloat16() else ["float32"]
     graphs = {precision: Graph(path, precision=precision) for precision in precisions}
@@ -69,13 +69,13 @@ def measure_speed(path: Path, samples: Sequence[bytes], *, batch_sizes: Sequence
 
 
 def _pays(speeds: dict[str, dict[int, float]], batch_sizes: Sequence[int]) -> bool:
-    """Whether bfloat16 is that much faster in the largest batch, and no slower alone."""
+    """Whether bfloat16 is sufficiently faster in the largest batch, and not slower for a single image."""
     ratios = {size: speeds["bfloat16"][size] / speeds["float32"][size] for size in batch_sizes}
     return ratios[batch_sizes[-1]] >= FASTER_AT_LEAST and ratios[batch_sizes[0]] >= 1.0
 
 
 def _compare(graphs: Sequence[Graph], samples: Sequence[bytes]) -> float | None:
-    """The largest difference of a probability between two graphs; None where there is one alone."""
+    """Largest difference of a probability between two graphs; None if there is only one graph."""
     answers = [graph.run(DEFAULT_SIGNATURE, {IMAGE_INPUT: as_strings(samples)})["probabilities"] for graph in graphs]
     return float(np.abs(answers[0] - answers[1]).max()) if len(answers) > 1 else None
 
@@ -84,6 +84,6 @@ def _measure(graph: Graph, samples: Sequence[bytes], batch_sizes: Sequence[int])
     speeds = {}
     for size in batch_sizes:
         images = as_strings([samples[row % len(samples)] for row in range(size)])
-        graph.run(DEFAULT_SIGNATURE, {IMAGE_INPUT: images})  # plans and allocates
+        graph.run(DEFAULT_SIGNATURE, {IMAGE_INPUT: images})  # warm-up
         speeds[size] = size / time_run(graph, images, seconds=_SECONDS)
     return speeds

@@ -1,4 +1,4 @@
-"""What the server counts, under the names that TF Serving gives Prometheus."""
+"""Prometheus metrics of the server, with the names of TF Serving."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BUCKETS = tuple(10 * 1.8**power for power in range(33))  # microseconds, as TF 
 
 
 class Metrics:
-    """Counts requests and how long they took; threads may share it."""
+    """Counts requests and their latency; thread-safe."""
 
     def __init__(self, count_queued: Callable[[], dict[str, int]], *, is_served: Callable[[str], bool]) -> None:
-        """Args: count_queued: model → rows that wait; is_served: whether there is a model of that name."""
+        """Args: count_queued: model → rows in the queue; is_served: whether a model with this name is served."""
         self._count_queued, self._is_served = count_queued, is_served
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], int] = {}
@@ -37,13 +37,13 @@ class Metrics:
         """Counts a request.
 
         Args:
-            model: its name.
+            model: name of the model.
             api: `Predict`, `Classify`, ….
             entrypoint: `REST` or `GRPC`.
-            status: gRPC's code, `OK` where it was answered.
-            seconds: it took.
+            status: gRPC code; `OK` if it was answered.
+            seconds: latency.
         """
-        if not self._is_served(model):  # what clients invent must not fill the memory
+        if not self._is_served(model):  # names invented by clients must not fill the memory
             model = _UNKNOWN
         key = (model, api, entrypoint)
         with self._lock:
@@ -53,11 +53,11 @@ class Metrics:
             self._sums[key] = self._sums.get(key, 0.0) + seconds * 1e6
 
     def page(self) -> bytes:
-        """Everything, in Prometheus's text format."""
+        """Renders all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus_client asks of a collector."""
+        """The interface of a collector in prometheus_client."""
         with self._lock:
             counts = Metric(_COUNT, "requests", "untyped")
             for (model, status), number in self._counts.items():

@@ -1,4 +1,4 @@
-"""Which versions of which models are served: found on disk, loaded, warmed up, swapped without a request lost."""
+"""The served models and versions: found on disk, loaded, warmed up, and replaced without losing requests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ START, LOADING, AVAILABLE, UNLOADING, END = "START", "LOADING", "AVAILABLE", "UN
 
 @dataclasses.dataclass(frozen=True)
 class ModelEntry:
-    """One model to be served.
+    """One model to serve.
 
     Attributes:
-        name: in addresses.
-        base_path: the folder of its version folders.
-        versions: these alone; empty: the latest.
-        latest: how many of the latest, where no version is named; 0: all.
+        name: name in URLs.
+        base_path: folder of its version folders.
+        versions: versions to serve; empty for the latest.
+        latest: number of latest versions to serve, if no versions are named; 0 for all.
         labels: label → version.
     """
 
@@ -40,10 +40,10 @@ class ModelEntry:
 
 
 class Version:
-    """One version of a model, and where it is in its life."""
+    """One version of a model, and its state."""
 
     def __init__(self, model: str, number: int, path: Path) -> None:
-        """Args: model: its name; number: the version; path: its folder."""
+        """Args: model: name of the model; number: version number; path: version folder."""
         self.model, self.number, self.path = model, number, path
         self.state, self.error = START, ""
         self.served: Any = None
@@ -62,7 +62,7 @@ class Version:
 
 
 class Models:
-    """All models and their versions; threads may share it."""
+    """All models and their versions; thread-safe."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class Models:
         drain_seconds: float,
         show: Callable[[str], None],
     ) -> None:
-        """Starts without a model.
+        """Starts without models.
 
         Args:
-            load: name, version and folder → what is served, warmed up.
-            close: gives its memory back.
-            roots: the folders that models may lie in.
-            drain_seconds: how long a version that goes waits for the requests that it still has.
+            load: name, version and folder → the loaded and warmed up version.
+            close: releases its memory.
+            roots: folders that models must be in.
+            drain_seconds: maximum time that an unloaded version waits for its running requests.
             show: shows a line.
         """
         self._load, self._close, self._show, self._drain_seconds = load, close, show, drain_seconds
@@ -93,19 +93,19 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """The models that are to be served, in order of name."""
+        """The models to serve, sorted by name."""
         with self._lock:
             return sorted(self._entries)
 
     def configure(self, entries: Sequence[ModelEntry], *, check_labels: bool = True) -> None:
-        """Takes a new list of models: those that are not on it go.
+        """Applies a new list of models; models that are not on it are unloaded.
 
         Args:
-            entries: all that are to be served.
-            check_labels: whether a label may only point at a version that is there (TF Serving's rule for a reload).
+            entries: all models to serve.
+            check_labels: whether labels must point to available versions (TF Serving's rule for a reload).
 
         Raises:
-            RequestError: two of one name, a path outside the folders that may be served, or such a label.
+            RequestError: two models have the same name, a path is outside of `roots`, or a label is invalid.
         """
         names = [entry.name for entry in entries]
         for name in names:
@@ -125,7 +125,7 @@ class Models:
             self._entries = {entry.name: entry for entry in entries}
 
     def poll(self) -> None:
-        """Looks at the disk: loads what is new, and lets go what is gone or was replaced."""
+        """Checks the disk: loads new versions, and unloads deleted or replaced ones."""
         with self._polling:
             with self._lock:
                 entries, known = dict(self._entries), list(self._versions)
@@ -134,13 +134,13 @@ class Models:
 
     @contextlib.contextmanager
     def use(self, name: str, *, number: int | None = None, label: str = "") -> Iterator[tuple[Version, Any]]:
-        """The version that a request asks for; the latest that is available where it names none.
+        """Provides the requested version, or the latest available one if the request names none.
 
         Yields:
-            The version, and what is served: it is not closed before the block ends.
+            The version and its loaded graph, which is not closed before the block ends.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is no such version.
         """
         with self._lock:
             version = self._find(name, number, label)
@@ -176,14 +176,14 @@ class Models:
                 raise not_found(f"Servable not found for request: Latest({entry.name}){reason}")
 
     def has(self, name: str) -> bool:
-        """Whether a model is to be served."""
+        """Whether a model is on the list."""
         return name in self._entries
 
     def find_all(self, name: str, *, number: int | None = None, label: str = "") -> list[Version]:
-        """The versions whose status is asked for, the latest first, those that have ended too.
+        """Finds the versions of a status request, latest first, including unloaded ones.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is no such version.
         """
         with self._lock:
             if label:
@@ -198,14 +198,14 @@ class Models:
         return versions
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Unloads all versions."""
         with self._polling:
             for versions in self._versions.values():
                 for version in versions.values():
                     self._unload(version)
 
     def _find(self, name: str, number: int | None, label: str) -> Version:
-        """See `use`; the lock is held."""
+        """See `use`; the caller holds the lock."""
         if label:
             labels = self._entries[name].labels if name in self._entries else {}
             if label not in labels:
@@ -223,7 +223,11 @@ class Models:
         return any(one.state == AVAILABLE for one in self._versions.get(name, {}).values())
 
     def _check_path(self, name: str, path: Path) -> None:
-        """Raises: RequestError: it lies outside of what may be served, links followed."""
+        """Checks that a path is inside of the allowed folders, following links.
+
+        Raises:
+            RequestError: it is not.
+        """
         resolved = path.resolve()
         if not any(root == resolved or root in resolved.parents for root in self._roots):
             raise invalid(f"model {name}: base_path {path} is outside of what may be served")
@@ -231,8 +235,8 @@ class Models:
     def _update(self, name: str, entry: ModelEntry | None) -> None:
         try:
             wanted = _choose_versions(entry) if entry else {}
-        except OSError as error:  # a disk that does not answer is no reason to let go of what is loaded
-            self._show(f"{name}: its folder can't be looked at: {error.strerror}")
+        except OSError as error:  # loaded versions are kept if the disk can't be read
+            self._show(f"warning: the folder of {name} can't be read: {error.strerror}")
             return
         with self._lock:
             versions = self._versions.setdefault(name, {})
@@ -247,14 +251,14 @@ class Models:
                 self._failed.pop((name, number), None)
         loaded = any(versions[number].state == AVAILABLE for number in wanted if number in versions)
         for number, version in list(versions.items()):
-            # a version that is replaced stays until what replaces it is there; one whose folder is gone does not
+            # a replaced version stays until its replacement is loaded; a version without a folder is unloaded
             may_go = entry is None or loaded or not version.path.is_dir()
             if number not in wanted and version.state == AVAILABLE and may_go:
                 self._unload(version)
                 self._show(f"unloaded {name}/{number}")
 
     def _load_version(self, name: str, number: int, path: Path) -> None:
-        """Loads a version that is not loaded yet."""
+        """Loads a new version."""
         version, known = Version(name, number, path), self._versions[name].get(number)
         if known is not None and known.error and known.path == path and known.stamp == version.stamp:
             version.retries = known.retries + 1
@@ -292,7 +296,7 @@ class Models:
         try:
             self._check_path(name, version.path)
             version.served = self._load(name, number, version.path)
-        except Exception as error:  # a damaged model makes TensorFlow raise whatever it likes
+        except Exception as error:  # for damaged models TensorFlow raises exceptions of many types
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             forget(error)
             with self._lock:
@@ -316,28 +320,28 @@ class Models:
 
 
 def find_models(export_dir: Path) -> list[ModelEntry]:
-    """Every folder that holds version folders.
+    """Finds all folders with version folders.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     try:
         folders = sorted(path for path in export_dir.iterdir() if path.is_dir())
         entries = [ModelEntry(folder.name, folder) for folder in folders if list_versions(folder)]
     except OSError as error:
         raise UserError(
-            f"--export_dir={export_dir} can't be read: {error.strerror}. Export a model, or check path and rights."
+            f"--export_dir={export_dir} can't be read: {error.strerror}. Export a model, or check path and permissions."
         ) from error
     if not entries:
         raise UserError(
-            f"--export_dir={export_dir} holds no exported model (NAME/VERSION/saved_model.pb). Export one, or give "
+            f"--export_dir={export_dir} contains no exported model (NAME/VERSION/saved_model.pb). Export one, or give "
             "--classifier."
         )
     return entries
 
 
 def list_versions(folder: Path) -> dict[int, Path]:
-    """Version → folder, of all that have a number for a name and a model inside; none where the folder is gone.
+    """Lists the version folders: version → folder, for names that are numbers and contain a model; may be empty.
 
     Raises:
         OSError: the folder can't be read.

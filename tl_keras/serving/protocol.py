@@ -1,4 +1,4 @@
-"""HTTP with bounds: uvicorn with httptools takes any number of headers, and waits for a client as long as it likes."""
+"""HTTP with limits: uvicorn with httptools accepts any number of headers, and has no timeout for slow clients."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEAD_BYTES = 64 << 10
 _HEAD_SECONDS = 30.0
-_STALL_SECONDS = 30.0  # in which a client takes nothing of its answer
+_STALL_SECONDS = 30.0  # maximum time in which a client reads nothing of its answer
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Hangs up on whoever sends a request's line and headers too slowly, or too many, or does not read the answer."""
+    """Closes connections of clients that send headers too slowly, send too many, or do not read the answer."""
 
     _head_bytes = 0
     _in_head = True
@@ -21,29 +21,29 @@ class BoundedProtocol(HttpToolsProtocol):
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """A client is there: its first request has to come."""
+        """A client has connected; the timeout of its first request starts."""
         super().connection_made(transport)
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
+        """The client has disconnected."""
         self._end_head()
         self._end_stall()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as is written."""
+        """The client reads more slowly than the server writes."""
         super().pause_writing()
         self._end_stall()
         self._stalled = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """The client reads again."""
         self._end_stall()
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Counts what comes before a request's body; parsed first, as it may hold the end of the headers."""
+        """Counts the bytes of headers; it parses first, because the data may contain the end of the headers."""
         super().data_received(data)
         if self._in_head:
             self._head_bytes += len(data)
@@ -51,12 +51,12 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def on_message_begin(self) -> None:
-        """The next request's first byte."""
+        """The first byte of the next request has arrived."""
         super().on_message_begin()
         self._begin_head()
 
     def on_headers_complete(self) -> None:
-        """Only its body is left."""
+        """The headers are complete."""
         self._end_head()
         super().on_headers_complete()
 

@@ -1,4 +1,4 @@
-"""TF Serving's own list of models (model_server_config.proto), from a file or a request."""
+"""The list of models in the format of TF Serving (model_server_config.proto), from a file or a request."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PLATFORM = "tensorflow"
 
 
 def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[ModelEntry]:
-    """The models of a list.
+    """Reads the models of a list.
 
     Raises:
-        RequestError: it is no list, or an entry has no name, no folder or another platform.
+        RequestError: it is not a list, or an entry has no name, no folder, or another platform.
     """
     if config.WhichOneof("config") != "model_config_list":
         raise invalid(
@@ -38,7 +38,11 @@ def read_config(config: model_server_config_pb2.ModelServerConfig) -> list[Model
 
 
 def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
-    """Raises: RequestError: the platform is not TensorFlow."""
+    """Checks the platform of a model.
+
+    Raises:
+        RequestError: it is not TensorFlow.
+    """
     if config.model_platform not in {"", _PLATFORM} or config.model_type == model_server_config_pb2.OTHER:
         platform = config.model_platform or "OTHER"
         raise invalid(
@@ -47,10 +51,10 @@ def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
 
 
 def read_config_file(path: Path) -> list[ModelEntry]:
-    """The models of a file in protobuf's text format.
+    """Reads the models of a file in the text format of protobuf.
 
     Raises:
-        UserError: it can't be read, or is no such list.
+        UserError: the file can't be read, or is not a list of models.
     """
     config = model_server_config_pb2.ModelServerConfig()
     try:
@@ -59,12 +63,12 @@ def read_config_file(path: Path) -> list[ModelEntry]:
         raise UserError(f"--models_config={path} can't be read: {error.strerror}. Check the path.") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--models_config={path} is no list of models as TF Serving's --model_config_file: {error}. Mend it."
+            f"--models_config={path} is not a valid --model_config_file of TF Serving: {error}. Correct the file."
         ) from error
     try:
         entries = read_config(config)
     except RequestError as error:
-        raise UserError(f"--models_config={path}: {error.message}. Mend it.") from error
+        raise UserError(f"--models_config={path}: {error.message}. Correct the file.") from error
     if not entries:
-        raise UserError(f"--models_config={path} lists no model. Add one.")
+        raise UserError(f"--models_config={path} lists no models. Add one.")
     return entries

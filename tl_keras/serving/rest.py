@@ -1,4 +1,4 @@
-"""TF Serving's REST API (tensorflow_serving/g3doc/api_rest.md), and what people want besides: raw images and a page."""
+"""The REST API of TF Serving (tensorflow_serving/g3doc/api_rest.md), and in addition raw images and a web page."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def build_app(
     """The ASGI application.
 
     Args:
-        models: what is served.
+        models: served models.
         metrics: counts requests.
-        limits: what one request may cost.
-        budget: what all may hold.
+        limits: limits of a request.
+        budget: memory budget of all requests.
         workers: threads that parse requests and format answers.
         host: address that the server listens on.
         cors: origins of other web pages that may use the server.
@@ -87,7 +87,7 @@ def build_app(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A request whose body is there."""
+    """A request with its complete body."""
 
     served: calls.Served
     request: Request
@@ -119,7 +119,7 @@ class _Call:
 
 
 class _Api:
-    """TF Serving's addresses."""
+    """Handles the URLs of TF Serving."""
 
     def __init__(
         self, models: Models, metrics: Metrics, limits: calls.Limits, budget: calls.Budget, workers: Workers
@@ -128,13 +128,13 @@ class _Api:
         self._workers = workers
 
     async def answer_any(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles all other addresses."""
+        """Handles all other URLs."""
         if scope["type"] == "http":
             response = await self.answer(Request(scope, receive, send))
             await response(scope, receive, send)
 
     async def answer(self, request: Request) -> Response:
-        """Any address under /v1/."""
+        """Handles any URL under /v1/."""
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
         if not path.lower().startswith("/v1/"):
             return _fail(404, f"nothing is here: {path}. The API is under /v1/models/NAME, a page for people under /")
@@ -146,7 +146,7 @@ class _Api:
         except RequestError as error:
             forget(error)
             return _fail(error.http_status, error.message)
-        except Exception as error:  # a fault of ours is no reason to answer in another format
+        except Exception as error:  # a bug must not change the format of the answer
             forget(error)
             return _fail(500, f"internal error: {type(error).__name__}: {hide_folders(str(error))}")
         return _fail(400, f"Malformed request: {request.method} {path}")
@@ -157,11 +157,11 @@ class _Api:
         return Response(f"{reason or 'ok'}\n", 503 if reason else 200)
 
     async def tell_life(self, _: Request) -> Response:
-        """Liveness: the process answers, whatever is loaded."""
+        """Liveness: the process answers, even if no model is loaded."""
         return Response("ok\n")
 
     async def list_models(self, request: Request) -> Response:
-        """What the page shows: TF Serving has no such list."""
+        """Lists the models for the page; TF Serving has no such list."""
         del request
         found = []
         for name in self._models.names:
@@ -175,7 +175,7 @@ class _Api:
         return _json({"models": found, "limits": {"request_bytes": self._limits.request_bytes}})
 
     async def show_metrics(self, _: Request) -> Response:
-        """Prometheus's text format."""
+        """Returns the metrics in the text format of Prometheus."""
         return Response(self._metrics.page(), media_type=CONTENT_TYPE)
 
     async def _post(self, request: Request, model: str, version: str, label: str, verb: str) -> Response:
@@ -317,6 +317,6 @@ def _json(value: Any) -> Response:
 
 
 def _fail(status: int, message: str) -> Response:
-    """An error in TF Serving's format; who sends a body that is not read is hung up on."""
+    """Makes an error in the format of TF Serving; closes the connection if the body was not read."""
     headers = {"Connection": "close"} if status == _TOO_LARGE else {}
     return Response(json.dumps({"error": message}), status, media_type="application/json", headers=headers)

@@ -1,4 +1,4 @@
-"""The process: both APIs on one event loop, the disk watched beside it, an end that loses no request."""
+"""The server process: both APIs on one event loop, a thread that watches the disk, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from tl_keras.serving.rest import build_app
 from tl_keras.serving.stderr import drop_decoder_lines
 from tl_keras.serving.workers import Workers, trim_memory
 
-_POLL_SECONDS = 1.0  # as TF Serving's --file_system_poll_wait_seconds
-_SPARE_SECONDS = 5.0  # beyond the time that a request may take, at the end
+_POLL_SECONDS = 1.0  # like TF Serving's --file_system_poll_wait_seconds
+_SPARE_SECONDS = 5.0  # in addition to the request timeout, at shutdown
 _BACKLOG = 2048
 _NO_LIMITS = calls.Limits(request_bytes=1 << 40, images=1 << 20, seconds=0.0, bytes_in_flight=0)
-_CORES_A_BATCH = 4  # a batch keeps about so many busy; on two, two batches at once were slower than one
-_KEEP_ALIVE_SECONDS = 65  # longer than a load balancer's usual minute
+_CORES_A_BATCH = 4  # number of cores that a batch keeps busy; on two cores two concurrent batches were slower than one
+_KEEP_ALIVE_SECONDS = 65  # longer than the usual minute of load balancers
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where the server listens.
+    """Addresses of the server.
 
     Attributes:
-        host: a name or number.
-        port: of REST; 0: any that is free.
-        grpc_port: of gRPC; 0: any that is free.
-        cors: origins of other web pages that may use REST; `*` for any.
+        host: host name or IP address.
+        port: port of the REST API (0 picks a free one).
+        grpc_port: port of the gRPC API (0 picks a free one).
+        cors: origins of other web pages that may use the REST API; `*` for any.
     """
 
     host: str
@@ -74,33 +74,33 @@ def serve(
     samples: Sequence[bytes],
     show: Callable[[str], None],
 ) -> bool:
-    """Serves until the process is told to end.
+    """Serves models until SIGINT or SIGTERM.
 
     Args:
-        entries: what is served.
-        roots: the folders that models may lie in.
-        address: where to listen.
+        entries: models to serve.
+        roots: folders that models must be in.
+        address: addresses to listen on.
         engine: see `build_engine`.
         precision: see `build_engine`.
-        batch_sizes: that requests are put together to.
-        max_queued: images that may wait for one model.
-        limits: what one request may cost.
-        read_warmup: a version folder's warm-up requests.
-        samples: images on which engines are compared.
+        batch_sizes: batch sizes for batching.
+        max_queued: queue limit per model, in images.
+        limits: limits of a request.
+        read_warmup: reads the warm-up requests of a version folder.
+        samples: images to compare engines on.
         show: shows a line.
 
     Returns:
-        Whether the user interrupted it (SIGINT); False after SIGTERM.
+        Whether the user interrupted the server (SIGINT); False after SIGTERM.
 
     Raises:
-        UserError: a port is taken, or no model can be loaded.
+        UserError: a port is in use, or no model can be loaded.
     """
     chosen: dict[str, ServingEngine] = {}
 
     def load(name: str, number: int, path: Path) -> calls.Served:
         del number
         labels = tuple(read_labels(path))
-        # later versions run as the first: while they are loaded, their elder has requests to answer
+        # later versions use the engine of the first, because a benchmark would compete with running requests
         asked_for = ServingEngine(engine, precision)
         build = functools.partial(build_engine, path, labels, samples=samples, show=show)
         try:
@@ -124,12 +124,12 @@ def serve(
         models.configure(entries, check_labels=False)
     except RequestError as error:
         raise UserError(f"these models can't be served: {error.message}. Check names and paths.") from error
-    # The socket listens once models are loaded. Until then connections are refused instead of left waiting.
+    # The socket listens when the models are loaded. Until then connections are refused and do not hang.
     with _bind(address.host, address.port, "port") as bound:
         with _bind(address.host, address.grpc_port, "grpc_port"):
-            pass  # it is free: gRPC binds it itself, once models are loaded
-        # What is imported stays: else Python's collector looks at all of it again now and then, and every request of
-        # that half second waits. What models leave behind is collected once, and later as usual.
+            pass  # checks that the port is free: gRPC binds it itself when the models are loaded
+        # Objects of imported modules are excluded from garbage collection, which would otherwise delay all requests by
+        # half a second now and then.
         gc.freeze()
         models.poll()
         _check_loaded(models, entries)
@@ -140,7 +140,7 @@ def serve(
 
 
 def _run_loop(work: Coroutine[Any, Any, bool]) -> bool:
-    """On uvloop where it is installed, which it can't be on Windows: a tenth more requests."""
+    """Uses uvloop if it is installed (not on Windows), for ten percent more requests."""
     if importlib.util.find_spec("uvloop"):
         import uvloop
 
@@ -186,7 +186,7 @@ async def _run(
     either: set[asyncio.Future[Any]] = {ending, answering}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     interrupted = ending.done() and ending.result()
-    show("ending: requests that are under way are answered")
+    show("shutting down: running requests will be answered")
     watching.cancel()
     rest.should_exit = True
     await asyncio.gather(grpc_server.stop(drain_seconds), answering)
@@ -198,7 +198,7 @@ async def _run(
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that leaves the signals to us: gRPC has to end with it."""
+    """A uvicorn server without signal handlers, because gRPC must be shut down with it."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -206,25 +206,25 @@ class _Server(uvicorn.Server):
 
 
 async def _watch(models: Models, workers: Workers, health: grpc_api.Health, show: Callable[[str], None]) -> None:
-    """Looks at the disk again and again, in a thread: loading takes seconds."""
+    """Checks the disk periodically in a thread, because loading takes seconds."""
     while True:
         await asyncio.sleep(_POLL_SECONDS)
         try:
             await workers.load_models(models.poll)
-        except Exception as error:  # whatever it is, what is loaded goes on
-            show(f"the models' folders can't be looked at: {type(error).__name__}: {error}")
+        except Exception as error:  # loaded models are still served
+            show(f"warning: the folders of the models can't be read: {type(error).__name__}: {error}")
         await health.note()
 
 
 def _end(ending: asyncio.Future[bool], interrupted: bool) -> None:
-    """Begins the end; asked a second time, ends at once."""
+    """Starts the shutdown; the second signal ends the process at once."""
     if ending.done():
         os._exit(INTERRUPTED)
     ending.set_result(interrupted)
 
 
 def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -> None:
-    """Runs a model's own warm-up requests, as TF Serving does before it serves a version."""
+    """Runs the warm-up requests of a model, like TF Serving before it serves a version."""
     for log in requests:
         if log.WhichOneof("log_type") == "predict_log":
             request = log.predict_log.request
@@ -236,11 +236,15 @@ def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -
 
 
 def _check_loaded(models: Models, entries: Sequence[ModelEntry]) -> None:
-    """Raises: UserError: nothing can be served."""
+    """Checks that every model can be served.
+
+    Raises:
+        UserError: no model can be served.
+    """
     versions = [version for name in models.names for version in _list(models, name)]
     if not any(version.state == AVAILABLE for version in versions):
         reasons = [f"{one.model}/{one.number}: {one.error}" for one in versions]
-        empty = [f"{entry.name}: no version is in {entry.base_path}" for entry in entries]
+        empty = [f"{entry.name}: {entry.base_path} contains no version" for entry in entries]
         raise UserError(f"no model can be served: {'; '.join(reasons or empty)}. Check the path, or export it again.")
 
 
@@ -258,10 +262,10 @@ def _count_queued(models: Models) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _bind(host: str, port: int, flag: str) -> Iterator[socket.socket]:
-    """A socket that is bound, so that a port that is taken is found out before models are loaded.
+    """Binds a socket, to find out before models are loaded whether the port is in use.
 
     Raises:
-        UserError: it is taken, or may not be had.
+        UserError: the port is in use, or needs privileges.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as bound:
@@ -274,7 +278,11 @@ def _bind(host: str, port: int, flag: str) -> Iterator[socket.socket]:
 
 
 def _listen(bound: socket.socket, address: Address) -> None:
-    """Raises: UserError: another process has taken the port since it was bound."""
+    """Starts to listen on a bound socket.
+
+    Raises:
+        UserError: another process has taken the port in the meantime.
+    """
     try:
         bound.listen(_BACKLOG)
     except OSError as error:
@@ -282,9 +290,7 @@ def _listen(bound: socket.socket, address: Address) -> None:
 
 
 def _explain_taken(flag: str, port: int, host: str, error: OSError) -> UserError:
-    return UserError(
-        f"--{flag}={port} can't be listened on at {host}: {error.strerror}. Give another --{flag}, or --host."
-    )
+    return UserError(f"--{flag}={port} of {host} is not available: {error.strerror}. Give another --{flag}, or --host.")
 
 
 def _bind_grpc(server: Any, address: Address) -> int:
@@ -293,7 +299,7 @@ def _bind_grpc(server: Any, address: Address) -> int:
         return int(server.add_insecure_port(f"{host}:{address.grpc_port}"))
     except RuntimeError as error:
         raise UserError(
-            f"--grpc_port={address.grpc_port} can't be listened on at {address.host}: it is taken, or needs rights. "
+            f"--grpc_port={address.grpc_port} of {address.host} is not available: it is in use, or needs privileges. "
             "Give another."
         ) from error
 

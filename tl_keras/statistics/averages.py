@@ -1,10 +1,11 @@
-"""Averages of precision, recall and F1 over classes, and how sure they are.
+"""Averages of precision, recall and F1 over classes, and their confidence intervals.
 
-An average of recalls is the mean of a stratified sample: the classes are the strata. Precision and F1 are ratios; what
-an image does to their average is taken to first order (the delta method, as of Takahashi et al. 2022 for macro F1). The
-variance gives an effective sample size for Wilson's interval, which holds near 1 too (Korn & Graubard 1998; recommended
-by Franco et al. 2019). So that ten right answers of ten are no certainty, a class's chance of being right is drawn to
-that of all, the more the less classes differ beyond chance (Kleinman 1973).
+An average of recalls is the mean of a stratified sample whose strata are the classes. Precision and F1 are ratios; the
+effect of an image on their average is approximated to first order (delta method, Takahashi et al. 2022 for macro F1).
+The variance gives an effective sample size for Wilson's interval, which is also valid near 1 (Korn & Graubard 1998;
+recommended by Franco et al. 2019). The accuracy of each class is shrunk toward the overall accuracy, so that ten
+correct predictions out of ten do not count as certainty; shrinkage is stronger if the classes differ little beyond
+chance (Kleinman 1973).
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ Average = tuple[float, tuple[float, float]]
 def average(
     predicted: np.ndarray, labels: np.ndarray, classes: Mapping[str, np.ndarray], weights: np.ndarray
 ) -> dict[str, Average]:
-    """Weighted averages over classes.
+    """Computes weighted averages over classes.
 
     Args:
         predicted: int `(n,)`, n at least 1.
         labels: int `(n,)`.
-        classes: what `measure_classes` says of them.
-        weights: float `(classes,)`, of sum 1, 0 for a class that does not occur.
+        classes: result of `measure_classes`.
+        weights: float `(classes,)`; they sum to 1, and are 0 for classes that do not occur.
 
     Returns:
-        `precision`, `recall` and `f1`, each with its 95 % interval.
+        `precision`, `recall` and `f1`, each with its 95 % confidence interval.
     """
     support, taken = classes["support"].astype(float), classes["predicted"].astype(float)
     hits = np.bincount(labels[predicted == labels], minlength=len(support)).astype(float)
@@ -45,7 +46,7 @@ def average(
         by_taken, by_hit = of_taken * weights * values / whole, count * weights / whole
         mean, variance = _describe_wrong(by_taken, labels[wrong], predicted[wrong], occurs=support > 0)
         moved = spread * (by_hit - by_taken + mean) ** 2 + (1 - chance) * variance
-        # a precision of few predictions is too high on average: its denominator is chance as well
+        # precision of few predictions is biased upward, because its denominator is random too
         excess = weights * values * (1 - values) * classes["recall"] / whole if figure == "precision" else np.zeros(1)
         low, high = _as_proportion(value - float(excess.sum()), float(support @ moved), len(labels))
         result[figure] = value, (min(low, value), max(high, value))
@@ -53,14 +54,14 @@ def average(
 
 
 def _draw_to_pool(hits: np.ndarray, support: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chance of each class's images to be right, and the variance of one: float `(classes,)` each."""
+    """Shrinks the accuracy of each class toward the pooled accuracy: accuracy and its variance, float `(classes,)`."""
     count, occurring = support.sum(), np.count_nonzero(support)
     pooled = hits.sum() / count
     middle = draw_to_half(hits.sum(), count)
     own = np.divide(hits, support, out=np.full(len(hits), pooled), where=support > 0)
     one = pooled * (1 - pooled)
     beyond = float(support @ (own - pooled) ** 2) - one * (occurring - 1)
-    if beyond <= 0:  # no more than chance makes
+    if beyond <= 0:  # the classes differ no more than by chance
         return np.full(len(hits), middle), np.full(len(hits), middle * (1 - middle))
     between = beyond / (count - float(support @ support) / count)
     strength = max(one / between - 1, _LEAST_STRENGTH)
@@ -71,7 +72,7 @@ def _draw_to_pool(hits: np.ndarray, support: np.ndarray) -> tuple[np.ndarray, np
 def _describe_wrong(
     slopes: np.ndarray, labels: np.ndarray, predicted: np.ndarray, *, occurs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance, by label, of the slopes of what its wrong answers are taken for, and of one taken for any."""
+    """Mean and variance, by label, of the slopes of its wrongly predicted classes, with one pseudo-observation."""
     others = max(np.count_nonzero(occurs) - 1, 1)
     counts = np.bincount(labels, minlength=len(slopes)) + 1
     moments = []
@@ -83,7 +84,7 @@ def _describe_wrong(
 
 
 def _as_proportion(value: float, variance: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share that has this variance."""
+    """Wilson's interval of a proportion with this variance."""
     share = min(max(value, 0.0), 1.0)
     middle = draw_to_half(share * count, count)
     low, high = wilson(np.array(share), np.array(middle * (1 - middle) / variance if variance else count)).tolist()

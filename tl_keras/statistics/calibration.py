@@ -1,4 +1,4 @@
-"""Calibration: whether predictions with a confidence of 0.8 are right eight times in ten."""
+"""Calibration: whether predictions with a confidence of 0.8 are correct eight times in ten."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from tl_keras.statistics.intervals import accuracy_interval
 BINS = 15  # Guo et al. 2017, section 5
 RELIABILITY = ("low", "high", "n", "confidence", "accuracy", "accuracy_low", "accuracy_high")
 _TEMPERATURES = (1 / 20, 20.0)
-_FEWEST = 20  # the spread part of a label is then less than 5 %
+_FEWEST = 20  # with more examples, label smoothing is less than 5 %
 _LIKELIHOOD_RATIO = 1.92  # half the 95 % quantile of chi-squared with one degree of freedom
 _DRAWS, _TAIL = 1000, 0.025
-_FARTHEST, _HALVINGS = 64.0, 16  # standard errors; the interval is as sharp as 64 / 2^16 of one
+_FARTHEST, _HALVINGS = 64.0, 16  # standard errors; the search resolves 64 / 2^16 of one
 _ROUNDING = 1e-12
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that makes the logits' probabilities most likely (Guo et al. 2017, section 4.2).
+    """Fits the temperature that maximizes the likelihood of the labels (Guo et al. 2017, section 4.2).
 
-    Each label counts as 1 - 1 / (n + 2) of an example, the rest is spread over all classes (Platt 1999, section 2.2):
-    where all of a small val is right, nothing else would keep it from boundless trust in itself.
+    Labels are smoothed by 1 / (n + 2) (Platt 1999, section 2.2). Without smoothing, a small val split without errors
+    would lead to unbounded confidence.
 
     Args:
-        logits: float `(n, classes)`, n at least 1, of examples that nothing was fitted on.
+        logits: float `(n, classes)`, n at least 1, of examples that the classifier was not trained on.
         labels: int `(n,)`.
 
     Returns:
-        What logits are divided by, between 1/20 and 20; the order of the classes stays as it is.
+        The divisor of the logits, between 1/20 and 20. It does not change the order of the classes.
     """
     nll = _make_nll(logits, labels)
     bounds = tuple(map(math.log, _TEMPERATURES))
@@ -43,12 +43,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def is_supported(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
-    """Whether the examples say how large the temperature is.
+    """Whether the examples determine the temperature.
 
-    They do if there are twenty or more (of fewer, the part of each label that `fit_temperature` spreads decides), and
-    if the temperature's 95 % interval is bounded on both sides. The interval is that of the likelihood ratio (Wilks
-    1938): all temperatures whose log-likelihood is less than half the 95 % quantile of chi-squared with one degree of
-    freedom below the best.
+    They do if there are at least twenty (with fewer, the label smoothing of `fit_temperature` dominates), and if the
+    95 % confidence interval of the temperature is bounded on both sides. This is the likelihood ratio interval (Wilks
+    1938): all temperatures whose log-likelihood is within half the 95 % quantile of chi-squared, with one degree of
+    freedom, of the maximum.
 
     Args:
         logits: see `fit_temperature`.
@@ -63,7 +63,7 @@ def is_supported(logits: np.ndarray, labels: np.ndarray, temperature: float) -> 
 
 
 def _make_nll(logits: np.ndarray, labels: np.ndarray) -> Callable[[float], float]:
-    """Logarithm of the temperature → mean negative log-likelihood, smoothed as `fit_temperature` says."""
+    """Makes the mean negative log-likelihood as a function of log temperature, with smoothed labels."""
     rows, spread = np.arange(len(labels)), 1 / (len(labels) + 2)
     exact = logits.astype(np.float64)
 
@@ -75,12 +75,12 @@ def _make_nll(logits: np.ndarray, labels: np.ndarray) -> Callable[[float], float
 
 
 def calibrated_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of logits divided by a temperature, float32 `(n, classes)`."""
+    """Softmax of logits divided by a temperature, float32 `(n, classes)`."""
     return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=1), np.float32)
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean distance between confidence and accuracy over 15 bins of confidence (Naeini et al. 2015, section 3).
+    """Mean difference between confidence and accuracy over 15 bins of confidence (Naeini et al. 2015, section 3).
 
     Args:
         probabilities: float `(n, classes)`.
@@ -94,12 +94,13 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
 
 
 def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """95 % interval of `expected_calibration_error`: the true errors with which the one that was found is no rarity.
+    """95 % confidence interval of `expected_calibration_error`.
 
-    By chance even a classifier without an error does not get 0, so that resamples of the images would have more error
-    still, and never none. Instead it is simulated how often each image would be right if the bins were nearer to
-    calibration than they look, or farther from it, until what was found stands at a tail of 2.5 % (a test, inverted; at
-    no error at all it is Bröcker & Smith's consistency resampling, 2007).
+    The interval is the range of true calibration errors under which the observed one is not unusual (a test inverted).
+    The bootstrap does not work here: by chance even a calibrated classifier has an observed error above 0, and
+    resamples of its images have a still larger one. Instead, the accuracy of each bin is moved toward calibration, or
+    away from it, and predictions are simulated, until the observed error is at the 2.5 % tail. At zero error this is
+    the consistency resampling of Bröcker & Smith (2007).
 
     Args:
         probabilities: float `(n, classes)`, n at least 1.
@@ -110,7 +111,7 @@ def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float
     """
     counts, confidence, accuracy = _in_bins(probabilities, labels)
     gaps, share = confidence - accuracy, counts / counts.sum()
-    smooth = (accuracy * counts + 1) / (counts + 2)  # Laplace: all right is no certainty
+    smooth = (accuracy * counts + 1) / (counts + 2)  # Laplace smoothing, so that a bin without errors has a variance
     step = np.where(gaps < 0, -1, 1) * np.sqrt(smooth * (1 - smooth) / counts)
 
     def error(true: np.ndarray) -> np.ndarray:
@@ -122,7 +123,7 @@ def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float
 
     found = float(error(accuracy))
 
-    def nearer(by: float) -> np.ndarray:  # what may be noise goes first
+    def nearer(by: float) -> np.ndarray:  # noisy bins reach calibration first
         return np.asarray(confidence - np.sign(gaps) * np.maximum(np.abs(gaps) - by * np.abs(step), 0))
 
     def often_as_large(by: float) -> bool:
@@ -146,7 +147,7 @@ def error_interval(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float
 
 
 def _last(holds: Callable[[float], bool], end: float) -> float:
-    """The last number from 0, where it holds, to the end for which it does."""
+    """Finds the largest number between 0, where `holds` is true, and `end` for which it is true, by bisection."""
     start = 0.0
     for _ in range(_HALVINGS):
         middle = (start + end) / 2
@@ -157,15 +158,15 @@ def _last(holds: Callable[[float], bool], end: float) -> float:
 def describe_calibration(
     temperature: float, before: Mapping[str, tuple[np.ndarray, np.ndarray]], *, supported: bool = True
 ) -> dict[str, Any]:
-    """The entry `calibration` of `metrics.json`.
+    """Makes the entry `calibration` of `metrics.json`.
 
     Args:
-        temperature: that was fitted on val; 1: none was.
-        before: split → probabilities as they were without it, float `(n, classes)`, and labels, int `(n,)`.
-        supported: whether val says how large a temperature should be.
+        temperature: the temperature fitted on val; 1 without calibration.
+        before: split → probabilities before calibration, float `(n, classes)`, and labels, int `(n,)`.
+        supported: whether val determines the temperature, see `is_supported`.
 
     Returns:
-        `temperature`, `supported`, and for each split in `before` its `ece` and `nll` (nats) without it.
+        `temperature`, `supported`, and for each split in `before` its `ece` and `nll` (nats) before calibration.
     """
     return {
         "temperature": temperature,
@@ -178,7 +179,7 @@ def describe_calibration(
 
 
 def losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each example in nats, float64 `(n,)`; bounded as scikit-learn's `log_loss` bounds it.
+    """Negative log-likelihood of each example in nats, float64 `(n,)`, clipped like scikit-learn's `log_loss`.
 
     Args:
         probabilities: float `(n, classes)`.
@@ -191,15 +192,15 @@ def losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
-    """The reliability curve (DeGroot & Fienberg 1983): each bin of confidence that has examples.
+    """Computes the reliability curve (DeGroot & Fienberg 1983) over the nonempty bins of confidence.
 
     Args:
         probabilities: float `(n, classes)`.
         labels: int `(n,)`.
 
     Returns:
-        For each bin what `RELIABILITY` names: its bounds, examples, mean confidence, accuracy, and its 95 % interval
-        (Wilson).
+        For each bin the entries of `RELIABILITY`: bounds, number of examples, mean confidence, accuracy, and its 95 %
+        confidence interval (Wilson).
     """
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == labels
@@ -214,7 +215,7 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str,
 
 
 def _in_bins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples, mean confidence and accuracy of each bin that has examples, `(k,)` each."""
+    """Number of examples, mean confidence and accuracy of each nonempty bin, `(k,)` each."""
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     bins = _bins(confidence)
     counts = np.bincount(bins)

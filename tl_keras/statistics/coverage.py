@@ -13,15 +13,15 @@ THRESHOLD_CONFIDENCE = 0.95  # probability with which the accuracy above a thres
 
 
 def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is gained by leaving the least sure images to a person (El-Yaniv & Wiener 2010: the risk-coverage curve).
+    """Computes the accuracy-coverage curve, the complement of the risk-coverage curve (El-Yaniv & Wiener 2010).
 
     Args:
         probabilities: float `(n, classes)`, n at least 1.
         labels: int `(n,)`.
 
     Returns:
-        Thresholds, falling, float64 `(k,)`: each probability that occurs; the share of images that reach it; the
-        accuracy on these.
+        Thresholds (each confidence that occurs, decreasing), coverage, and accuracy above the threshold, float64
+        `(k,)` each.
     """
     confidence = probabilities.max(1).astype(np.float64)
     correct = (probabilities.argmax(1) == labels).astype(np.float64)
@@ -32,32 +32,32 @@ def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> tuple
 
 
 def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_accuracy: float) -> float | None:
-    """The lowest of some confidence thresholds above which the accuracy on new images is guaranteed.
+    """Finds the lowest confidence threshold above which an accuracy on new images is guaranteed.
 
     Selection with guaranteed risk (Geifman & El-Yaniv 2017, "Selective Classification for Deep Neural Networks",
     section 3): a binary search over the confidences of val. For each threshold that it tries, the exact binomial bound
-    (Clopper & Pearson 1934) on the accuracy must reach the target, at a confidence level that is shared out between
-    all of them (Bonferroni). With probability `THRESHOLD_CONFIDENCE` over the draw of val, the true accuracy above the
-    threshold is at least the target; this holds for new images that are drawn as val was.
+    (Clopper & Pearson 1934) on the accuracy must reach the target, with a Bonferroni correction for the number of
+    thresholds. With probability `THRESHOLD_CONFIDENCE` over the draw of val, the true accuracy above the threshold is
+    at least the target, for new images from the same distribution as val.
 
     Args:
-        probabilities: of val, float `(n, classes)`.
+        probabilities: predictions for val, float `(n, classes)`.
         labels: int `(n,)`.
         target_accuracy: 0 to 1.
 
     Returns:
-        The threshold; None where none is guaranteed, as on a small val.
+        The threshold; None if no threshold is guaranteed, as on a small val split.
     """
     confidence = probabilities.max(1).astype(np.float64)
     order = np.argsort(-confidence, kind="stable")
     ordered, right = confidence[order], np.cumsum((probabilities.argmax(1) == labels)[order])
     tries = _count_tries(len(labels))
     level = (1 - THRESHOLD_CONFIDENCE) / tries
-    fewest, most, found = 0, len(labels), None  # images that are answered: too few is safe, too many may not be
+    fewest, most, found = 0, len(labels), None  # number of images above the threshold
     for number in range(tries):
         middle = most if number == 0 else (fewest + most + 1) // 2
         threshold = float(ordered[middle - 1])
-        count = int(np.searchsorted(-ordered, -threshold, side="right"))  # those of equal confidence are answered too
+        count = int(np.searchsorted(-ordered, -threshold, side="right"))  # includes ties
         if _least_accuracy(int(right[count - 1]), count, level) >= target_accuracy:
             fewest, found = count, threshold
         else:
@@ -68,7 +68,7 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_ac
 
 
 def fewest_for_threshold(target_accuracy: float) -> int:
-    """How many val images, all of them right, a threshold for a target above 0 and below 1 needs."""
+    """Number of val images that a threshold needs if all predictions are correct; the target is between 0 and 1."""
     count, before = 1, 0
     while count != before:
         before = count
@@ -78,17 +78,17 @@ def fewest_for_threshold(target_accuracy: float) -> int:
 
 
 def _count_tries(count: int) -> int:
-    """Thresholds that `choose_threshold` may try on so many images."""
+    """Maximum number of thresholds that `choose_threshold` tries on `count` images."""
     return max(1, math.ceil(math.log2(count)) + 1)
 
 
 def _least_accuracy(correct: int, count: int, level: float) -> float:
-    """Lower limit of an accuracy, which is wrong with probability `level` at most (Clopper & Pearson 1934)."""
+    """Lower confidence bound of an accuracy with error probability `level` (Clopper & Pearson 1934)."""
     return float(stats.beta.ppf(level, correct, count - correct + 1)) if correct else 0.0
 
 
 def measure_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, object]:
-    """How many images reach a threshold, `n`; their share, `coverage`; `accuracy` and `accuracy_ci95` (Wilson)."""
+    """Measures `n` images above a threshold, their fraction `coverage`, `accuracy` and `accuracy_ci95` (Wilson)."""
     reached = probabilities.max(1) >= threshold
     correct = int((probabilities.argmax(1) == labels)[reached].sum())
     count = int(reached.sum())

@@ -14,7 +14,7 @@ _SIGNIFICANT = 0.05
 
 
 def adjust_p_values(p_values: list[float]) -> list[float]:
-    """P values of several comparisons, made comparable with 0.05 again (Holm 1979)."""
+    """Adjusts the p values of several comparisons (Holm 1979)."""
     count, adjusted, highest = len(p_values), [0.0] * len(p_values), 0.0
     for rank, number in enumerate(sorted(range(count), key=lambda one: p_values[one])):
         highest = max(highest, min(1.0, (count - rank) * p_values[number]))
@@ -27,12 +27,12 @@ class Comparison:
     """Two classifiers, A and B, on the same examples.
 
     Attributes:
-        count: examples.
-        only_first: that only A gets right.
-        only_second: that only B gets right.
+        count: number of examples.
+        only_first: number of examples that only A gets right.
+        only_second: number of examples that only B gets right.
         p_value: McNemar's exact test, two-sided.
-        difference: accuracy of B less that of A.
-        interval: of the difference, 95 %.
+        difference: accuracy of B minus accuracy of A.
+        interval: 95 % confidence interval of the difference.
     """
 
     count: int
@@ -43,7 +43,7 @@ class Comparison:
     interval: tuple[float, float]
 
     def describe(self, first: str, second: str) -> str:
-        """A sentence for people who never heard of a p value."""
+        """Describes the comparison in a sentence that starts with the conclusion."""
         numbers = (
             f"{self.only_second:,} images only {second} gets right, {self.only_first:,} only {first}, p "
             f"{_short(self.p_value)}; difference {self.difference:+.3f} [{self.interval[0]:+.3f}, "
@@ -66,15 +66,12 @@ class Comparison:
 def compare_paired(first: np.ndarray, second: np.ndarray) -> Comparison:
     """Compares two classifiers on the same examples.
 
-    The test is McNemar's in its exact form (McNemar 1947; Dietterich 1998), the difference's interval the hybrid score
+    The test is McNemar's exact test (McNemar 1947; Dietterich 1998). The interval of the difference is the hybrid score
     interval for paired proportions (Newcombe 1998, Statistics in Medicine 17, method 10).
 
     Args:
-        first: whether A is right, bool `(n,)`, n at least 1.
-        second: whether B is right, bool `(n,)`.
-
-    Returns:
-        What was found.
+        first: whether the predictions of A are correct, bool `(n,)`, n at least 1.
+        second: whether the predictions of B are correct, bool `(n,)`.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
@@ -94,7 +91,7 @@ def _interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     share_second, share_first = (a + b) / count, (a + c) / count
     product = (a + b) * (c + d) * (a + c) * (b + d)
     covariance = float(a * d - b * c)
-    if covariance > 0:  # the continuity correction by which method 10 differs from method 8
+    if covariance > 0:  # continuity correction: the difference between methods 10 and 8
         covariance = max(0.0, covariance - count / 2)
     phi = covariance / math.sqrt(product) if product else 0.0
     below, above = share_second - low_second, high_first - share_first

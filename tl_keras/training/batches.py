@@ -1,4 +1,4 @@
-"""Stored embeddings as `tf.data` batches."""
+"""`tf.data` batches of stored embeddings."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import tensorflow as tf
 
 from tl_keras.data.images import without_autotune
 
-_CROP_AREA = (0.5, 1.0)  # share of the image that a crop keeps
-_CROP_ASPECT = (3 / 4, 4 / 3)  # width to height, both as in Szegedy et al. 2014, section 6, but a larger least area
+_CROP_AREA = (0.5, 1.0)  # fraction of the image's area; Szegedy et al. 2014, section 6, use a smaller minimum
+_CROP_ASPECT = (3 / 4, 4 / 3)  # width / height, as in Szegedy et al. 2014, section 6
 _LARGEST_DRAW = 2**62
 
 ReadViews = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class EpochOrder:
-    """The order of the examples, and what is random about each, in every epoch.
+    """Random order of the examples, and a random number for each, in every epoch.
 
-    It depends on the seed and the number of the epoch alone, so that training can continue at any epoch.
+    They depend only on the random seed and the number of the epoch, so that training can continue at any epoch.
 
     Attributes:
-        epoch: the epoch that is drawn next, from 0; drawing moves it on.
+        epoch: the next epoch, from 0; `draw` increments it.
     """
 
     def __init__(self, seed: int) -> None:
-        """Args: seed: another seed gives other orders."""
+        """Args: seed: random seed."""
         self._seed, self.epoch = seed, 0
 
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """A permutation of the numbers below `count`, and a random number for each place; int64 `(count,)` each."""
+        """Draws a permutation of the numbers below `count`, and a random number for each; int64 `(count,)` each."""
         random = np.random.default_rng((self._seed, self.epoch))
         self.epoch += 1
         return random.permutation(count), random.integers(0, _LARGEST_DRAW, count)
@@ -48,17 +48,17 @@ def make_batches(
     num_views: int = 1,
     crop: bool = False,
 ) -> tf.data.Dataset:
-    """Streams embeddings from the store; memory does not grow with their number.
+    """Streams embeddings from the store with constant memory.
 
     Args:
         read: positions and views, int `(b,)` each → embeddings `(b, ...)`.
         positions: int `(n,)`.
         labels: int `(n,)`.
-        batch_size: of every batch but the last; no example is dropped.
-        order: shuffles; each iteration over the batches is one epoch. None keeps the order.
-        first_step: batches of the epoch that are left out, because they were seen before an interruption.
-        num_views: stored views of an image, of which each epoch draws one.
-        crop: the embeddings are pixels, to be cropped and mirrored at random.
+        batch_size: size of every batch except the last; no example is dropped.
+        order: order of the examples; each iteration over the batches is one epoch. None keeps the order.
+        first_step: number of batches to skip, which were used before an interruption.
+        num_views: number of stored views of an image, one of which is drawn in each epoch.
+        crop: whether the embeddings are pixels that are randomly cropped and mirrored.
 
     Returns:
         Batches of embeddings, float32 `(b, ...)`, and labels, int32 `(b,)`.
@@ -91,11 +91,11 @@ def make_batches(
 
 
 def crop_and_mirror(images: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:
-    """Random crops, brought back to full size, half of them mirrored.
+    """Crops images at random, resizes them to the original size, and mirrors half of them.
 
     Args:
         images: float32 `(b, h, w, 3)`.
-        seed: int64 `(2,)`: the same seed gives the same crops.
+        seed: random seed, int64 `(2,)`.
 
     Returns:
         float32, the same shape.
@@ -110,22 +110,22 @@ def crop_and_mirror(images: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:
     left = tf.random.stateless_uniform([count], seeds[3]) * (1 - width)
     mirrored = tf.random.stateless_uniform([count], seeds[4]) < 0.5
     begin, end = tf.where(mirrored, left + width, left), tf.where(mirrored, left, left + width)
-    boxes = tf.stack([top, begin, top + height, end], axis=1)  # a box from right to left is a mirrored one
+    boxes = tf.stack([top, begin, top + height, end], axis=1)  # a box from right to left mirrors the image
     cropped = tf.image.crop_and_resize(images, boxes, tf.range(count), images.shape[1:3])
     return tf.ensure_shape(cropped, images.shape)
 
 
 def predict_logits(model: keras.Model, read: ReadViews, positions: np.ndarray, *, batch_size: int) -> np.ndarray:
-    """Logits of every example, in order.
+    """Computes the logits of all examples, in order.
 
     Args:
         model: embeddings `(b, ...)` → logits `(b, classes)`.
         read: see `make_batches`.
         positions: int `(n,)`, n at least 1.
-        batch_size: examples at once.
+        batch_size: examples per batch.
 
     Returns:
-        `(n, classes)`: float32, of a probe float64.
+        `(n, classes)`: float32, or float64 for a probe.
     """
 
     @tf.function(reduce_retracing=True, autograph=False)

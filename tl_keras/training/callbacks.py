@@ -1,4 +1,4 @@
-"""What happens beside Keras's `fit`: a line an epoch, the best epoch, a stop on NaN and on Ctrl-C."""
+"""Keras callbacks: a line per epoch, the best epoch, checkpoints, and stops on NaN and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tl_keras.errors import UserError
 from tl_keras.training.batches import EpochOrder
 from tl_keras.training.state import StageState, assign_arrays, read_arrays, write_state
 
-WRITE_SECONDS = 600.0  # an epoch that takes longer keeps its state within
+WRITE_SECONDS = 600.0  # interval of checkpoints within long epochs
 HISTORY_HEADER = ("stage", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 
 
 class StartEpoch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells the batches which epoch begins."""
+    """Passes the number of the epoch to the batches."""
 
     def __init__(self, order: EpochOrder) -> None:
-        """Args: order: of the examples."""
+        """Args: order: order of the examples."""
         super().__init__()
         self._order = order
 
@@ -38,10 +38,10 @@ class StartEpoch(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
-    """Shows each epoch, and keeps it as a row of `history.csv`.
+    """Shows each epoch, and collects the rows of `history.csv`.
 
     Attributes:
-        rows: the stage's rows so far.
+        rows: rows of the stage so far.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         show_progress: Callable[[str], None],
         keep: Callable[..., None],
     ) -> None:
-        """Args: keep: is given each row of `HISTORY_HEADER`'s columns."""
+        """Args: keep: called with each row, in the columns of `HISTORY_HEADER`."""
         super().__init__()
         self._stage, self._epochs, self._show = stage, epochs, show
         self._show_progress, self._keep = show_progress, keep
@@ -65,7 +65,7 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         self._epoch, self._start = epoch, time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Shows how far the epoch is."""
+        """Shows the progress of the epoch."""
         steps = self.params.get("steps") or 0
         loss = float((logs or {}).get("loss", math.nan))
         self._show_progress(
@@ -73,7 +73,7 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Shows the epoch and keeps its row."""
+        """Shows the epoch and stores its row."""
         seconds = time.perf_counter() - self._start
         values = {name: float(value) for name, value in (logs or {}).items()}
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -87,27 +87,26 @@ class EpochLog(keras.callbacks.Callback):  # type: ignore[misc]
         try:
             self._keep(self.rows[-1])
         except UserError as error:
-            self.warn(f"warning: {error} Training continues, and history.csv lacks its last epochs")
+            self.warn(f"warning: {error} Training continues without the last epochs in history.csv")
 
     def warn(self, text: str) -> None:
-        """Shows a line, but not twice."""
+        """Shows a line once."""
         if text not in self._warned:
             self._show(text)
         self._warned.add(text)
 
 
 class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the weights of the epoch that is best on val by loss or accuracy; the other decides among equals.
+    """Keeps the weights of the best epoch on val by loss or accuracy; the other metric breaks ties.
 
-    Keras's ModelCheckpoint takes the first among equals, which by accuracy on a small val is an epoch that has hardly
-    learned.
+    Keras's ModelCheckpoint keeps the first of equal epochs, which by accuracy on a small val split is a very early one.
 
     Attributes:
-        epoch: the best epoch so far, from 1; 0: the weights from before the stage.
-        loss: its loss on val.
-        accuracy: its accuracy on val.
-        waited: epochs since then.
-        weights: the model's weights after it.
+        epoch: the best epoch so far, from 1; 0 for the weights before the stage.
+        loss: its val loss.
+        accuracy: its val accuracy.
+        waited: number of epochs since then.
+        weights: weights of the model after it.
     """
 
     def __init__(self, *, monitor: str, patience: int | None, before: tuple[float, float] | None = None) -> None:
@@ -115,8 +114,8 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
 
         Args:
             monitor: `loss` or `accuracy`.
-            patience: epochs without a better one that end the stage.
-            before: val loss and accuracy that the model has already.
+            patience: number of epochs without improvement after which the stage stops; None for no early stopping.
+            before: val loss and accuracy of the model before the stage.
         """
         super().__init__()
         self.epoch, self.before, self.waited = 0, before, 0
@@ -130,7 +129,7 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
         return self._patience is not None and self.waited >= self._patience
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        """Keeps the weights that the model has already."""
+        """Stores the weights before the stage."""
         del logs
         if self.before and not self.weights:
             self.weights = read_arrays(self.model.weights)
@@ -148,7 +147,7 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
             self.model.stop_training = True
 
     def restore(self) -> None:
-        """Gives the model the best epoch's weights."""
+        """Restores the weights of the best epoch."""
         if self.weights:
             assign_arrays(self.model.weights, self.weights)
 
@@ -157,7 +156,7 @@ class BestEpoch(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class Board(keras.callbacks.TensorBoard):  # type: ignore[misc]
-    """TensorBoard's logs; a full disk costs them, not the training."""
+    """TensorBoard logs; if they can't be written, training continues without them."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         """Args: warn: shows a line."""
@@ -165,11 +164,11 @@ class Board(keras.callbacks.TensorBoard):  # type: ignore[misc]
         self._warn, self._failed = warn, False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Writes the epoch's figures."""
+        """Writes the metrics of the epoch."""
         self._attempt(super().on_epoch_end, epoch, logs)
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
-        """Writes the figures on val."""
+        """Writes the metrics on val."""
         self._attempt(super().on_test_end, logs)
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -184,13 +183,13 @@ class Board(keras.callbacks.TensorBoard):  # type: ignore[misc]
         except (OSError, tf.errors.OpError) as error:
             self._failed = True
             reason = (str(error).splitlines() or [""])[0][:200]
-            self._warn(f"warning: TensorBoard's logs can't be written: {reason}. Training continues without them")
+            self._warn(f"warning: TensorBoard logs can't be written: {reason}. Training continues without them")
 
 
 class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
-    """Writes the stage's state after every epoch, and within an epoch that takes long.
+    """Writes checkpoints of the stage after every epoch, and within long epochs.
 
-    A full disk costs the state, not the training.
+    If they can't be written, training continues without them.
     """
 
     def __init__(
@@ -199,11 +198,11 @@ class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
         """Continues from a state.
 
         Args:
-            path: the file.
-            state: how far the stage is.
-            log: has the rows of the history.
-            best: has the best epoch.
-            metrics: variables of the metrics that an epoch adds up.
+            path: path of the checkpoint.
+            state: state to continue from.
+            log: callback with the rows of the history.
+            best: callback with the best epoch.
+            metrics: variables of the metrics of an epoch.
         """
         super().__init__()
         self.state = state
@@ -211,7 +210,7 @@ class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
         self._written, self._first_step = time.monotonic(), 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Continues an epoch that was interrupted."""
+        """Continues an interrupted epoch."""
         del logs
         self._first_step = self.state.step if epoch == self.state.epoch else 0
         self._step = self._first_step
@@ -219,7 +218,7 @@ class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
             assign_arrays(self._metrics, self.state.metrics)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Writes the state if the last time was long ago."""
+        """Writes the state if the last checkpoint is old."""
         del logs
         self._step = self._first_step + min(batch + 1, int(self.params.get("steps") or 0))
         if time.monotonic() - self._written > WRITE_SECONDS:
@@ -227,14 +226,14 @@ class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
             self._write()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Writes the state, unless the epoch was cut short: nothing may continue from that."""
+        """Writes the state, unless the epoch was interrupted: training can't continue from there."""
         del logs
         if self._step - self._first_step >= int(self.params.get("steps") or 0):
             self.state.epoch, self.state.step, self.state.metrics = epoch + 1, 0, []
             self._write()
 
     def finish(self, *, diverged: str) -> None:
-        """Writes that the stage has ended; only the best epoch's weights are kept."""
+        """Writes the final state, which has only the weights of the best epoch."""
         self.state = dataclasses.replace(self.state, done=True, diverged=diverged, model=[], optimizer=[], metrics=[])
         self._copy_best()
         self._try_to_write()
@@ -259,19 +258,19 @@ class KeepState(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class DivergedError(UserError):
-    """The loss is not a number any more."""
+    """The loss became NaN or infinite."""
 
 
 class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
-    """Stops a run whose loss is no number any more."""
+    """Stops training if the loss becomes NaN or infinite."""
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Remembers the epoch."""
+        """Stores the number of the epoch."""
         del logs
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Looks at the loss.
+        """Checks the loss.
 
         Raises:
             DivergedError: it is NaN or infinite.
@@ -279,7 +278,7 @@ class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
         self._check(float((logs or {}).get("loss", 0.0)), f"step {batch + 1}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Looks at the loss on val: after the very last step no other tells.
+        """Checks the val loss, which also shows divergence in the very last step.
 
         Raises:
             DivergedError: it is NaN or infinite.
@@ -296,30 +295,30 @@ class StopOnNan(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class StopOnInterrupt(keras.callbacks.Callback):  # type: ignore[misc]
-    """The first Ctrl-C ends training after the step under way; the second ends the process."""
+    """Stops training after the current step on the first Ctrl-C; the second one ends the process."""
 
     interrupted = False
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        """Takes over SIGINT."""
+        """Installs a handler for SIGINT."""
         del logs
         if not hasattr(self, "_previous") and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._note)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Ends the epoch where Ctrl-C was pressed; Keras still evaluates it on val."""
+        """Stops the epoch if Ctrl-C was pressed; Keras still evaluates it on val."""
         del batch, logs
         if self.interrupted:
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Begins no other epoch where Ctrl-C was pressed while Keras evaluated this one."""
+        """Stops training if Ctrl-C was pressed during the evaluation of the epoch."""
         del epoch, logs
         if self.interrupted:
             self.model.stop_training = True
 
     def give_back(self) -> None:
-        """Gives SIGINT back to whoever had it."""
+        """Restores the previous handler of SIGINT."""
         if hasattr(self, "_previous"):
             signal.signal(signal.SIGINT, self._previous)
 

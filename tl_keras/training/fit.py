@@ -1,4 +1,4 @@
-"""One stage of training: compile, fit, best epoch."""
+"""Fits one stage of training with Keras, and selects the best epoch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tl_keras.training.state import StageState, assign_arrays, read_state
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a stage reports to, and what it leaves.
+    """Output of a stage.
 
     Attributes:
-        folder: the run folder; `checkpoints/` and `logs/` lie in it.
+        folder: the run folder, with `checkpoints/` and `logs/`.
         show: shows a line.
-        show_progress: shows how far it is.
-        keep: is given rows of `history.csv`.
+        show_progress: called with the progress as text.
+        keep: called with rows of `history.csv`.
     """
 
     folder: Path
@@ -50,12 +50,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """Training batches of every epoch.
+    """Training batches of all epochs.
 
     Attributes:
-        order: decides which epoch comes next.
-        steps: batches in an epoch.
-        make: first step → the batches of the epoch from there on, embeddings and labels.
+        order: order of the examples in the next epoch.
+        steps: number of batches per epoch.
+        make: first step → batches of embeddings and labels of the epoch, from this step on.
     """
 
     order: EpochOrder
@@ -65,14 +65,14 @@ class Epochs:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How a stage ended.
+    """The result of a stage.
 
     Attributes:
-        best_epoch: chosen on val; 0: the weights from before the stage.
-        val_accuracy: of that epoch.
-        val_loss: of that epoch.
+        best_epoch: the epoch selected on val; 0 for the weights before the stage.
+        val_accuracy: its val accuracy.
+        val_loss: its val loss.
         interrupted: whether the user interrupted the stage.
-        diverged: why it ended early, if its loss became NaN.
+        diverged: the reason if the stage stopped because its loss became NaN; otherwise empty.
     """
 
     best_epoch: int
@@ -96,26 +96,26 @@ def fit_stage(
     steps_per_execution: int = 1,
     identity: str = "",
 ) -> Stage:
-    """Fits a model; it ends with the weights of the epoch that was best on val.
+    """Fits a model, and restores the weights of the best epoch on val.
 
-    After every epoch the stage's state is written to `checkpoints/NAME.npz`, from which it continues if that file is
-    there: with the same bits as without the interruption.
+    After every epoch a checkpoint is written to `checkpoints/NAME.npz`. If the file exists, training continues from it,
+    with bitwise the same result as without the interruption.
 
     Args:
         model: embeddings `(b, ...)` → logits `(b, classes)`.
         train: shuffled batches of embeddings and labels.
         val: batches in order.
-        name: the stage's name, in `history.csv` and `checkpoints/`.
+        name: name of the stage in `history.csv` and `checkpoints/`.
         loss: labels and logits → losses.
         learning_rate: peak learning rate of this stage.
         training: optimizer, schedule, epochs, patience.
-        progress: where it reports to.
-        after: an earlier stage whose weights the model has; it keeps them if no epoch is better.
-        steps_per_execution: steps that run as one, which is faster if a step takes a millisecond.
-        identity: a hash of what the stage learns from.
+        progress: output of the stage.
+        after: an earlier stage whose weights the model has; they are kept if no epoch is better.
+        steps_per_execution: steps per call of Keras, which is faster for very short steps.
+        identity: a hash of the training data.
 
     Returns:
-        The stage; best epoch 0: the earlier stage's weights were kept.
+        The result; best epoch 0 means that the weights of the earlier stage were kept.
 
     Raises:
         UserError: the loss became NaN before any epoch was complete, or the store or disk failed.
@@ -128,13 +128,13 @@ def fit_stage(
     with disk_errors(f"the run folder {progress.folder}"):
         path.parent.mkdir(exist_ok=True)
     fitting = _Fitting(model, train, val, name=name, training=training, progress=progress, after=after, path=path)
-    # what an epoch adds up: the mean loss, which Keras lists first, and the accuracy
+    # metrics accumulated over an epoch: the mean loss, which Keras lists first, and the accuracy
     metrics = [*model.metrics[0].variables, *accuracy.variables]
     return fitting.run(read_state(path, identity=identity) or StageState(identity), metrics)
 
 
 class _Fitting:
-    """One stage while it is fitted, from its beginning or from where an earlier process was."""
+    """A stage that is being fitted, from the start or from a checkpoint."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class _Fitting:
         self._log = EpochLog(name, training.epochs, progress.show, progress.show_progress, progress.keep)
 
     def run(self, state: StageState, metrics: Sequence[Any]) -> Stage:
-        """Fits what is left; see `fit_stage`."""
+        """Fits the remaining epochs; see `fit_stage`."""
         self._resume(state)
         if state.done:
             self._best.restore()
@@ -182,7 +182,7 @@ class _Fitting:
         return self._as_stage(diverged=diverged)
 
     def _resume(self, state: StageState) -> None:
-        """Puts model, optimizer and best epoch back to where the state has them."""
+        """Restores model, optimizer and best epoch from a state."""
         if not (state.epoch or state.step or state.done):
             return
         best = self._best
@@ -200,7 +200,7 @@ class _Fitting:
             self._progress.show(f"{self._name}: resumed after {state.epoch} of {self._training.epochs} epochs{step}")
 
     def _fit(self, keeper: KeepState) -> None:
-        """Calls Keras's `fit`: for the rest of an epoch that was interrupted, then for all epochs after it."""
+        """Calls Keras's `fit`: for the rest of an interrupted epoch, then for all remaining epochs."""
         first, step, epochs = keeper.state.epoch, keeper.state.step, self._training.epochs
         if self._best.is_exhausted:
             return
@@ -230,9 +230,9 @@ class _Fitting:
     def _describe_best(self) -> str:
         best = self._best
         if not best.epoch:
-            return "no epoch is better on val than the stage before, whose weights are kept"
+            return "no epoch improved on val over the previous stage; its weights are kept"
         monitor = self._training.monitor
-        return f"best on val by {monitor} is epoch {best.epoch}, loss {best.loss:.4f}, accuracy {best.accuracy:.3f}"
+        return f"best epoch by val {monitor}: {best.epoch}, val loss {best.loss:.4f}, val accuracy {best.accuracy:.3f}"
 
     def _as_stage(self, *, diverged: str) -> Stage:
         best = self._best
@@ -240,7 +240,7 @@ class _Fitting:
 
 
 def _seed_layers(model: keras.Model, identity: str) -> None:
-    """Sets the random generators of layers such as Dropout, whatever ran in this process before."""
+    """Seeds the random generators of layers such as Dropout, independently of earlier runs in the process."""
     weights = {id(variable) for variable in model.weights}
     for number, variable in enumerate(one for one in model.variables if id(one) not in weights):
         digest = hashlib.sha256(f"{identity} {number}".encode()).digest()
@@ -265,12 +265,12 @@ def _compile(
     optimizer = build_optimizer(
         training.optimizer, schedule, momentum=training.momentum, weight_decay=training.weight_decay
     )
-    # XLA is a trap on the CPU: depthwise networks run twenty times slower
+    # no XLA: on the CPU depthwise convolutions take twenty times as long with it
     model.compile(optimizer, loss=loss, metrics=[accuracy], jit_compile=False, steps_per_execution=steps_per_execution)
 
 
 def _find_user_error(error: tf.errors.OpError) -> str:
-    """A UserError raised inside `tf.data` comes back as text inside TensorFlow's own error."""
+    """Extracts the text of a UserError that was raised inside `tf.data` from TensorFlow's error."""
     text = str(error.message)
     if "UserError: " in text:
         return text.split("UserError: ", 1)[1].splitlines()[0]

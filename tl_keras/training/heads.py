@@ -1,4 +1,4 @@
-"""The Keras head: what is trained on embeddings."""
+"""The Keras head, which is trained on embeddings."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Share of the mean variance that is added to each: a unit that is all but constant in train must not explode on test.
-# With less, dimensions that vary little weigh as much as those that tell the classes apart (benchmarks/recipe.py).
+# Multiple of the mean variance that is added to each variance, so that units that are nearly constant in train do not
+# explode on test. With less, dimensions with little variance count as much as discriminative ones
+# (benchmarks/recipe.py).
 _VARIANCE_FLOOR = 3.0
 
 
 def measure_embeddings(batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each dimension, in one pass (Chan, Golub & LeVeque 1979, pairwise).
+    """Computes mean and variance of each dimension in one pass (Chan, Golub & LeVeque 1979, pairwise).
 
     Args:
-        batches: of embeddings, float32 `(b, dim)`, and labels.
+        batches: batches of embeddings, float32 `(b, dim)`, and labels.
 
     Returns:
         Mean and variance, float32 `(dim,)` each.
@@ -38,15 +39,16 @@ def build_head(
     standardize: tuple[np.ndarray, np.ndarray] | None,
     seed: int = 0,
 ) -> keras.Model:
-    """A linear head.
+    """Builds a linear head.
 
-    It starts at zero: a linear softmax has one minimum, and what a random start does to it differs by the seed alone.
+    Its kernel is initialized with zeros: the loss of a linear softmax is convex, so a random initialization would only
+    add variance between seeds.
 
     Args:
         dim: size of an embedding.
-        num_classes: classes.
-        dropout: before the dense layer.
-        standardize: mean and variance of train, float32 `(dim,)` each; None leaves embeddings as they are.
+        num_classes: number of classes.
+        dropout: dropout rate before the dense layer.
+        standardize: mean and variance of train, float32 `(dim,)` each; None to keep embeddings unchanged.
         seed: random seed of dropout.
 
     Returns:
@@ -65,14 +67,14 @@ def build_head(
 
 
 def attach(head: keras.Model, backbone: keras.Model) -> keras.Model:
-    """Head behind backbone (or tail), as one flat graph; all layers are shared.
+    """Attaches a head to a backbone or tail, as one flat graph; all layers are shared.
 
     Args:
         head: embeddings → logits.
-        backbone: anything → embeddings.
+        backbone: any input → embeddings.
 
     Returns:
-        The backbone's input → logits.
+        Input of the backbone → logits.
     """
     outputs = backbone.output
     for layer in head.layers[1:]:

@@ -1,4 +1,4 @@
-"""The loss of every stage."""
+"""The loss of all stages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import tensorflow as tf
 def build_loss(
     num_classes: int, *, label_smoothing: float, class_weights: np.ndarray | None
 ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Cross-entropy of logits, with label smoothing (Szegedy et al. 2015, section 7) and class weights.
+    """Builds the cross-entropy of logits with label smoothing (Szegedy et al. 2015, section 7) and class weights.
 
     Args:
-        num_classes: classes.
-        label_smoothing: share of probability given to all classes alike.
+        num_classes: number of classes.
+        label_smoothing: probability that is distributed over all classes.
         class_weights: float32 `(num_classes,)`, or None.
 
     Returns:
-        labels, int `(b,)` or `(b, 1)`, and logits, float32 `(b, num_classes)` → losses, float32 `(b,)`.
+        Labels, int `(b,)` or `(b, 1)`, and logits, float32 `(b, num_classes)` → losses, float32 `(b,)`.
     """
     weights = None if class_weights is None else tf.constant(class_weights, tf.float32)
 
@@ -33,14 +33,14 @@ def build_loss(
 
 
 def balance_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Weights by which each class counts as much as any other, their mean over the examples 1.
+    """Computes weights that give all classes the same total weight; their mean over the examples is 1.
 
     Args:
         labels: int `(n,)`, each class at least once.
-        num_classes: classes.
+        num_classes: number of classes.
 
     Returns:
-        float32 `(num_classes,)`: n / (classes * examples of the class), as scikit-learn's `balanced`.
+        float32 `(num_classes,)`: n / (classes * examples of the class), like scikit-learn's `balanced`.
     """
     counts = np.bincount(labels, minlength=num_classes)
     return (len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What of a backbone is trained, and where it is cut."""
+"""The part of a backbone that is trained, and the cut before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_keras.config import TrainingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What of a backbone is trained, and where it is cut.
+    """The part of a backbone that is trained, and the cut before it.
 
     Attributes:
         backbone: images `(b, h, w, 3)` → embeddings `(b, dim)`.
@@ -21,7 +21,7 @@ class Plan:
         trunk: the frozen part; None if every epoch needs the pixels: they change (--augment=crop), or the stem is
             trained.
         tail: the rest of the backbone.
-        pretrained: whether the backbone has learned features that a head can be trained on first.
+        pretrained: whether the weights of the backbone are pretrained, so that the head can be trained first.
         crop: whether images are randomly cropped and flipped in every epoch.
         initial_weights: the weights of the tail before training.
     """
@@ -65,7 +65,7 @@ def plan_training(backbone: keras.Model, training: TrainingConfig, *, pretrained
         repeated: whether it is trained several times, each time from its initial weights.
 
     Raises:
-        UserError: `--trainable` names no layer of the backbone, or one where it can't be cut.
+        UserError: the layer of `--trainable` does not exist, or the backbone can't be cut there.
     """
     part = choose_trainable(backbone, training.trainable, pretrained=pretrained)
     crop = training.augment == "crop"

@@ -1,4 +1,4 @@
-"""Optimisers and their learning rates."""
+"""Optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _FROM_DECAY_EXCLUDED = ["bias", "gamma", "beta"]
 
 
 def build_schedule(name: str, learning_rate: float, *, steps: int, warmup_steps: int) -> Any:
-    """The learning rate over a stage's steps.
+    """Builds the learning rate schedule of a stage.
 
     Args:
         name: `constant` or `cosine` (Loshchilov & Hutter 2017, without restarts).
-        learning_rate: its highest value.
-        steps: of the whole stage.
-        warmup_steps: in which it rises from 0 (Goyal et al. 2017, section 2.2).
+        learning_rate: peak learning rate.
+        steps: number of steps of the stage.
+        warmup_steps: number of steps of the linear warm-up from 0 (Goyal et al. 2017, section 2.2).
 
     Returns:
         A number or a Keras schedule.
@@ -34,16 +34,16 @@ def build_schedule(name: str, learning_rate: float, *, steps: int, warmup_steps:
 
 
 def build_optimizer(name: str, learning_rate: Any, *, momentum: float, weight_decay: float) -> keras.Optimizer:
-    """A Keras optimiser; weight decay is decoupled and spares biases and normalisation.
+    """Builds a Keras optimizer; decoupled weight decay does not apply to biases and normalization layers.
 
     Args:
         name: `sgd`, `adam` or `adamw`.
         learning_rate: a number or a schedule.
-        momentum: of `sgd`.
+        momentum: momentum of `sgd`.
         weight_decay: 0 for none.
 
     Returns:
-        The optimiser.
+        The optimizer.
     """
     if name == "sgd":
         optimizer = keras.optimizers.SGD(learning_rate, momentum=momentum, weight_decay=weight_decay or None)

@@ -1,6 +1,6 @@
-"""The state of a stage of training on disk: everything that its next step depends on.
+"""Checkpoint of a training stage: everything that its next step depends on.
 
-A stage that is resumed from it gives the same bits as one that was never interrupted.
+A resumed stage has bitwise the same result as one without interruption.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _ARRAYS = ("best", "model", "optimizer", "metrics")
 
 @dataclasses.dataclass
 class StageState:
-    """How far a stage is.
+    """Progress of a stage.
 
     Attributes:
-        identity: a hash of what the stage learns from and begins with; another one makes the state useless.
-        epoch: complete epochs.
-        step: complete steps of the epoch after these.
-        done: whether the stage has ended; then only the best epoch's weights are kept.
-        best_epoch: the best epoch so far, from 1; 0: the weights from before the stage.
-        best_loss: its loss on val.
-        best_accuracy: its accuracy on val.
-        waited: epochs since then.
-        diverged: why the stage ended early, if its loss became NaN.
+        identity: a hash of training data and initial weights; a state with another identity is not used.
+        epoch: number of complete epochs.
+        step: number of complete steps in the next epoch.
+        done: whether the stage has ended; then only the weights of the best epoch are kept.
+        best_epoch: the best epoch so far, from 1; 0 for the weights before the stage.
+        best_loss: its val loss.
+        best_accuracy: its val accuracy.
+        waited: number of epochs since then.
+        diverged: the reason if the stage stopped because its loss became NaN; otherwise empty.
         rows: rows of `history.csv`.
         best: weights of the best epoch.
-        model: all variables of the model, the states of random generators among them.
+        model: all variables of the model, including states of random generators.
         optimizer: all variables of the optimizer.
-        metrics: variables of the metrics of the epoch under way.
+        metrics: variables of the metrics of the current epoch.
     """
 
     identity: str
@@ -58,7 +58,7 @@ class StageState:
 
 
 def write_state(path: Path, state: StageState) -> None:
-    """Writes a state as one `.npz` file, whole or not at all.
+    """Writes a state atomically as one `.npz` file.
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
@@ -77,10 +77,10 @@ def read_state(path: Path, *, identity: str) -> StageState | None:
 
     Args:
         path: the file.
-        identity: of the stage that is to be resumed.
+        identity: identity of the stage to resume.
 
     Returns:
-        The state; None if there is none, if it is damaged, or if it belongs to another stage.
+        The state; None if it does not exist, is damaged, or has another identity.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -96,11 +96,11 @@ def read_state(path: Path, *, identity: str) -> StageState | None:
 
 
 def read_arrays(variables: Sequence[Any]) -> list[np.ndarray]:
-    """Copies of the values of Keras variables."""
+    """Copies the values of Keras variables."""
     return [np.array(variable.numpy()) for variable in variables]  # numpy() alone may share memory
 
 
 def assign_arrays(variables: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
-    """Gives Keras variables their values, in order."""
+    """Assigns values to Keras variables, in order."""
     for variable, array in zip(variables, arrays, strict=True):
         variable.assign(array)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of all embeddings, in minutes for a hundred thousand of them on two cores."""
+"""Nearest neighbors of all embeddings; 100,000 embeddings take minutes on two cores."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
-_DIMENSIONS = 128  # the time of an exact search grows with it: half a minute for 100,000 (benchmarks/audit.py)
+_DIMENSIONS = 128  # determines the time of the exact search: half a minute for 100,000 (benchmarks/audit.py)
 _FITTED_AT_MOST = 20_000
-NEIGHBOURS = 10
+NEIGHBORS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Neighbours:
-    """Of each embedding the nearest others.
+class Neighbors:
+    """The nearest neighbors of each embedding.
 
     Attributes:
-        points: float32 `(n, d)`: embeddings of length 1, on their main components.
-        indices: int64 `(n, k)`, the nearest first, itself left out.
-        distances: float32 `(n, k)`, Euclidean between `points`.
+        points: principal components of embeddings of length 1, float32 `(n, d)`.
+        indices: neighbors, nearest first, without the embedding itself, int64 `(n, k)`.
+        distances: Euclidean distances between `points`, float32 `(n, k)`.
     """
 
     points: np.ndarray
@@ -29,14 +29,14 @@ class Neighbours:
     distances: np.ndarray
 
 
-def find_neighbours(embeddings: np.ndarray) -> Neighbours:
-    """Finds the nearest neighbours by cosine, exactly, on the 128 main components.
+def find_neighbors(embeddings: np.ndarray) -> Neighbors:
+    """Finds the nearest neighbors by cosine similarity, with an exact search on 128 principal components.
 
     Args:
         embeddings: float32 `(n, dim)`, n at least 2.
 
     Returns:
-        At most ten of each.
+        At most ten neighbors of each embedding.
     """
     unit = normalize(embeddings.astype(np.float32))
     count, dim = unit.shape
@@ -45,11 +45,11 @@ def find_neighbours(embeddings: np.ndarray) -> Neighbours:
         rows = np.random.default_rng(0).permutation(count)[:_FITTED_AT_MOST]
         points = PCA(_DIMENSIONS, svd_solver="randomized", random_state=0).fit(unit[rows]).transform(unit)
         points = points.astype(np.float32)
-    k = min(NEIGHBOURS, count - 1)
+    k = min(NEIGHBORS, count - 1)
     search = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(points)
     distances, indices = search.kneighbors(points)
-    # itself comes first, but among exact copies anyone may
+    # each row is its own nearest neighbor, but among exact copies the order is arbitrary
     own = indices == np.arange(count)[:, np.newaxis]
     own[~own.any(1), -1] = True
     keep = ~own
-    return Neighbours(points, indices[keep].reshape(count, k), distances[keep].reshape(count, k).astype(np.float32))
+    return Neighbors(points, indices[keep].reshape(count, k), distances[keep].reshape(count, k).astype(np.float32))
