@@ -211,7 +211,9 @@ def find_resumed(mode: str, given: dict[str, Any]) -> Config | None:
     try:
         return from_dict(found) if found else None
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir}/config.json is not the configuration of a run. Give the folder of an unfinished run.") from error
+        raise UserError(
+            f"{run_dir}/config.json is not the configuration of a run. Give the folder of an unfinished run."
+        ) from error
 
 
 def is_finished(config: Config) -> bool:
