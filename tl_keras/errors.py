@@ -1,5 +1,5 @@
-"""The one error that a user can cause."""
+"""The error class for mistakes of the user."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: what is wrong, with the value; what is allowed; what to do."""
+    """A mistake of the user, in one line: what is wrong, with the value; what is allowed; what to do."""

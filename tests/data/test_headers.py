@@ -93,7 +93,7 @@ def test_the_limit_is_the_last_size_that_is_decoded(kind):
         assert not decode_batch(batch, image_size=8, resize="crop", max_pixels=599)[1].numpy().any()
     assert explain_broken(content, image_size=8, resize="crop", max_pixels=600) == ""
     reason = explain_broken(content, image_size=8, resize="crop", max_pixels=599)
-    assert reason == "has 600 pixels: more than the 599 that are allowed"
+    assert reason == "has 600 pixels; at most 599 are allowed"
 
 
 def test_a_gif_is_cut_behind_its_first_frame():

@@ -72,13 +72,13 @@ def test_what_is_no_image_is_said_to_be_invalid(page, photographs):
     broken = page.locator("#results > li.invalid")
     assert broken.count() == 1
     assert "Invalid" in broken.inner_text()
-    assert "Not an image that can be read" in broken.inner_text()
+    assert "Not a readable image" in broken.inner_text()
 
 
 @on_a_desk
 def test_a_file_that_is_too_large_is_not_even_sent(page):
     drop(page, ("large.jpg", "image/jpeg", b"x" * 3_000_001))
-    assert "larger than the server takes" in page.locator("#results > li.invalid").inner_text()
+    assert "exceeds the size limit of the server" in page.locator("#results > li.invalid").inner_text()
 
 
 def test_results_are_downloaded_as_csv(page, photographs):
@@ -154,7 +154,7 @@ def test_a_picture_is_taken_with_the_camera(page):
 def test_a_camera_that_may_not_be_used_is_said_to_be(page):
     page.evaluate("() => { navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied')); }")
     page.get_by_role("button", name="Use the camera").click()
-    page.wait_for_function("() => document.getElementById('status').textContent.startsWith('There is no camera')")
+    page.wait_for_function("() => document.getElementById('status').textContent.startsWith('No camera')")
 
 
 def test_files_can_be_chosen_and_everything_reached_by_keyboard(page, colour_folder):

@@ -1,7 +1,7 @@
-"""Decoding BMP by stock TensorFlow ops that are not its own decoder's.
+"""Decoder for BMP made of standard TensorFlow ops, without `tf.io.decode_bmp`.
 
-`tf.io.decode_bmp` gives a palette's indices for its colours, takes the channels in one order whatever the file's masks
-say, and refuses one byte more than there are pixels (TF 2.21). Layout: Microsoft, "Bitmap Storage",
+`tf.io.decode_bmp` returns the indices of a palette instead of its colors, ignores the channel masks of a file, and
+rejects files with a single byte after the pixels (TF 2.21). Layout: Microsoft, "Bitmap Storage",
 https://learn.microsoft.com/windows/win32/gdi/bitmap-storage.
 """
 
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-_HEADER_BYTES = 70  # the file's header, and of the picture's own as much as says how it is stored
+_HEADER_BYTES = 70  # file header, and the used part of the image header
 _PALETTE = 256
-_MASKS_16 = (0x7C00, 0x03E0, 0x001F)  # where the file has none: five bits each
+_MASKS_16 = (0x7C00, 0x03E0, 0x001F)  # default: five bits per channel
 _MASKS_32 = (0xFF0000, 0x00FF00, 0x0000FF)
 _BITFIELDS = (3, 6)
 
 
 @tf.autograph.experimental.do_not_convert
 def decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Decodes an uncompressed BMP of 1, 4, 8, 16, 24 or 32 bits a pixel; alpha is dropped.
+    """Decodes an uncompressed BMP with 1, 4, 8, 16, 24 or 32 bits per pixel; alpha is dropped.
 
     Args:
         image_bytes: scalar string.
@@ -27,7 +27,7 @@ def decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
         RGB, uint8, `(height, width, 3)`.
 
     Raises:
-        tf.errors.InvalidArgumentError: the file is compressed, of another kind, or too short.
+        tf.errors.InvalidArgumentError: the file is compressed, has another format, or is truncated.
     """
     header = _read(image_bytes, 0, _HEADER_BYTES)
     size, offset = _number(header[14:18]), _number(header[10:14])
@@ -63,11 +63,11 @@ def decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
 
     kind = tf.where(bits <= 8, 0, tf.where(bits == 24, 1, 2))
     pixels = tf.switch_case(kind, [of_palette, of_bytes, of_masks])
-    return tf.cond(height > 0, lambda: pixels[::-1], lambda: pixels)  # rows are stored from the bottom to the top
+    return tf.cond(height > 0, lambda: pixels[::-1], lambda: pixels)  # rows are stored bottom-up
 
 
 def _read_palette(image_bytes: tf.Tensor, start: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
-    """Colours between two positions, uint8 `(256, 3)`; black where the file has fewer."""
+    """Reads the colors between two positions, uint8 `(256, 3)`, padded with black."""
     count = tf.clip_by_value((end - start) // 4, 0, _PALETTE)
     raw = tf.io.decode_raw(tf.strings.substr(image_bytes, start, 4 * count), tf.uint8)
     colours = tf.reshape(raw, (-1, 4))[:, 2::-1]
@@ -75,7 +75,7 @@ def _read_palette(image_bytes: tf.Tensor, start: tf.Tensor, end: tf.Tensor) -> t
 
 
 def _unpack(raw: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
-    """Bytes that hold eight, two or one number each, the first in the highest bits, as int32 `(rows, n)`."""
+    """Unpacks bytes that contain eight, two or one number each, high bits first, to int32 `(rows, n)`."""
     shifts = tf.cast(tf.range(8 - bits, -1, -bits), tf.int32)
     mask = tf.bitwise.left_shift(1, tf.cast(bits, tf.int32)) - 1
     numbers = tf.bitwise.bitwise_and(tf.bitwise.right_shift(tf.cast(raw, tf.int32)[..., tf.newaxis], shifts), mask)
@@ -89,7 +89,7 @@ def _read(image_bytes: tf.Tensor, start: int, length: int) -> tf.Tensor:
 
 
 def _number(values: tf.Tensor) -> tf.Tensor:
-    """A little-endian number without sign, int64."""
+    """Reads an unsigned little-endian number, int64."""
     return tf.reduce_sum(values * tf.constant([256**power for power in range(values.shape[0])], tf.int64))
 
 

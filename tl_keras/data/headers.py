@@ -1,4 +1,4 @@
-"""What an image's bytes tell before anything is decoded: its size, its EXIF orientation; by stock TensorFlow ops."""
+"""Reads size and EXIF orientation from the headers of images with standard TensorFlow ops, before decoding."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-EXIF_SEARCH_BYTES = 1 << 18  # orientation behind more than 256 KiB of other metadata is not looked for
-_MOST_BLOCKS = 1000  # of metadata before EXIF or a GIF's first frame: a file of tiny blocks must not cost seconds
-_SCANS = 32  # of a JPEG that count as one
-_GIF_WINDOW = 1 << 14  # bytes looked at at once
-_GIF_STEPS = 13  # doublings: the smallest sub-block has two bytes
-_PADDING = b"\0" * 64  # so that reading a header never runs over the end of a short file
+EXIF_SEARCH_BYTES = 1 << 18  # the orientation is not searched after 256 KiB of other metadata
+_MOST_BLOCKS = 1000  # metadata blocks before EXIF or the first frame of a GIF, to limit the time for malicious files
+_SCANS = 32  # number of scans of a JPEG that count as one
+_GIF_WINDOW = 1 << 14  # bytes per step
+_GIF_STEPS = 13  # doublings per window: the smallest sub-block has two bytes
+_PADDING = b"\0" * 64  # allows reading headers beyond the end of short files
 
 
 @tf.autograph.experimental.do_not_convert
@@ -23,7 +23,7 @@ def read_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
         image_bytes: scalar string.
 
     Returns:
-        int32 scalar, 1 to 8; 1 where there is none, or it is damaged.
+        int32 scalar, 1 to 8; 1 if it is missing or damaged.
     """
     head = tf.strings.join([tf.strings.substr(image_bytes, 0, EXIF_SEARCH_BYTES), _PADDING])
     signature = _bytes_at(head, 0, 16)
@@ -44,25 +44,26 @@ def read_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
 
 @tf.autograph.experimental.do_not_convert
 def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
-    """How many pixels decoding would make, read from the header: a few bytes may ask for gigabytes.
+    """Reads the number of pixels from the header, because a few bytes may decode to gigabytes.
 
-    Of JPEG (ITU T.81), PNG (W3C, section 11.2.1), BMP, a GIF's first frame (GIF89a, section 20), WebP (RFC 9649).
+    Supports JPEG (ITU T.81), PNG (W3C, section 11.2.1), BMP, the first frame of a GIF (GIF89a, section 20), and WebP
+    (RFC 9649).
 
     Args:
-        image_bytes: scalar string; of a GIF what `cut_gif` leaves: TensorFlow goes by the frames' own sizes.
+        image_bytes: scalar string; a GIF after `cut_gif`, because TensorFlow uses the sizes of the frames.
 
     Returns:
-        int64 scalar; the largest there is where no such header is found: what can't be foreseen is not decoded.
+        int64 scalar; the maximum of int64 if there is no such header, so that the image is not decoded.
 
     Raises:
-        tf.errors.InvalidArgumentError: a JPEG whose header is broken.
+        tf.errors.InvalidArgumentError: the header of a JPEG is damaged.
     """
     head = tf.strings.join([tf.strings.substr(image_bytes, 0, 32), _PADDING])
     is_jpeg = tf.strings.substr(head, 0, 3) == b"\xff\xd8\xff"
 
     def of_jpeg(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         del head
-        # each scan of a progressive JPEG goes over all of the picture again; cameras and editors make ten or so
+        # each scan of a progressive JPEG decodes the whole image again; cameras and editors write about ten
         scans = tf.size(tf.strings.split(image_bytes, b"\xff\xda")) - 1
         area = _area(*tf.unstack(tf.io.extract_jpeg_shape(image_bytes)[:2]))
         return area * (1 + tf.cast(scans // _SCANS, tf.int64))
@@ -87,11 +88,10 @@ def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
 
 @tf.autograph.experimental.do_not_convert
 def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Cuts a GIF off behind its first frame, and makes that opaque; other files are left as they are.
+    """Removes all frames of a GIF after the first, and makes it opaque; other files are not changed.
 
-    TensorFlow decodes all frames to give the first, and makes the picture as large as the largest of them. Transparent
-    pixels come out black; without the flag they have the colour that the palette gives them, as in PNG and WebP (TF
-    2.21).
+    TensorFlow decodes all frames to return the first, with the size of the largest. Transparent pixels become black;
+    without the transparency flag they have the color of the palette, as in PNG and WebP (TF 2.21).
 
     Args:
         image_bytes: scalar string.
@@ -104,7 +104,7 @@ def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
         image_bytes = _make_opaque(image_bytes)
         frame = _find_gif_frame(image_bytes)
         flags = _bytes_at(_pad(image_bytes), frame, 10)[9]
-        end = _skip_sub_blocks(image_bytes, frame + 11 + _colour_table_bytes(flags))  # one byte tells LZW's code size
+        end = _skip_sub_blocks(image_bytes, frame + 11 + _colour_table_bytes(flags))  # one byte for the LZW code size
         is_whole = (frame > 0) & (end < tf.strings.length(image_bytes))
         first = tf.strings.join([tf.strings.substr(image_bytes, 0, tf.where(is_whole, end, 0)), b";"])
         return tf.where(is_whole, first, image_bytes)
@@ -120,19 +120,19 @@ def run_one(
     inputs: tuple[tf.Tensor, ...],
     output: tf.TensorSpec,
 ) -> tf.Tensor:
-    """Runs one of two branches, as functions of their own.
+    """Runs one of two branches, as separate functions.
 
-    Not `tf.cond`, which TensorFlow inlines: every op of the branch not taken would then cost time (0.5 ms an image).
+    TensorFlow would inline `tf.cond`, and every op of the other branch would cost time (0.5 ms per image).
 
     Args:
         condition: bool scalar.
-        then: inputs → output; without state, and of nothing but its inputs.
-        otherwise: the same.
-        inputs: of both.
-        output: what both give.
+        then: inputs → output; stateless, and without captured tensors.
+        otherwise: the same for False.
+        inputs: inputs of both branches.
+        output: type of the output of both branches.
 
     Returns:
-        The branch's output.
+        The output of the branch.
     """
     signature = tuple(tf.TensorSpec(value.shape, value.dtype) for value in inputs)
     branches = [
@@ -151,8 +151,8 @@ def run_one(
 
 
 def _count_other_pixels(header: tf.Tensor) -> tf.Tensor:
-    """PNG, BMP and WebP; the header's first 32 bytes, int32."""
-    # the first chunk must be the one that tells the size: libpng looks for it further on, too
+    """Reads the number of pixels of PNG, BMP and WebP from the first 32 bytes, int32."""
+    # the first chunk must have the size, although libpng would accept it later
     is_png = _equals(header[:8], b"\x89PNG\r\n\x1a\n") & _equals(header[12:16], b"IHDR")
     is_bmp, is_webp = _equals(header[:2], b"BM"), _is_webp(header)
     png = _area(_big_endian(header[16:20]), _big_endian(header[20:24]))
@@ -172,7 +172,7 @@ def _count_other_pixels(header: tf.Tensor) -> tf.Tensor:
 
 
 def _area(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
-    """Sides as read, int32; a negative one is a BMP that is stored top down."""
+    """Multiplies height and width, int32; a negative height is a BMP stored top-down."""
     return tf.abs(tf.cast(height, tf.int64)) * tf.abs(tf.cast(width, tf.int64))
 
 
@@ -181,12 +181,12 @@ def _pad(image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 def _colour_table_bytes(flags: tf.Tensor) -> tf.Tensor:
-    """Of a GIF's global or local colour table (GIF89a, sections 18 and 20)."""
+    """Size of the global or local color table of a GIF (GIF89a, sections 18 and 20)."""
     return tf.where(flags & 0x80 > 0, 3 * tf.bitwise.left_shift(2, flags & 7), 0)
 
 
 def _make_opaque(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Clears the transparency flag in the graphic control extension of a GIF's first frame (GIF89a, section 23)."""
+    """Clears the transparency flag in the graphic control extension of the first frame (GIF89a, section 23)."""
     control = _walk_gif(image_bytes)[1]
     flags = _bytes_at(_pad(image_bytes), control, 4)[3]
     every_byte = tf.constant([bytes([value]) for value in range(256)])
@@ -199,12 +199,12 @@ def _make_opaque(image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 def _find_gif_frame(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Where a GIF's first image descriptor stands, int32; -1 where none is found."""
+    """Finds the position of the first image descriptor of a GIF, int32; -1 if there is none."""
     return _walk_gif(image_bytes)[0]
 
 
 def _walk_gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where a GIF's first image descriptor stands, and the graphic control extension before it; int32, -1: nowhere."""
+    """Finds the first image descriptor of a GIF and its graphic control extension: positions, int32; -1 for none."""
     padded = _pad(image_bytes)
     first = 13 + _colour_table_bytes(_bytes_at(padded, 0, 13)[10])
 
@@ -224,10 +224,10 @@ def _walk_gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _skip_sub_blocks(image_bytes: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
-    """Where the data sub-blocks that begin at `start` are over (GIF89a, section 15): behind their terminator.
+    """Finds the end of the data sub-blocks that start at `start` (GIF89a, section 15), after their terminator.
 
-    A window at a time: each position's next sub-block is known, and following all of them twice as far in each step
-    takes a handful of steps where a loop from block to block would take thousands.
+    It processes one window at a time with pointer doubling: the next sub-block of each position is known, and the
+    distance doubles in each step. A loop from block to block would take thousands of steps.
     """
     length = tf.strings.length(image_bytes)
     beyond = tf.range(_GIF_WINDOW, _GIF_WINDOW + 256)
@@ -239,7 +239,7 @@ def _skip_sub_blocks(image_bytes: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
         del ended
         window = tf.strings.substr(image_bytes, position, tf.minimum(_GIF_WINDOW, length - position))
         sizes = tf.cast(tf.io.decode_raw(window, tf.uint8), tf.int32)
-        sizes = tf.pad(sizes, [[0, _GIF_WINDOW - tf.size(sizes)]])  # as if the file ended with terminators
+        sizes = tf.pad(sizes, [[0, _GIF_WINDOW - tf.size(sizes)]])  # pads the file with terminators
         here = tf.range(_GIF_WINDOW)
         following = tf.concat([tf.where(sizes > 0, here + 1 + sizes, here), beyond], 0)
         for _ in range(_GIF_STEPS):
@@ -261,7 +261,7 @@ def is_webp_with_alpha(image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 def _bytes_at(head: tf.Tensor, start: Any, length: int) -> tf.Tensor:
-    """Bytes as int32 `(length,)`; a position outside the file gives the padding's zeros."""
+    """Reads bytes as int32 `(length,)`; positions outside of the file give zeros of the padding."""
     last = tf.strings.length(head) - length
     raw = tf.io.decode_raw(tf.strings.substr(head, tf.clip_by_value(start, 0, last), length), tf.uint8)
     return tf.cast(tf.ensure_shape(raw, (length,)), tf.int32)
@@ -277,7 +277,7 @@ def _equals(values: tf.Tensor, expected: bytes) -> tf.Tensor:
 
 def _big_endian(values: tf.Tensor) -> tf.Tensor:
     weights = [256**power for power in reversed(range(values.shape[0]))]
-    return tf.reduce_sum(values * tf.constant(weights, tf.int32))  # above 2 GiB wraps to a negative number
+    return tf.reduce_sum(values * tf.constant(weights, tf.int32))  # numbers above 2 GiB become negative
 
 
 def _little_endian(values: tf.Tensor) -> tf.Tensor:
@@ -287,15 +287,15 @@ def _little_endian(values: tf.Tensor) -> tf.Tensor:
 def _walk(
     head: tf.Tensor, start: int, step: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 ) -> tf.Tensor:
-    """Walks from block to block until one holds EXIF.
+    """Walks from block to block until one contains EXIF.
 
     Args:
-        head: the file's first bytes.
+        head: the first bytes of the file.
         start: position of the first block.
-        step: position of a block → (next block, where its TIFF data begin or -1, whether to go on).
+        step: position of a block → (next block, position of its TIFF data or -1, whether to continue).
 
     Returns:
-        Where the TIFF data begin, int32; -1 where there are none.
+        Position of the TIFF data, int32; -1 if there are none.
     """
     length = tf.strings.length(head)
 
@@ -314,7 +314,7 @@ def _find_jpeg_exif(head: tf.Tensor) -> tf.Tensor:
     def step(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         block = _bytes_at(head, position, 10)
         is_exif = (block[1] == 0xE1) & _equals(block[4:10], b"Exif\0\0")
-        is_fill = block[1] == 0xFF  # any number of these may stand before a marker (ITU T.81, B.1.1.2)
+        is_fill = block[1] == 0xFF  # fill bytes before a marker (ITU T.81, B.1.1.2)
         is_metadata = ((block[1] >= 0xE0) & (block[1] <= 0xEF)) | (block[1] == 0xFE)
         following = tf.where(is_fill, position + 1, position + 2 + _big_endian(block[2:4]))
         return following, tf.where(is_exif, position + 10, -1), (block[0] == 0xFF) & (is_fill | is_metadata)
@@ -343,7 +343,7 @@ def _find_webp_exif(head: tf.Tensor) -> tf.Tensor:
 
 
 def _orientation_of_tiff(head: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
-    """Orientation from a TIFF header and its first directory (TIFF 6.0, section 2)."""
+    """Reads the orientation from a TIFF header and its first directory (TIFF 6.0, section 2)."""
     header = _bytes_at(head, start, 8)
     is_little = _equals(header[:2], b"II")
 

@@ -1,9 +1,9 @@
-"""Encoded images → upright RGB at the network's size, by stock TensorFlow ops.
+"""Decodes images to upright RGB at the network's size, with standard TensorFlow ops.
 
-Training, evaluation, prediction and the exported graph all decode here, so that what was measured is what is served.
+Training, evaluation, prediction and the exported graph use the same decoder, so that metrics hold for the served model.
 
-Decided: the first frame of a GIF; transparency is dropped, and the colour under it is kept; colour profiles are
-ignored; 16-bit images keep their high byte; EXIF orientation is honoured in JPEG, PNG and WebP.
+Conventions: the first frame of a GIF is used; transparency is dropped, and the color below it is kept; color profiles
+are ignored; 16-bit images keep their high byte; EXIF orientation is applied to JPEG, PNG and WebP.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from tl_keras.data.headers import (
     run_one,
 )
 
-DECODER_VERSION = 4  # part of every embedding's address: raise it when a pixel changes
-_JPEG_RATIOS = (1, 2, 4, 8)  # libjpeg's own scales (libjpeg.txt, "DCT scaling")
+DECODER_VERSION = 4  # part of the address of every embedding: increment it if any pixel changes
+_JPEG_RATIOS = (1, 2, 4, 8)  # scales of libjpeg (libjpeg.txt, "DCT scaling")
 _TOO_LARGE = "image with too many pixels:"
 _READ_CHUNK = 64
-_DECODERS = 16  # images decoded at once, or as many as there are threads
-_WIDE = 4  # times as wide as high
-_ENLARGED_AT_MOST = 4  # sides of the target: beyond that most of what is enlarged would be cropped away
+_DECODERS = 16  # maximum number of images decoded in parallel
+_WIDE = 4  # width / height
+_ENLARGED_AT_MOST = 4  # times the target size: beyond that most of the enlarged image would be cropped away
 
 
 @tf.autograph.experimental.do_not_convert
 def decode(image_bytes: tf.Tensor, *, image_size: int, resize: str, max_pixels: int | None = None) -> tf.Tensor:
-    """Decodes one image, stands it upright and brings it to the network's size.
+    """Decodes one image, applies its EXIF orientation, and resizes it to the network's size.
 
-    Resizing is bilinear and antialiased (a triangle filter as wide as the scale), as Pillow's and torchvision's are,
-    and rounded to whole levels as theirs. A JPEG is decoded at the smallest of libjpeg's scales that covers the target.
+    Resizing is bilinear and antialiased (a triangle filter as wide as the scale) and rounded to integers, as in Pillow
+    and torchvision. JPEGs are decoded at the smallest scale of libjpeg that covers the target.
 
     Args:
-        image_bytes: scalar string: JPEG, PNG, GIF, BMP or still WebP, told by content.
-        image_size: side of the result in pixels.
-        resize: `crop` (shortest side, then centre crop), `squash` (both sides) or `pad` (longest side, black borders).
-        max_pixels: larger images are refused before they are decoded; None: there is no limit.
+        image_bytes: scalar string: JPEG, PNG, GIF, BMP or still WebP, detected by content.
+        image_size: height and width of the result, in pixels.
+        resize: `crop` (shorter side, then center crop), `squash` (both sides) or `pad` (longer side, black borders).
+        max_pixels: pixel limit; larger images are rejected before they are decoded. None for no limit.
 
     Returns:
         RGB, uint8, `(image_size, image_size, 3)`.
 
     Raises:
-        tf.errors.InvalidArgumentError: the bytes are no image, a broken or a too large one.
+        tf.errors.InvalidArgumentError: the bytes are not an image, or the image is broken or too large.
     """
     if tf.executing_eagerly():
         return _compile_decoder(image_size, resize, max_pixels)(image_bytes)
@@ -66,9 +66,9 @@ def decode(image_bytes: tf.Tensor, *, image_size: int, resize: str, max_pixels: 
 
 @functools.cache
 def _compile_decoder(image_size: int, resize: str, max_pixels: int | None) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Decoding as a graph: eagerly, each branch inside a branch holds one of TensorFlow's threads until none is left.
+    """Compiles the decoder to a graph, because eager nested branches deadlock: each one blocks a TensorFlow thread.
 
-    Two cores have two such threads, and a photograph with EXIF needs three (TF 2.21).
+    With two cores there are two such threads, but a photograph with EXIF needs three (TF 2.21).
     """
     function: Callable[[tf.Tensor], tf.Tensor] = tf.function(
         functools.partial(decode, image_size=image_size, resize=resize, max_pixels=max_pixels),
@@ -87,24 +87,24 @@ def decode_batch(
     max_pixels: int | None = None,
     read: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes a batch inside a graph; a broken image leaves its neighbors alone.
+    """Decodes a batch inside a graph; broken images do not affect others.
 
-    A `tf.data` pipeline inside the graph skips what can't be decoded, and the rest is scattered back by index. One
-    image alone is decoded without the pipeline's threads, which take longer to start than to work.
+    A `tf.data` pipeline inside the graph skips broken images, and the others are scattered back by index. A single
+    image is decoded without threads, because starting them takes longer than decoding.
 
     Args:
         image_bytes: string `(n,)`; n may be 0.
         image_size: see `decode`.
         resize: see `decode`.
         max_pixels: see `decode`.
-        read: scalar string → an image's bytes, where `image_bytes` holds something else that may be broken as well.
+        read: scalar string → bytes of an image, if `image_bytes` has another format, which may be broken too.
 
     Returns:
-        Images, uint8 `(n, image_size, image_size, 3)`, black where broken; and which are valid, bool `(n,)`.
+        Images, uint8 `(n, image_size, image_size, 3)`, black if broken; and whether they are valid, bool `(n,)`.
     """
     count = tf.shape(image_bytes, out_type=tf.int64)[0]
     shape = (image_size, image_size, 3)
-    decoder = _compile_decoder(image_size, resize, max_pixels)  # one function in the graph, however often it is called
+    decoder = _compile_decoder(image_size, resize, max_pixels)  # a single function in the graph
 
     def decode_one(index: tf.Tensor, one: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return index, decoder(one if read is None else read(one))
@@ -112,7 +112,7 @@ def decode_batch(
     def decode_all(decoders: int | None) -> tuple[tf.Tensor, tf.Tensor]:
         images = tf.data.Dataset.from_tensor_slices((tf.range(count), image_bytes))
         images = images.map(decode_one, num_parallel_calls=decoders).ignore_errors(log_warning=False)
-        # one black image at the end, cut off again below: get_single_element must find a batch where all are broken
+        # one black image at the end, removed below: get_single_element needs a batch even if all images are broken
         images = images.concatenate(tf.data.Dataset.from_tensors((count, tf.zeros(shape, tf.uint8))))
         found: tuple[tf.Tensor, tf.Tensor] = (
             images.batch(count + 1).with_options(without_autotune()).get_single_element()
@@ -135,37 +135,39 @@ def make_images(
     batch_size: int,
     digests: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Streams decoded images in batches, beside whatever consumes them; what can't be decoded is left out.
+    """Streams decoded images in batches, in background threads; broken images are left out.
 
     Args:
-        read: gives (position, encoded bytes) for the positions asked for, in any order.
+        read: positions → pairs of position and encoded bytes, in any order.
         positions: int `(n,)`.
         image_size: see `decode`.
         resize: see `decode`.
-        batch_size: of every batch but the last.
-        digests: SHA-256 that each image's bytes must have, `(n,)` of 32 bytes, by position; other bytes are left out.
-            None: any will do.
+        batch_size: size of every batch except the last.
+        digests: expected SHA-256 of each image's bytes, `(n,)` of 32 bytes, by position; changed files are left out.
+            None to skip this check.
 
     Yields:
         Positions, int64 `(b,)`, and images, uint8 `(b, image_size, image_size, 3)`.
 
     Raises:
-        Exception: what `read` raised, after the images that it gave before.
+        Exception: the exception of `read`, after all images that it returned before.
     """
     failed: list[Exception] = []
-    decoder = _compile_decoder(image_size, resize, None)  # building it takes longer than decoding a hundred images
+    decoder = _compile_decoder(
+        image_size, resize, None
+    )  # cached: building it takes longer than decoding a hundred images
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         found: list[tuple[int, bytes]] = []
         try:
             for item in read(positions):
                 if digests is not None and hashlib.sha256(item[1]).digest() != digests[item[0]].tobytes():
-                    continue  # the file was replaced after it was hashed: its embedding must not get the old key
+                    continue  # the file changed after it was hashed: its embedding must not get the old key
                 found.append(item)
                 if len(found) == _READ_CHUNK:
                     yield _as_arrays(found)
                     found = []
-        except Exception as error:  # ignore_errors would take it for a broken image: it is raised again below
+        except Exception as error:  # raised again below, because ignore_errors would hide it
             failed.append(error)
         if found:
             yield _as_arrays(found)
@@ -182,7 +184,7 @@ def make_images(
 
 
 def without_autotune() -> tf.data.Options:
-    """Options for a pipeline that is soon over: with autotuning, its end waits for a thread that sleeps for seconds.
+    """Makes options for short pipelines: with autotuning, their end waits for a thread that sleeps for seconds.
 
     The sleep doubles up to a minute (`Model::OptimizeLoop`, TF 2.21).
     """
@@ -192,24 +194,25 @@ def without_autotune() -> tf.data.Options:
 
 
 def explain_broken(image_bytes: bytes, *, image_size: int, resize: str, max_pixels: int | None = None) -> str:
-    """Says in a few words why an image can't be decoded; an empty text where it can."""
+    """Explains in a few words why an image can't be decoded; empty if it can."""
     try:
         decode(tf.constant(image_bytes), image_size=image_size, resize=resize, max_pixels=max_pixels)
     except tf.errors.OpError as error:
-        # the op's own message stands before the line that names its node, behind where in our code that was built
+        # the message of the op is before the line with its node name
         message = str(error.message).split("\n\t [[{{")[0].strip() or "unknown error"
         if _TOO_LARGE in message:
             count = int(re.findall(r"\d+", message.rpartition(_TOO_LARGE)[2])[0])
-            size = "no size that can be read" if count == tf.int64.max else f"{count:,} pixels"
-            return f"has {size}: more than the {max_pixels:,} that are allowed"
+            if count == tf.int64.max:
+                return f"has no readable size, so the limit of {max_pixels:,} pixels can't be checked"
+            return f"has {count:,} pixels; at most {max_pixels:,} are allowed"
         reason = message.splitlines()[-1][:160]
-        cut = "the file is cut off or damaged: " if "Invalid JPEG data" in reason else ""
+        cut = "the file is truncated or damaged: " if "Invalid JPEG data" in reason else ""
         return f"can't be decoded: {cut}{reason}"
     return ""
 
 
 def _refuse_above(max_pixels: int, image_bytes: tf.Tensor) -> tf.Tensor:
-    """The same bytes, or an error before any of them is decoded."""
+    """Returns the bytes unchanged; fails before decoding if the image is too large."""
     count = count_pixels(image_bytes)
     check = tf.debugging.Assert(count <= max_pixels, [_TOO_LARGE, count])
     with tf.control_dependencies([check]):
@@ -228,7 +231,7 @@ def _decode_pixels(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> t
         return tf.io.decode_image(image_bytes, channels=channels, expand_animations=False)[:, :, :3]
 
     def decode_by_tensorflow() -> tf.Tensor:
-        # of WebP alone TensorFlow wants to be asked for as many channels as there are
+        # only for WebP, TensorFlow needs the exact number of channels
         return tf.cond(is_webp_with_alpha(image_bytes), lambda: decode_channels(4), lambda: decode_channels(3))
 
     def decode_other() -> tf.Tensor:
@@ -252,7 +255,7 @@ def _decode_jpeg(image_bytes: tf.Tensor, image_size: int, resize: str) -> tf.Ten
 
 
 def _stand_upright(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
-    """Undoes the EXIF orientation; one cheap search spares images without EXIF the reading of their blocks."""
+    """Applies the EXIF orientation; a fast search avoids reading the blocks of images without EXIF."""
     head = tf.strings.substr(image_bytes, 0, EXIF_SEARCH_BYTES)
     without = tf.strings.regex_replace(head, "Exif\\x00|eXIf|EXIF", "", replace_global=False)
 
@@ -268,7 +271,7 @@ def _stand_upright(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 def _orient(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Undoes one of the eight EXIF orientations, as Pillow's `ImageOps.exif_transpose`."""
+    """Applies one of the eight EXIF orientations, like Pillow's `ImageOps.exif_transpose`."""
 
     def undo() -> tf.Tensor:
         turned = tf.cond(orientation >= 5, lambda: tf.transpose(pixels, (1, 0, 2)), lambda: pixels)
@@ -281,9 +284,9 @@ def _orient(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _resize(pixels: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
-    """Resizes and crops (or pads) in one op, so that only what is kept is computed: 1 x 10,000 pixels cost no more.
+    """Resizes and crops (or pads) in one op, so that only the result is computed, even for 1 x 10,000 pixels.
 
-    Sides and middle are rounded as torchvision's `Resize` and `CenterCrop` round them, to the pixel.
+    Size and center are rounded exactly like in torchvision's `Resize` and `CenterCrop`.
     """
     sides = tf.shape(pixels, out_type=tf.int64)[:2]
     if resize == "squash":
@@ -311,17 +314,17 @@ def _resize(pixels: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
         return tf.transpose(turned, (1, 0, 2))
 
     def shrink() -> tf.Tensor:
-        # the op brings the height to size first, and keeps all of the width in float32: of a picture a million pixels
-        # wide gigabytes
+        # the op resizes the height first and keeps the full width in float32, which would be gigabytes for an image
+        # that is a million pixels wide
         is_wide = sides[1] > _WIDE * sides[0]
         result = tf.TensorSpec((image_size, image_size, 3), tf.float32)
         return run_one(is_wide, filter_lying_down, filter_and_crop, (pixels, scale, offset), result)
 
-    # enlarged, there is nothing to filter: the same pixels from an op that takes a third of the time
+    # enlarging needs no filter: a faster op gives the same pixels in a third of the time
     is_enlarged = tf.reduce_all(scaled >= sides) & (tf.reduce_max(scaled) <= _ENLARGED_AT_MOST * image_size)
     to_enlarge = tf.cast(tf.minimum(scaled, _ENLARGED_AT_MOST * image_size), tf.int32)
     resized = tf.cond(is_enlarged, lambda: _enlarge(pixels, to_enlarge, tf.cast(offset, tf.int32), image_size), shrink)
-    # a triangle filter never leaves 0 to 255, so that adding a half and cutting off rounds
+    # a triangle filter stays within 0 to 255, so adding 0.5 and truncating rounds correctly
     return tf.ensure_shape(tf.cast(resized + 0.5, tf.uint8), (image_size, image_size, 3))
 
 

@@ -34,7 +34,7 @@ from tl_keras.jobs.start import Job, Network, load_network, start
 from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_probe
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_memory
-from tl_keras.probes.search import Labelled, Search, choose_parameter
+from tl_keras.probes.search import Labeled, Search, choose_parameter
 from tl_keras.run import Screen, Stopwatch, read_json, write_atomically
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
 from tl_keras.training.batches import predict_logits
@@ -278,7 +278,7 @@ def _recipe(job: Job) -> Recipe:
     return Recipe(scale=probe.scale, max_iter=probe.max_iter, seed=job.config.run.seed)
 
 
-def _read(examples: Examples, embedded: Embedded, *splits: str) -> Labelled:
+def _read(examples: Examples, embedded: Embedded, *splits: str) -> Labeled:
     positions = np.concatenate([examples.positions(split) for split in splits])
     return embedded.read(positions), examples.source.labels[positions]
 
@@ -288,7 +288,7 @@ def _predict(examples: Examples, embedded: Embedded, head: keras.Model, split: s
     return predict_logits(head, embedded.read, examples.positions(split), batch_size=_PREDICT_BATCH)
 
 
-def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train: Labelled, val: Labelled) -> _Candidate:
+def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train: Labeled, val: Labeled) -> _Candidate:
     """Selects the parameter, fits on train, and scores on val."""
     start = time.perf_counter()
     search, fitted = _fit(job, probe, train, val)
@@ -300,7 +300,7 @@ def _try(job: Job, trunk: keras.Model, embedded: Embedded, probe: str, *, train:
     return _Candidate(trunk, embedded, probe, search, fitted.value, fitted.converged, fitted, logits, correct, seconds)
 
 
-def _fit(job: Job, probe: str, train: Labelled, val: Labelled) -> tuple[Search | None, Fitted]:
+def _fit(job: Job, probe: str, train: Labeled, val: Labeled) -> tuple[Search | None, Fitted]:
     settings, recipe, search, value = job.config.probe, _recipe(job), None, job.config.probe.probe_parameter
     if value is None:
         search = _search_once(

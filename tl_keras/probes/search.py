@@ -22,7 +22,7 @@ _REPEATS = 5
 _TAIL = 2
 _ROUGH_TOLERANCE, _ROUGH_ITERATIONS = 1e-2, 100
 
-Labelled = tuple[np.ndarray, np.ndarray]
+Labeled = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Search:
 
 
 def choose_parameter(
-    name: str, train: Labelled, val: Labelled, *, recipe: Recipe, choose_by: str, show_progress: Callable[[str], None]
+    name: str, train: Labeled, val: Labeled, *, recipe: Recipe, choose_by: str, show_progress: Callable[[str], None]
 ) -> Search:
     """Selects a parameter from a grid of decades, then of thirds of decades; simpler classifiers win ties.
 
@@ -109,8 +109,8 @@ def _best(scores: dict[float, list[float]], values: Iterable[float]) -> float:
 
 
 def _make_folds(
-    train: Labelled, val: Labelled, *, choose_by: str, recipe: Recipe
-) -> tuple[list[Callable[[], tuple[Labelled, Labelled]]], int, str]:
+    train: Labeled, val: Labeled, *, choose_by: str, recipe: Recipe
+) -> tuple[list[Callable[[], tuple[Labeled, Labeled]]], int, str]:
     """Makes the folds lazily; both parts of a fold are scaled with statistics of its training part.
 
     Returns:
@@ -128,7 +128,7 @@ def _make_folds(
     repeats = min(_REPEATS, -(-_SCORED // len(labels)))
     folds = RepeatedStratifiedKFold(n_splits=number, n_repeats=repeats, random_state=recipe.seed)
 
-    def make(fit: np.ndarray, score: np.ndarray) -> Callable[[], tuple[Labelled, Labelled]]:
+    def make(fit: np.ndarray, score: np.ndarray) -> Callable[[], tuple[Labeled, Labeled]]:
         return lambda: _scale((embeddings[fit], labels[fit]), (embeddings[score], labels[score]), recipe)
 
     times = f", {repeats} times" if repeats > 1 else ""
@@ -139,7 +139,7 @@ def _make_folds(
     return [make(*part) for part in parts], fewest, how
 
 
-def _scale(fit: Labelled, score: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
+def _scale(fit: Labeled, score: Labeled, recipe: Recipe) -> tuple[Labeled, Labeled]:
     scaler = build_scaler(recipe.scale).fit(fit[0])
     return (scaler.transform(fit[0]), fit[1]), (scaler.transform(score[0]), score[1])
 
@@ -151,7 +151,7 @@ class _RegularizationPath:
         self._probe, self._recipe, self._cores = PROBES[name], recipe, cores
         self.unconverged: list[float] = []
 
-    def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
+    def score(self, values: Sequence[float], fit: Labeled, score: Labeled) -> dict[float, float]:
         found = Parallel(n_jobs=self._cores, prefer="threads")(
             delayed(self._score_one)(value, fit, score) for value in values
         )
@@ -160,7 +160,7 @@ class _RegularizationPath:
     def _build(self, value: float) -> Any:
         return self._probe.build(value, self._recipe)
 
-    def _score_one(self, value: float, fit: Labelled, score: Labelled) -> float:
+    def _score_one(self, value: float, fit: Labeled, score: Labeled) -> float:
         estimator = self._build(value).fit(*fit)
         return float(np.mean(estimator.predict(score[0]) == score[1]))
 
@@ -172,7 +172,7 @@ class _WarmStartPath(_RegularizationPath):
         super().__init__(name, recipe, cores)
         self._solutions: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
-    def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
+    def score(self, values: Sequence[float], fit: Labeled, score: Labeled) -> dict[float, float]:
         found = {}
         for value in sorted(values):
             estimator = self._build(value).set_params(warm_start=True)
@@ -200,7 +200,7 @@ class _KernelPath(_RegularizationPath):
 
     _kernels: tuple[np.ndarray, np.ndarray] | None = None
 
-    def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
+    def score(self, values: Sequence[float], fit: Labeled, score: Labeled) -> dict[float, float]:
         if self._kernels is None:
             kernel = RbfKernel().fit(fit[0])
             self._kernels = kernel.transform(fit[0]), kernel.transform(score[0])
@@ -210,7 +210,7 @@ class _KernelPath(_RegularizationPath):
 class _NeighborsPath(_RegularizationPath):
     """Nearest neighbors: they are searched once, for the largest number of neighbors."""
 
-    def score(self, values: Sequence[float], fit: Labelled, score: Labelled) -> dict[float, float]:
+    def score(self, values: Sequence[float], fit: Labeled, score: Labeled) -> dict[float, float]:
         estimator = self._build(max(values)).fit(*fit)
         labels = fit[1][estimator.kneighbors(score[0], return_distance=False)]
         classes = int(fit[1].max()) + 1

@@ -292,13 +292,13 @@ def build_server(
             ("grpc.so_reuseport", 0),  # otherwise two servers could share a port unnoticed
         ],
     )
-    checked, told = Gate(limits, budget, workers), Health(models)
-    checked.add(server, _PREDICTION, PredictionService(models, metrics, limits, workers))
-    checked.add(server, _MODEL, ModelService(models, workers, told.note))
-    health_pb2_grpc.add_HealthServicer_to_server(told.servicer, server)
+    gate, health_service = Gate(limits, budget, workers), Health(models)
+    gate.add(server, _PREDICTION, PredictionService(models, metrics, limits, workers))
+    gate.add(server, _MODEL, ModelService(models, workers, health_service.note))
+    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     services = (_PREDICTION, _MODEL, health_pb2.DESCRIPTOR.services_by_name["Health"])
     reflection.enable_server_reflection((*(one.full_name for one in services), reflection.SERVICE_NAME), server)
-    return server, told
+    return server, health_service
 
 
 def _read_spec(spec: model_pb2.ModelSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The REST API of TF Serving (tensorflow_serving/g3doc/api_rest.md), and in addition raw images and a web page."""
+"""The REST API of TF Serving (https://www.tensorflow.org/tfx/serving/api_rest), plus raw images and a web page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of training: the head first, then what of the backbone is asked for (Kumar et al. 2022)."""
+"""The stages of training: first the head, then the requested layers of the backbone (Kumar et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tl_keras.training.heads import attach, build_head, measure_embeddings
 from tl_keras.training.losses import balance_classes, build_loss
 
 _EVALUATE_BATCH = 256
-_HEAD_STEPS = 8  # of a linear head at once: Keras's own work on a step takes longer than the step
+_HEAD_STEPS = 8  # steps per call for a linear head, because the overhead of Keras is larger than a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learnt, and how: the same for all stages.
+    """Data and settings of a training, for all stages.
 
     Attributes:
-        examples: labelled images; epochs are chosen on their val.
-        training: the recipe.
-        seed: of the order of examples and of dropout.
-        progress: where stages report to.
+        examples: labeled images; epochs are selected on their val split.
+        training: the training settings.
+        seed: random seed of the order of examples and of dropout.
+        progress: output of the stages.
     """
 
     examples: Examples
@@ -40,17 +40,17 @@ class Task:
 
     @property
     def num_views(self) -> int:
-        """Stored views of a training image."""
+        """Number of stored views of a training image."""
         return 2 if self.training.augment == "flip" else 1
 
     @property
     def predict_batch(self) -> int:
-        """Examples at once where nothing is learned: what fits into memory then is four times a training step's."""
+        """Batch size of predictions: without gradients, four times the training batch fits in memory."""
         return min(_EVALUATE_BATCH, 4 * self.training.batch_size)
 
     @property
     def num_classes(self) -> int:
-        """Classes."""
+        """Number of classes."""
         return len(self.examples.class_names)
 
 
@@ -58,8 +58,8 @@ def fit_head(task: Task, embedded: Embedded) -> tuple[keras.Model, Stage]:
     """Trains a head on stored embeddings.
 
     Args:
-        task: what is learnt.
-        embedded: the backbone's embeddings, `(dim,)` each.
+        task: data and settings.
+        embedded: embeddings of the backbone, `(dim,)` each.
 
     Returns:
         The head, embeddings `(b, dim)` → logits `(b, classes)`, with the weights of its best epoch; and the stage.
@@ -95,13 +95,13 @@ def fit_tail(
     """Trains layers of the backbone together with the head, on stored feature maps or pixels.
 
     Args:
-        task: what is learnt.
-        embedded: what the trunk gave: feature maps, or pixels where there is no trunk.
+        task: data and settings.
+        embedded: outputs of the trunk: feature maps, or pixels without a trunk.
         tail: the rest of the backbone → `(b, dim)`.
-        head: trained already, or new.
-        layers: the layers of the tail to train; the others stay frozen, BatchNormalization in inference mode.
-        crop: whether pixels are cropped and mirrored, anew each epoch.
-        after: the head's stage: it stays where no epoch is better on val. None: the head is new.
+        head: a trained or new head.
+        layers: layers of the tail to train; others stay frozen, BatchNormalization in inference mode.
+        crop: whether pixels are randomly cropped and mirrored in each epoch.
+        after: the stage of the head, whose weights are kept if no epoch is better on val; None if the head is new.
 
     Returns:
         The stage; tail and head have the weights of its best epoch.
@@ -130,12 +130,12 @@ def fit_tail(
 
 
 def new_head(task: Task, embedded: Embedded | None = None, *, dim: int = 0) -> keras.Model:
-    """A head that is not trained yet.
+    """Builds an untrained head.
 
     Args:
-        task: what is learnt.
-        embedded: embeddings that it standardises by, where the recipe says so; without them it does not.
-        dim: size of an embedding, where there are none.
+        task: data and settings.
+        embedded: embeddings for standardization, if the settings ask for it; None for no standardization.
+        dim: size of an embedding, if no embeddings are given.
 
     Returns:
         Embeddings `(b, dim)` → logits `(b, classes)`.
@@ -174,7 +174,7 @@ def _val_batches(task: Task, embedded: Embedded) -> Any:
 
 
 def _identify(task: Task, embedded: Embedded) -> str:
-    """A hash of what a stage learns from: embeddings, images, labels, splits and recipe."""
+    """Hashes the training data of a stage: embeddings, images, labels, splits and settings."""
     examples = task.examples
     digest = hashlib.sha256(f"{embedded.name} {task.seed} {task.training}".encode())
     for split in ("train", "val"):
