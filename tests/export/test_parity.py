@@ -219,4 +219,4 @@ def test_the_process_sees_no_gpu_and_imports_what_this_one_imports(process, monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.syspath_prepend("/a place of mine")
     process("import os, sys; sys.exit(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + str('/a place of mine' in sys.path))")
-    assert "loads it: -1 True. Nothing" in error_of(compare, np.ones((1, 2)))
+    assert "like in TF Serving: -1 True. Nothing" in error_of(compare, np.ones((1, 2)))
