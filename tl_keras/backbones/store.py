@@ -36,8 +36,23 @@ _ROW_BYTES = 64  # key, type, shape, and overhead of SQLite
 _KEY_BYTES = 48  # entry in the index, whose pages are two thirds full
 # types of network file systems, on which SQLite's write-ahead log does not work
 _NETWORK = (
-    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "glusterfs", "ocfs2", "gfs2"),
-    *("9p", "orangefs", "pvfs2", "fuse"),
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "afs",
+    "glusterfs",
+    "ocfs2",
+    "gfs2",
+    "9p",
+    "orangefs",
+    "pvfs2",
+    "fuse",
 )
 
 

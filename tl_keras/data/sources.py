@@ -19,9 +19,27 @@ from tl_keras.run import map_ahead
 _SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "gif", "bmp", "webp"),
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "gif",
+        "bmp",
+        "webp",
         # not supported by TensorFlow: these images are listed as broken, with advice on conversion
-        *("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ico", "svg", "psd", "raw", "dng"),
+        "tif",
+        "tiff",
+        "heic",
+        "heif",
+        "avif",
+        "jxl",
+        "jp2",
+        "ico",
+        "svg",
+        "psd",
+        "raw",
+        "dng",
     )
 )
 # folders that operating systems create: archives of macOS, thumbnails and trash of NAS and Windows

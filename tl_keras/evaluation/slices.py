@@ -17,8 +17,19 @@ from tl_keras.evaluation.metrics import measure
 from tl_keras.statistics.intervals import with_interval
 
 SLICES = (
-    *("column", "value", "n", "accuracy", "accuracy_low", "accuracy_high", "p_value"),
-    *("mean_per_class_accuracy", "macro_precision", "macro_recall", "macro_f1", "nll", "ece"),
+    "column",
+    "value",
+    "n",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "p_value",
+    "mean_per_class_accuracy",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+    "nll",
+    "ece",
 )
 _NO_ATTRIBUTES = {"id", "path", "label", "split"}  # columns of a manifest that are not attributes
 _MISSING = "(none)"

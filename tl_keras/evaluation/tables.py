@@ -35,7 +35,10 @@ _PAIRS, _PAIRS_SHOWN = 50, 3
 _CURVE_POINTS = 200
 _FIGURES = ("precision", "recall", "f1")
 _PER_CLASS_HEADER = (
-    *("split", "label", "support", "predicted"),
+    "split",
+    "label",
+    "support",
+    "predicted",
     *(f"{figure}{part}" for figure in _FIGURES for part in ("", "_low", "_high")),
 )
 
