@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import shutil
 import subprocess
 import sys
@@ -117,10 +116,16 @@ def test_predictions_need_a_file():
         tl_keras.predict(classifier="x", images=["a.jpg"])
 
 
-def test_importing_a_package_leaves_the_functions_callable():
+def test_importing_a_package_leaves_the_functions_callable(monkeypatch):
+    seen = []
     for name in ("audit", "export"):
         importlib.import_module(f"tl_keras.{name}")
-        assert inspect.isfunction(getattr(tl_keras, name))
+        monkeypatch.setattr(api, name, lambda **settings: seen.append(settings) or Result())
+        getattr(tl_keras, name)(classifier="x")
+    assert seen == [{"classifier": "x"}] * 2
+    import tl_keras.audit.findings as findings
+
+    assert findings.FINDINGS_HEADER
 
 
 def test_a_notebooks_way_from_images_to_predictions(colour_folder, store_dir, tmp_path, capfd):

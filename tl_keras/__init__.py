@@ -6,6 +6,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from tl_keras import api
 from tl_keras.api import audit, evaluate, export, extract, finetune, predict
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
@@ -45,12 +46,21 @@ def load_classifier(path: str) -> LoadedClassifier:
     return load(path)
 
 
+class _CallableModule(types.ModuleType):
+    """The packages `audit` and `export`, which can be called as the functions of these names."""
+
+    def __call__(self, **settings: Any) -> Result:
+        function = getattr(api, self.__name__.rpartition(".")[2])
+        result: Result = function(**settings)
+        return result
+
+
 class _Package(types.ModuleType):
-    """Keeps `tl_keras.audit` and `tl_keras.export` functions when the packages of these names are imported."""
+    """Keeps `tl_keras.audit(…)` and `tl_keras.export(…)` callable when the packages of these names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"audit", "export"} and isinstance(value, types.ModuleType):
-            return
+            value.__class__ = _CallableModule
         super().__setattr__(name, value)
 
 
