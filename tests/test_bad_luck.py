@@ -140,7 +140,7 @@ def test_ctrl_c_keeps_what_is_done(stage, colour_folder, tmp_path):
         assert (tmp_path / "run" / "classifier" / "network.keras").is_file()
         assert "accuracy" in out.splitlines()[-1]
         assert not (tmp_path / "m").exists()
-        assert ", and was interrupted." in (tmp_path / "run" / "report.html").read_text()
+        assert "Training was interrupted." in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_name_that_is_no_utf8(tmp_path):

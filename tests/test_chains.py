@@ -190,7 +190,7 @@ def test_resume_takes_the_settings_of_the_run(data, tmp_path, finetune, capsys, 
     assert run_main("--mode=extract", "--resume", f"--run_dir={run}") == 1
     assert "the run is one of --mode=finetune, not of --mode=extract" in capsys.readouterr().err
     assert run_main("--mode=finetune", "--resume") == 0  # the latest in the folder runs
-    assert "head: trained before the interruption; best on val" in capsys.readouterr().out
+    assert "head: trained before the interruption; best epoch by val" in capsys.readouterr().out
     np.testing.assert_array_equal(np.load(run / "probabilities.npy"), np.load(whole / "probabilities.npy"))
     assert run_main("--mode=finetune", "--resume", f"--run_dir={run}") == 0
     assert f"the run in {run} is complete: there is nothing to resume" in capsys.readouterr().out
