@@ -213,7 +213,9 @@ def test_an_export_that_was_interrupted_after_its_version_was_there_is_not_made_
 
 
 @pytest.mark.parametrize(
-    "settings", [{"KERAS_BACKEND": "torch"}, {"KERAS_HOME": "{tmp}"}], ids=lambda one: next(iter(one))
+    "settings",
+    [{"KERAS_BACKEND": "torch"}, pytest.param({"KERAS_HOME": "{tmp}"}, marks=pytest.mark.slow)],
+    ids=lambda one: next(iter(one)),
 )
 def test_what_other_programs_set_for_keras_changes_nothing(data, tmp_path, settings):
     (tmp_path / "keras.json").write_text(

@@ -298,7 +298,9 @@ def test_few_shots_are_drawn_several_times(tmp_path, capsys):
     assert few["accuracies"][0] == metrics_of(run)["test"]["accuracy"]  # the first draw is the run's own
     assert len(set(few["accuracies"])) > 1
     assert sum(row["split"] == "train" for row in rows_of(run / "splits.csv")) == 9
-    assert f"3 images per class, 4 draws: test accuracy {few['mean']:.3f} (standard deviation " in capsys.readouterr().out
+    assert (
+        f"3 images per class, 4 draws: test accuracy {few['mean']:.3f} (standard deviation " in capsys.readouterr().out
+    )
     alone = metrics_of(place.run("--shots=3", *flags))
     assert alone["test"] == metrics_of(run)["test"]
 

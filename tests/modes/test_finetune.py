@@ -54,7 +54,7 @@ def test_the_temperature_is_in_the_classifier_and_changes_no_class(finetune, col
     assert f"calibration: temperature {temperature:.2f}, fitted on val" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("trainable", ["head", "last:2"])
+@pytest.mark.parametrize("trainable", ["head", pytest.param("last:2", marks=pytest.mark.slow)])
 def test_other_seeds_tell_the_spread_and_leave_the_run_as_it_is(finetune, capsys, trainable):
     flags = ("--epochs=1", f"--trainable={trainable}")
     once, often = finetune("once", *flags), finetune("often", *flags, "--seeds=3")
@@ -72,7 +72,7 @@ def test_other_seeds_tell_the_spread_and_leave_the_run_as_it_is(finetune, capsys
     assert (often / "history.csv").read_text().count("\n") == (once / "history.csv").read_text().count("\n")
 
 
-@pytest.mark.parametrize("trained", [1, 2])
+@pytest.mark.parametrize("trained", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
     finetune_flags, tmp_path, capsys, monkeypatch, trained
 ):
