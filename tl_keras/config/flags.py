@@ -15,7 +15,17 @@ from typing import Any
 from absl import flags
 
 from tl_keras.config.checks import Config, check_choice, nearest
-from tl_keras.config.settings import AUDIT, FINETUNE, GROUPS, MODES, PATHS, find_default, is_run, list_fields
+from tl_keras.config.settings import (
+    AUDIT,
+    FINETUNE,
+    GROUPS,
+    MODES,
+    PATHS,
+    find_default,
+    is_run,
+    list_fields,
+    value_types,
+)
 from tl_keras.errors import UserError
 
 GENERAL: dict[str, str] = {
@@ -24,18 +34,31 @@ GENERAL: dict[str, str] = {
     "version": "print the version and exit",
 }
 FindEarlier = Callable[[str, dict[str, Any]], Config | None]
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a sequence of strings",
+}
+_DEFINE: dict[type, Callable[..., Any]] = {
+    bool: flags.DEFINE_boolean,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
 _ILLEGAL = re.compile(r"flag --(\w+)=(.*?): ", re.DOTALL)
 
 
 def define_flags() -> flags.FlagValues:
-    """Makes every setting's flag, in a set of flags of its own: other packages' flags do not mix with ours."""
+    """Defines a flag for every setting, in its own set of flags, separate from the flags of other packages."""
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_string("mode", None, "what to do: " + ", ".join(MODES), flag_values=values)
     for name, text in GENERAL.items():
         flags.DEFINE_boolean(name, False, text, flag_values=values)
-    for group, field in list_fields():
-        _define_flag(values, group, field)
+    for _, field in list_fields():
+        _define_flag(values, field)
     return values
 
 
@@ -140,36 +163,32 @@ def convert_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: there is no such setting, or a value is of the wrong type.
     """
-    kinds = {name: kind for group in GROUPS.values() for name, kind in typing.get_type_hints(group).items()}
-    converted = {}
+    types, converted = value_types(), {}
     for name, value in given.items():
-        if name not in kinds:
-            raise UserError(f"{name} is not a setting. {nearest(name, kinds)}See `tl_keras MODE --help=all`.")
+        if name not in types:
+            raise UserError(f"{name} is not a setting. {nearest(name, types)}See `tl_keras MODE --help=all`.")
         if value is not None:  # None: the default
-            converted[name] = _expand_path(name, _convert(name, value, kinds[name]))
+            converted[name] = _expand_path(name, _convert(name, value, types[name]))
     return converted
 
 
-def _convert(name: str, value: Any, kind: Any) -> Any:
-    allowed = {kind, *typing.get_args(kind)}
+def _convert(name: str, value: Any, kind: type) -> Any:
     is_path = isinstance(value, os.PathLike)
-    if kind == tuple[str, ...]:
+    if kind is tuple:
         values = [value] if isinstance(value, (str, os.PathLike)) else value
         if isinstance(values, Iterable) and all(isinstance(one, (str, os.PathLike)) for one in values):
             return tuple(str(os.fspath(one)) for one in values)
-    elif str in allowed and (isinstance(value, str) or is_path):
+    elif kind is str and (isinstance(value, str) or is_path):
         text = str(os.fspath(value))
         return _name_source(text) if is_path and name == "dataset" else text
-    elif bool in allowed and isinstance(value, bool):
-        return value
-    elif int in allowed and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    elif isinstance(value, bool):
+        if kind is bool:
+            return value
+    elif kind is int and isinstance(value, numbers.Integral):
         return int(value)
-    elif float in allowed and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    elif kind is float and isinstance(value, numbers.Real):
         return float(value)
-    if kind == tuple[str, ...]:
-        raise UserError(f"{name}={value!r} is not a sequence of strings.")
-    wanted = "text" if str in allowed else _KINDS["bool" if bool in allowed else "int" if int in allowed else "float"]
-    raise UserError(f"{name}={value!r} is not {wanted}.")
+    raise UserError(f"{name}={value!r} is not {_KINDS[kind.__name__]}.")
 
 
 def _name_source(path: str) -> str:
@@ -247,23 +266,16 @@ def _expand_path(name: str, value: Any) -> Any:
     return os.path.expanduser(value) if name in PATHS else value
 
 
-def _define_flag(values: flags.FlagValues, group: str, field: dataclasses.Field[Any]) -> None:
-    kind = typing.get_type_hints(GROUPS[group])[field.name]
+def _define_flag(values: flags.FlagValues, field: dataclasses.Field[Any]) -> None:
     text, default = field.metadata["help"], typing.cast(Any, field.default)
-    if kind is bool:
-        flags.DEFINE_boolean(field.name, default, text, flag_values=values)
-    elif kind == tuple[str, ...]:
-        flags.DEFINE_list(field.name, list(default) or None, text, flag_values=values)
-    elif int in {kind, *typing.get_args(kind)}:
-        flags.DEFINE_integer(field.name, default, text, flag_values=values)
-    elif float in {kind, *typing.get_args(kind)}:
-        flags.DEFINE_float(field.name, default, text, flag_values=values)
-    else:
-        flags.DEFINE_string(field.name, default, text, flag_values=values)
+    kind = value_types()[field.name]
+    if kind is tuple:
+        default = list(default) or None
+    _DEFINE[kind](field.name, default, text, flag_values=values)
 
 
 def _explain_unknown(name: str, values: flags.FlagValues) -> str:
-    """An unknown flag, with the one that was probably meant."""
+    """Describes an unknown flag, and suggests the one that was probably meant."""
     words = name.replace("-", "_")
     positive = words.removeprefix("no_")
     if words in MODES:
@@ -285,7 +297,7 @@ def _suggest_flag(name: str, values: flags.FlagValues) -> str:
 
 
 def _explain_value(text: str, values: flags.FlagValues) -> str:
-    """What absl says of a value, in plain words."""
+    """Rewords absl's message about a value."""
     found = _ILLEGAL.match(text)
     if found and found[1] in values:
         kind = _KINDS.get(values[found[1]].flag_type(), "such a value")
@@ -294,7 +306,7 @@ def _explain_value(text: str, values: flags.FlagValues) -> str:
 
 
 def _explain_word(word: str) -> str:
-    """A word where a flag is expected."""
+    """Describes a word where a flag is expected."""
     if word in MODES:
         return f"{word!r} is not a flag. The mode is the first word, or --mode={word}."
     return f"{word!r} is not a flag. Every setting is a flag: --name=value."

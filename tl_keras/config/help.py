@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import textwrap
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from tl_keras.config.settings import (
     find_default,
     find_help,
     list_fields,
+    value_types,
 )
 
 EXAMPLES = {
@@ -84,7 +84,7 @@ def find_help_request(arguments: Sequence[str]) -> HelpRequest | None:
 
 
 def overview() -> str:
-    """The modes, a line each, and the flags of every mode."""
+    """The modes, one line each."""
     lines = [
         "tl_keras: transfer learning for image classification, from labeled images to TensorFlow Serving",
         "",
@@ -121,7 +121,7 @@ def mode_help(mode: str, *, everything: bool = False) -> str:
 
 
 def all_flags() -> str:
-    """The flags of all modes, with their defaults in each."""
+    """The flags of each mode, with its defaults."""
     return "\n\n\n".join(mode_help(mode, everything=True) for mode in MODES)
 
 
@@ -188,6 +188,4 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
         return "|".join(choices)
     if metavar:
         return str(metavar)
-    kinds = {name: kind for group in GROUPS.values() for name, kind in typing.get_type_hints(group).items()}
-    kind = kinds[field.name]
-    return "N" if int in {kind, *typing.get_args(kind)} else "X"
+    return "N" if value_types()[field.name] is int else "X"

@@ -18,12 +18,12 @@ from tl_keras.config.settings import (
     EXPORT,
     EXTRACT,
     FINETUNE,
-    GROUPS,
     MODES,
     PATHS,
     PREDICT,
     find_help,
     list_fields,
+    value_types,
 )
 
 API_MODES = (FINETUNE, EXTRACT, EVALUATE, PREDICT, AUDIT, EXPORT)
@@ -45,11 +45,10 @@ def keywords_module() -> str:
         "",
         "Path = str | os.PathLike[str]",
     ]
-    kinds = {name: kind for group in GROUPS.values() for name, kind in typing.get_type_hints(group).items()}
     for mode in API_MODES:
         lines += ["", "", f"class {mode.capitalize()}Keywords(TypedDict, total=False):"]
         lines += [f'    """Settings of `{mode}`."""', ""]
-        lines += [f"    {field.name}: {_keyword_type(field, kinds[field.name])}" for _, field in list_fields(mode)]
+        lines += [f"    {field.name}: {_keyword_type(field)}" for _, field in list_fields(mode)]
     return "\n".join(lines) + "\n"
 
 
@@ -84,16 +83,15 @@ def flags_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _keyword_type(field: dataclasses.Field[typing.Any], kind: object) -> str:
+def _keyword_type(field: dataclasses.Field[typing.Any]) -> str:
+    kind = value_types()[field.name]
     text = "Path" if field.name in {*PATHS, "dataset"} else "str"
     if field.metadata["choices"]:
         text = "Literal[" + ", ".join(f'"{choice}"' for choice in field.metadata["choices"]) + "]"
-    if kind == tuple[str, ...]:
+    if kind is tuple:
         return f"Sequence[{text}] | {text}"
-    for base, name in ((bool, "bool"), (int, "int"), (float, "float")):
-        if base in {kind, *typing.get_args(kind)}:
-            text = name
-    return f"{text} | None" if type(None) in typing.get_args(kind) else text
+    text = text if kind is str else kind.__name__
+    return f"{text} | None" if field.default is None else text
 
 
 def _describe(field: dataclasses.Field[typing.Any], mode: str) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import os
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -609,6 +611,19 @@ def list_fields(mode: str | None = None) -> Iterator[tuple[str, dataclasses.Fiel
         for field in dataclasses.fields(group):
             if mode is None or mode in field.metadata["modes"]:
                 yield name, field
+
+
+@functools.cache
+def value_types() -> dict[str, type]:
+    """Name of each setting → type of its value: `bool`, `int`, `float`, `str`, or `tuple` for a list of strings."""
+    types: dict[str, type] = {}
+    for group in GROUPS.values():
+        for name, hint in typing.get_type_hints(group).items():
+            allowed = {hint, *typing.get_args(hint)}
+            types[name] = next((kind for kind in (bool, int, float) if kind in allowed), str)
+            if hint == tuple[str, ...]:
+                types[name] = tuple
+    return types
 
 
 def find_help(field: dataclasses.Field[Any], mode: str) -> str:
