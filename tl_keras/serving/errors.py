@@ -59,7 +59,7 @@ def code_of(number: int) -> grpc.StatusCode:
     return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
 
 
-def forget(error: BaseException) -> None:
+def clear_tracebacks(error: BaseException) -> None:
     """Removes the tracebacks of an error and of its causes, once the error is answered.
 
     A traceback holds frames, a frame its task, and the task the error. This reference cycle would keep the request's

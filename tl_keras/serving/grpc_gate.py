@@ -14,7 +14,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
 from tl_keras.serving import calls
-from tl_keras.serving.errors import RequestError, expired, forget, hide_folders, invalid
+from tl_keras.serving.errors import RequestError, clear_tracebacks, expired, hide_folders, invalid
 from tl_keras.serving.workers import Workers
 
 MOST_RPCS = 4096  # open calls, including those whose message has not arrived and that need almost no memory
@@ -67,10 +67,10 @@ class Gate:
             try:
                 return await work(context)
             except RequestError as error:
-                forget(error)
+                clear_tracebacks(error)
                 failure = error
             except Exception as error:
-                forget(error)
+                clear_tracebacks(error)
                 message = f"internal error: {type(error).__name__}: {hide_folders(str(error))}"
                 failure = RequestError(grpc.StatusCode.INTERNAL, message)
             # gRPC stores the exception of `abort` in the context, with this frame: it must not hold the message

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from tl_keras.errors import UserError
-from tl_keras.serving.errors import RequestError, forget, hide_folders, invalid, not_found
+from tl_keras.serving.errors import RequestError, clear_tracebacks, hide_folders, invalid, not_found
 
 _MOST_RETRIES, _RETRY_SECONDS = 5, 60.0
 START, LOADING, AVAILABLE, UNLOADING, END = "START", "LOADING", "AVAILABLE", "UNLOADING", "END"
@@ -298,7 +298,7 @@ class Models:
             version.served = self._load(name, number, version.path)
         except Exception as error:  # for damaged models TensorFlow raises exceptions of many types
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            forget(error)
+            clear_tracebacks(error)
             with self._lock:
                 version.state, version.error = END, _hide_paths(reason, version)
                 version.retry_at = time.monotonic() + _RETRY_SECONDS

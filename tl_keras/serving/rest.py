@@ -24,7 +24,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2
 
 from tl_keras.serving import calls
 from tl_keras.serving.bodies import Held, TooLargeError, read_body
-from tl_keras.serving.errors import RequestError, expired, forget, hide_folders, invalid
+from tl_keras.serving.errors import RequestError, clear_tracebacks, expired, hide_folders, invalid
 from tl_keras.serving.graphs import DEFAULT_SIGNATURE, IMAGE_INPUT, as_strings, find_signature
 from tl_keras.serving.json_answers import format_classes, format_predictions
 from tl_keras.serving.json_examples import parse_examples
@@ -144,10 +144,10 @@ class _Api:
             if request.method == "GET" and (match := _STATUS.fullmatch(path)):
                 return self._get(*match.groups())
         except RequestError as error:
-            forget(error)
+            clear_tracebacks(error)
             return _fail(error.http_status, error.message)
         except Exception as error:  # a bug must not change the format of the answer
-            forget(error)
+            clear_tracebacks(error)
             return _fail(500, f"internal error: {type(error).__name__}: {hide_folders(str(error))}")
         return _fail(400, f"Malformed request: {request.method} {path}")
 
@@ -189,11 +189,11 @@ class _Api:
             code = "OK"
             return Response(answer, media_type="application/json")
         except TooLargeError as error:
-            forget(error)
+            clear_tracebacks(error)
             code = grpc.StatusCode.RESOURCE_EXHAUSTED.name
             return _fail(_TOO_LARGE, str(error))
         except ClientDisconnect as error:
-            forget(error)
+            clear_tracebacks(error)
             code = grpc.StatusCode.CANCELLED.name
             return Response(status_code=_GONE)
         except RequestError as error:
