@@ -202,6 +202,19 @@ def test_a_quiet_doctor_and_a_quiet_comparison_show_their_results(trained, tmp_p
     assert "get the same 13 images right and wrong" in capfd.readouterr().out
 
 
+def test_images_that_are_left_out_are_a_warning_in_every_mode(colour_folder, trained, store_dir, tmp_path, capfd):
+    shutil.copytree(colour_folder, tmp_path / "data")
+    (tmp_path / "data" / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    data = f"--dataset=folder:{tmp_path / 'data'}"
+    small = ["--backbone=SmallConvNet", "--image_size=16", "--weights=none", f"--store_dir={store_dir}", "--noexport"]
+    settings = {"finetune": [*small, "--epochs=1"], "evaluate": [f"--classifier={trained[0]}"]}
+    for mode, flags in settings.items():
+        run = tmp_path / mode
+        arguments = [data, *flags, "--quiet", "--noreport", "--max_broken_fraction=0.1", f"--run_dir={run}"]
+        assert run_main(mode, *arguments) == 0
+        assert f"broken: 1 images are left out, listed in {run}/broken.csv" in capfd.readouterr().out.splitlines()
+
+
 # types
 
 SCRIPT = """

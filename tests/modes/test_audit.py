@@ -22,7 +22,7 @@ from tl_keras.audit.examine import describe_origin
 from tl_keras.audit.findings import KINDS
 from tl_keras.config import FINDINGS, BackboneConfig, Config, DataConfig
 from tl_keras.data.sources import load_source
-from tl_keras.jobs.start import find_weights
+from tl_keras.jobs.lineage import find_weights
 from tl_keras.modes import audit as audit_mode
 
 

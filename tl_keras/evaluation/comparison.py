@@ -14,8 +14,6 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
 from tl_keras.run import read_csv
 
-_SIGNIFICANT = 0.05
-
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:

@@ -11,7 +11,8 @@ from tl_keras.evaluation.comparison import find_shared, read_runs
 from tl_keras.evaluation.leaks import read_leaked
 from tl_keras.evaluation.tables import format_table
 from tl_keras.jobs.result import Result
-from tl_keras.run import RunFolder, Screen
+from tl_keras.jobs.start import create_folder
+from tl_keras.run import Screen
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
 from tl_keras.statistics.paired import adjust_p_values, compare_paired
 
@@ -53,8 +54,6 @@ def compare_runs(config: Config, screen: Screen) -> Result:
     metrics = {"compared": compared}
     if not config.run.run_dir:
         return Result(metrics=metrics)
-    settings, flags = config.as_dict(), config.as_flags()
-    folder = RunFolder.create(config.run.run_dir, overwrite=config.run.overwrite, config=settings, flags=flags)
-    screen.log_to(folder.path / "run.log")
+    folder = create_folder(config.run.run_dir, config, screen)
     folder.write_json("metrics.json", metrics)
     return Result(folder.path, metrics=metrics)

@@ -31,8 +31,26 @@ def load_run_config(run_dir: str | Path) -> Config:
         raise UserError(f"{path} is not the configuration of a run. Give the folder of a complete run.") from error
 
 
-def trace_weights(weights: str) -> tuple[list[tuple[str, Config]], str]:
-    """Traces the earlier runs of a network, latest first, and the weights that the first of them started with.
+@dataclasses.dataclass(frozen=True)
+class Ancestry:
+    """The earlier runs of a network.
+
+    Attributes:
+        runs: run folders and their settings, latest first.
+        initial: the weights that the first of them started with.
+    """
+
+    runs: tuple[tuple[str, Config], ...]
+    initial: str
+
+    @property
+    def training_runs(self) -> list[Path]:
+        """The runs that changed the network's weights: those that trained more than a head."""
+        return [Path(run) for run, config in self.runs if config.training.trainable != "head"]
+
+
+def trace_weights(weights: str) -> Ancestry:
+    """Traces the earlier runs of a network.
 
     The folder of `--weights`, if it is a run folder, has a `--weights` of its own, and so on.
     """
@@ -40,17 +58,12 @@ def trace_weights(weights: str) -> tuple[list[tuple[str, Config]], str]:
     while len(found) < _ANCESTORS and is_run(weights) and (Path(weights) / "config.json").is_file():
         found.append((weights, load_run_config(weights)))
         weights = found[-1][1].backbone.weights
-    return found, weights
+    return Ancestry(tuple(found), weights)
 
 
 def find_weights(weights: str) -> str:
     """Finds the weights that a network started with: `--weights`, or that of its earliest run."""
-    return trace_weights(weights)[1]
-
-
-def list_training_runs(weights: str) -> list[Path]:
-    """Lists the earlier runs that changed the network's weights: those that trained more than a head."""
-    return [Path(run) for run, config in trace_weights(weights)[0] if config.training.trainable != "head"]
+    return trace_weights(weights).initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +79,15 @@ class Lineage:
     notes: tuple[str, ...]
 
 
-def read_lineage(weights: str, examples: Examples) -> Lineage:
+def read_lineage(ancestry: Ancestry, examples: Examples) -> Lineage:
     """Compares the content of the evaluated images with the training images of this run and of earlier runs.
 
     Args:
-        weights: value of `--weights`.
+        ancestry: the earlier runs of the network.
         examples: examples of this run.
     """
     notes, trained, chosen = list[str](), set[bytes](), set[bytes]()
-    for run in list_training_runs(weights):
+    for run in ancestry.training_runs:
         try:
             rows = read_digests(run)
         except UserError as error:
@@ -84,7 +97,7 @@ def read_lineage(weights: str, examples: Examples) -> Lineage:
         trained |= its_own
         chosen |= {digest for _, split, digest in rows if split == "val"}
         notes += _describe(f"{run} was trained on", its_own, examples)
-    began = trace_weights(weights)[1]
+    began = ancestry.initial
     if began not in {"imagenet", "none"} and not os.path.exists(began):
         notes.append(
             f"warning: {began}, with which the network was initialized, does not exist any more: it is unknown whether "

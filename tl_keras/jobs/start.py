@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -27,7 +26,7 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import TrainedOn
 from tl_keras.evaluation.slices import Attributes, read_attributes
 from tl_keras.evaluation.tables import describe_device
-from tl_keras.jobs.lineage import find_weights, read_lineage
+from tl_keras.jobs.lineage import read_lineage, trace_weights
 from tl_keras.report.card import Card, load_card
 from tl_keras.run import RunFolder, Screen, Stopwatch, name_run
 
@@ -142,12 +141,12 @@ class Job:
         self.screen.warning(text)
         self.warnings.append(text)
 
-    def draw(self, seed: int) -> Examples:
-        """The examples with one random draw of `--shots`, if several draws are used; otherwise all of them."""
+    def draw(self, seed: int) -> Job:
+        """The job with one random draw of `--shots`; a single draw is part of its splits already."""
         shots = self.config.data.shots
         if shots is None or count_draws(self.config) == 1:
-            return self.examples
-        return draw_shots(self.examples, shots=shots, seed=seed)
+            return self
+        return dataclasses.replace(self, examples=draw_shots(self.examples, shots=shots, seed=seed))
 
     def name_classifier(self, network: keras.Model, embedding_layer: str) -> Classifier:
         """The classifier of a trained network, images → logits `(b, classes)`."""
@@ -168,10 +167,9 @@ class Job:
                 for position, content in self.examples.source.read(broken)
             }
             limit = self.config.data.max_broken_fraction
-            self.examples = self.examples.without(reasons, max_broken_fraction=limit, report=_reporter(self.folder))
+            self.examples = self.examples.without(reasons, max_broken_fraction=limit, report=self.folder.write_broken)
         if self.examples.broken:
-            count = len(self.examples.broken)
-            self.warn(f"broken: {count} images are left out, listed in {self.folder.path}/broken.csv")
+            self.warn(self.folder.describe_broken(len(self.examples.broken)))
         for warning in [] if self.embeddings_only else _check_classes(self.examples):
             if warning not in self.warnings:
                 self.warn(warning)
@@ -247,30 +245,33 @@ def start(network: Network, *, asked: Config | None = None) -> Job:
         embeddings_only = not source.class_names or "none" in config.probe.probe or is_audit
         splits, split_warnings = _split(source, config, embeddings_only=embeddings_only)
         attributes = read_attributes(config.evaluation.slices, source.ids)
-        folder = RunFolder.create(
-            config.run.run_dir or name_run(config.mode, source.name, network.preset.name),
-            overwrite=config.run.overwrite,
-            config=(asked or config).as_dict(),
-            flags=(asked or config).as_flags(),
-        )
-        screen.log_to(folder.path / "run.log")
+        run_dir = config.run.run_dir or name_run(config.mode, source.name, network.preset.name)
+        folder = create_folder(run_dir, asked or config, screen)
         inspector = _Inspector(image_size=network.image_size, lists_oddities=is_audit or config.evaluation.report)
         examples = scan(
             source,
             splits,
             max_broken_fraction=data.max_broken_fraction,
             show_progress=screen.progress,
-            report=_reporter(folder),
+            report=folder.write_broken,
             look=inspector.inspect,
         )
     missing = [] if embeddings_only else _check_classes(examples)
-    lineage = None if embeddings_only else read_lineage(config.backbone.weights, examples)
-    origin = describe_origin(data.dataset or "", find_weights(config.backbone.weights), examples.class_names)
+    ancestry = trace_weights(config.backbone.weights)
+    lineage = None if embeddings_only else read_lineage(ancestry, examples)
+    origin = describe_origin(data.dataset or "", ancestry.initial, examples.class_names)
     warnings = list(dict.fromkeys([*source.notes, *split_warnings, *missing, *([origin] if origin else [])]))
     warnings += [*inspector.depth.notes(), *(lineage.notes if lineage else ())]
     _introduce(screen, source, examples, warnings)
     seen = lineage.seen if lineage else None
     return Job(network, folder, examples, warnings, inspector.oddities, attributes, embeddings_only, seen, card)
+
+
+def create_folder(run_dir: str, config: Config, screen: Screen) -> RunFolder:
+    """Creates a run folder with its settings, and logs the screen there; see `RunFolder.create`."""
+    folder = RunFolder.create(run_dir, overwrite=config.run.overwrite, config=config.as_dict(), flags=config.as_flags())
+    screen.log_to(folder.path / "run.log")
+    return folder
 
 
 def wanted_views(examples: Examples, *, mirrored: bool) -> dict[int, np.ndarray]:
@@ -334,10 +335,6 @@ def _introduce(screen: Screen, source: Source, examples: Examples, warnings: Seq
     screen.line(f"data: {source.name}: {labels}")
     for warning in warnings:
         screen.line(warning)
-
-
-def _reporter(folder: RunFolder) -> Callable[[list[tuple[str, str]]], Any]:
-    return functools.partial(folder.write_csv, "broken.csv", ("id", "reason"))
 
 
 def _check_classes(examples: Examples) -> list[str]:

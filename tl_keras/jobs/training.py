@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import keras
@@ -12,7 +11,7 @@ from tl_keras.backbones.embed import embed_tail
 from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.config import Config
 from tl_keras.data.examples import Examples
-from tl_keras.data.splits import evaluated_split
+from tl_keras.data.splits import SPLITS, evaluated_split
 from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.jobs.finish import Outcome, record
@@ -117,7 +116,7 @@ class _Repetition:
         folder = job.folder.path / "seeds" / str(seed)
         folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(folder, _ignore, job.screen.progress, _ignore)
-        task = Task(job.draw(seed), job.config.training, seed, progress)
+        task = Task(job.draw(seed).examples, job.config.training, seed, progress)
         try:
             trained = Trainer(self._plan, self._material).fit(task)
             failure = trained.diverged
@@ -145,14 +144,9 @@ class _Repetition:
         return float((predicted == self._job.examples.labels(self._split)).mean())
 
 
-def draw(job: Job, seed: int) -> Job:
-    """The job with one random draw of `--shots`."""
-    return dataclasses.replace(job, examples=job.draw(seed))
-
-
 def list_evaluated(examples: Examples) -> list[str]:
     """The splits that are evaluated: those of val and test that have images."""
-    return [split for split in ("val", "test") if len(examples.positions(split))]
+    return [split for split in SPLITS[1:] if len(examples.positions(split))]
 
 
 def _ignore(*shown: Any) -> None:

@@ -31,8 +31,9 @@ from tl_keras.evaluation.tables import (
     write_evaluation,
 )
 from tl_keras.jobs.comparison import compare_runs
-from tl_keras.jobs.lineage import find_weights, list_training_runs, load_run_config, trace_weights
+from tl_keras.jobs.lineage import find_weights, load_run_config, trace_weights
 from tl_keras.jobs.result import Result
+from tl_keras.jobs.start import create_folder
 from tl_keras.report.card import Card, load_card
 from tl_keras.report.compose import Judged, compose_report, try_report
 from tl_keras.run import INTERRUPTED, RunFolder, Screen, Stopwatch, name_run, read_json
@@ -100,10 +101,6 @@ class _Task:
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
-    def report_broken(self, rows: list[tuple[str, str]]) -> None:
-        """Writes `broken.csv`: id and reason of each image that can't be read."""
-        self.folder.write_csv("broken.csv", ("id", "reason"), rows)
-
     def remove_broken(self, probabilities: dict[str, np.ndarray], broken: dict[int, str]) -> dict[str, np.ndarray]:
         """Removes images that could not be decoded, and splits that have no others.
 
@@ -118,7 +115,7 @@ class _Task:
             kept = {split: ~np.isin(self.examples.positions(split), list(broken)) for split in probabilities}
             probabilities = {split: values[kept[split]] for split, values in probabilities.items()}
             limit = self.config.data.max_broken_fraction
-            self.examples = self.examples.without(broken, max_broken_fraction=limit, report=self.report_broken)
+            self.examples = self.examples.without(broken, max_broken_fraction=limit, report=self.folder.write_broken)
         _tell_broken(self.examples, self.folder, self.screen)
         return {split: values for split, values in probabilities.items() if len(values)}
 
@@ -132,19 +129,14 @@ def _start(config: Config, screen: Screen) -> _Task:
         source, splits = _load_data(config, path)
         source = _renumber(source, classifier.labels)
         attributes = read_attributes(config.evaluation.slices, source.ids)
-        folder = RunFolder.create(
-            config.run.run_dir or name_run("evaluate", source.name, path.resolve().name),
-            overwrite=config.run.overwrite,
-            config=config.as_dict(),
-            flags=config.as_flags(),
-        )
-        screen.log_to(folder.path / "run.log")
+        run_dir = config.run.run_dir or name_run("evaluate", source.name, path.resolve().name)
+        folder = create_folder(run_dir, config, screen)
         examples = scan(
             source,
             splits,
             max_broken_fraction=config.data.max_broken_fraction,
             show_progress=screen.progress,
-            report=functools.partial(folder.write_csv, "broken.csv", ("id", "reason")),
+            report=folder.write_broken,
         )
     task = _Task(config, screen, watch, path, classifier, folder, examples, attributes, card)
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
@@ -208,7 +200,7 @@ def _tell_broken(examples: Examples, folder: RunFolder, screen: Screen) -> None:
             "them, or give other images."
         )
     if examples.broken:
-        screen.line(f"broken: {len(examples.broken)} images are left out, listed in {folder.path}/broken.csv")
+        screen.warning(folder.describe_broken(len(examples.broken)))
 
 
 def _judge(
@@ -341,14 +333,13 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
             "note: an exported model does not record its training images; evaluate its run folder to check for them",
         )
     config = load_run_config(path)
-    began = trace_weights(config.backbone.weights)[1]
-    before = list_training_runs(config.backbone.weights)
-    unknown = f"note: the network started with {began}, whose training images are unknown"
+    ancestry = trace_weights(config.backbone.weights)
+    unknown = f"note: the network started with {ancestry.initial}, whose training images are unknown"
     try:
-        found = read_trained_on(path, set(config.probe.refit.split("+")), before)
+        found = read_trained_on(path, set(config.probe.refit.split("+")), ancestry.training_runs)
     except UserError as error:
         return None, f"note: {error}"
-    return (found, "") if began in {"imagenet", "none"} else (found, unknown)
+    return (found, "") if ancestry.initial in {"imagenet", "none"} else (found, unknown)
 
 
 def _predict(

@@ -58,11 +58,11 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     check_network(network.backbone, batch_size=BATCH_SIZE, exported=config.run.export)
     job = start(network)
     if not job.embeddings_only:
-        _check(config.probe, _draw(job, 0).examples, trunks)
+        _check(config.probe, job.draw(config.run.seed).examples, trunks)
         _introduce(network)
     with job.watch.stage("trunk"):
         embedded = job.embed(trunks)
-    first = _draw(job, 0)
+    first = job.draw(config.run.seed)
     write_examples(first.folder, first.examples)
     if config.probe.embeddings_output:
         with job.watch.stage("embeddings"):
@@ -258,13 +258,6 @@ def _check(config: ProbeConfig, examples: Examples, trunks: Sequence[keras.Model
             check_memory(probe, count=count, dim=int(trunk.output_shape[1]))
 
 
-def _draw(job: Job, repeat: int) -> Job:
-    """The job with one of several random draws of `--shots`; with a single draw, it is part of the splits already."""
-    if job.config.probe.repeats == 1:
-        return job
-    return dataclasses.replace(job, examples=job.draw(job.config.run.seed + repeat))
-
-
 def _check_refit(config: ProbeConfig, examples: Examples) -> None:
     if config.refit == "train+val" and not len(examples.positions("test")):
         raise UserError(
@@ -363,7 +356,7 @@ def _repeat(job: Job, winner: _Candidate, first: Fitted) -> dict[str, Any]:
     split = evaluated_split(name for name in SPLITS if len(job.examples.positions(name)))
     val = _read(job.examples, winner.embedded, "val")
     for repeat in range(config.probe.repeats):
-        drawn, fitted = _draw(job, repeat), first
+        drawn, fitted = job.draw(config.run.seed + repeat), first
         if repeat:
             _, fitted = _fit(job, winner.probe, _read(drawn.examples, winner.embedded, "train"), val)
             fitted = _refit(drawn, winner, fitted.value) if config.probe.refit == "train+val" else fitted

@@ -14,7 +14,7 @@ from tl_keras.export.parity import ParityProcess
 from tl_keras.jobs.finish import Views, close, export, judge, keep_classifier
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, Network, load_network, start
-from tl_keras.jobs.training import check_memory, draw, embed_plan, list_evaluated, make_plan, repeat
+from tl_keras.jobs.training import check_memory, embed_plan, list_evaluated, make_plan, repeat
 from tl_keras.run import History, Screen, Stopwatch
 from tl_keras.training.callbacks import HISTORY_HEADER
 from tl_keras.training.fit import Progress
@@ -36,7 +36,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     _introduce(network, plan)
     with job.watch.stage("trunk"):
         material = embed_plan(job, plan)
-    first = draw(job, config.run.seed)
+    first = job.draw(config.run.seed)
     write_examples(first.folder, first.examples)  # a run that is killed has its splits on disk
 
     # the process that checks the export loads TensorFlow while the head is trained

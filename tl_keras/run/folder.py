@@ -96,6 +96,14 @@ class RunFolder:
         """Writes a CSV file, UTF-8, one header line."""
         write_atomically(self.path / name, csv_bytes(header, rows))
 
+    def write_broken(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Writes `broken.csv`: id and reason of each image that can't be read."""
+        self.write_csv("broken.csv", ("id", "reason"), rows)
+
+    def describe_broken(self, count: int) -> str:
+        """Describes how many images are left out, for the screen."""
+        return f"broken: {count} images are left out, listed in {self.path}/broken.csv"
+
     def _write_settings(self, config: dict[str, Any], flags: str) -> None:
         self.write_json(_CONFIG, config)
         self.write_text("run.flags", flags)
