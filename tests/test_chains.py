@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,38 @@ def test_a_network_that_an_earlier_run_trained_is_never_tested_on_its_training_i
     for file in ("report.html", "MODEL_CARD.md"):
         assert f"was trained on {expected} of the" in (second / file).read_text()
     assert "middle was trained on" not in out
+
+
+@pytest.mark.parametrize("fate", ["deleted", "replaced"])
+def test_the_images_of_an_earlier_run_stay_known_without_its_folder(finetune, tmp_path, capsys, fate):
+    first = finetune("first", *NETWORK, *LEARN, "--epochs=1", "--test_fraction=0.05")
+    middle = finetune("middle", f"--weights={first}", "--test_fraction=0.05", "--epochs=1")
+    if fate == "deleted":
+        shutil.rmtree(first)
+    else:
+        finetune("first", *NETWORK, *LEARN, "--epochs=1", "--dataset=digits", "--overwrite")
+    capsys.readouterr()
+    second = finetune("second", f"--weights={middle}", "--test_fraction=0.5", "--epochs=1")
+    assert f"warning: {first} was trained on " in capsys.readouterr().out
+    assert read(second)["leaks"]["test"]["leaked"] > 0
+    places = (f"--run_dir={tmp_path / 'evaluated'}", f"--store_dir={tmp_path / 'store'}")
+    data = next(flag for flag in (second / "run.flags").read_text().splitlines() if flag.startswith("--dataset="))
+    assert run_main("--mode=evaluate", f"--classifier={middle}", data, "--noreport", *places) == 0
+    assert read(tmp_path / "evaluated")["leaks"]
+
+
+def test_images_that_are_in_val_and_test_are_told(data, finetune, tmp_path, capsys):
+    rows = ["path,label,split"]
+    for path in sorted(data.glob("*/*.jpg")):
+        number = int(path.stem)
+        rows.append(f"{path},{path.parent.name},{'train' if number < 40 else 'val' if number < 50 else 'test'}")
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes((data / "red" / "045.jpg").read_bytes())
+    (tmp_path / "m.csv").write_text("\n".join([*rows, f"{copy},red,test"]))
+    finetune("run", *NETWORK, "--weights=none", "--epochs=1", f"--dataset=csv:{tmp_path / 'm.csv'}")
+    out = capsys.readouterr().out
+    assert "warning: val has exact copies of 1 of the 31 test images" in out
+    assert "warning: 1 of the 31 test images are val images of the classifier's run, which were used for" in out
 
 
 def test_images_that_are_in_train_and_test_are_told_without_a_report(data, finetune, tmp_path, capsys):

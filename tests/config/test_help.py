@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +121,56 @@ def test_bash_completes_modes_flags_and_choices():
     assert complete("tl_keras finetune --optimizer=ada") == ["adam", "adamw"]
     assert complete("tl_keras finetune --norep") == ["--noreport"]
     assert set(complete("tl_keras export --")) >= {"--classifier=", "--deploy=", "--help", "--quiet"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish on this machine")
+def test_fish_completes_modes_flags_and_choices():
+    def ask(line: str) -> list[str]:
+        script = f"{completion('fish')}\ncomplete -C {line!r}"
+        found = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True)
+        assert found.stderr == ""
+        return [offer.partition("\t")[0] for offer in found.stdout.splitlines()]
+
+    assert ask("tl_keras fi") == ["finetune"]
+    assert ask("tl_keras finetune --bat") == ["--batch_size"]
+    assert ask("tl_keras predict --bat") == []
+    assert ask("tl_keras --mode=finetune --opt") == ["--optimizer"]
+    assert ask("tl_keras finetune --optimizer=ada") == ["--optimizer=adam", "--optimizer=adamw"]
+    assert ask("tl_keras finetune --norep") == ["--noreport"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
+def test_zsh_completes_modes_flags_and_choices(tmp_path):
+    def ask(line: str, offer: str) -> None:
+        """Types a line and the tabulator key into a zsh, and waits until it shows the offer."""
+        process, terminal = pty.fork()
+        if process == 0:
+            os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "ZDOTDIR": str(tmp_path)})
+        try:
+            os.write(terminal, f"source {script} && echo rea''dy\n".encode())
+            wait_for(terminal, "ready")
+            os.write(terminal, f"{line}\t\t".encode())
+            wait_for(terminal, offer)
+        finally:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            os.close(terminal)
+
+    script = tmp_path / "tl_keras.zsh"
+    script.write_text(completion("zsh"), encoding="utf-8")
+    ask("tl_keras fi", "tl_keras finetune ")
+    ask("tl_keras finetune --batch_s", "--batch_size=")
+    ask("tl_keras --mode=finetune --optimizer=ada", "adamw")
+    ask("tl_keras finetune --norepo", "--noreport ")
+
+
+def wait_for(terminal: int, text: str) -> None:
+    """Reads a terminal until it shows a text."""
+    shown, end = "", time.monotonic() + 120
+    while text not in shown:
+        assert time.monotonic() < end, shown
+        if select.select([terminal], [], [], 1)[0]:
+            shown += os.read(terminal, 65536).decode(errors="replace")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

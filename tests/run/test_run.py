@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def test_a_run_that_is_still_going_on_is_left_alone(tmp_path):
     folder = create(tmp_path / "run", seed=1)
     marker = read_json(folder.path / "unfinished.json")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        marker["process"] |= {"id": other.pid, "started": run.folder._start_time(other.pid)}
+        marker["process"] |= {"id": other.pid, "started": run.process._start_time(other.pid)}
         folder.write_json("unfinished.json", marker)
         for overwrite in (False, True):
             assert error_of(create, folder.path, overwrite=overwrite, seed=1) == (
@@ -236,6 +237,52 @@ def test_a_run_that_is_still_going_on_is_left_alone(tmp_path):
     assert create(folder.path, seed=1).resumed
     folder.write_json("unfinished.json", marker | {"process": {**marker["process"], "id": os.getppid()}})
     assert create(folder.path, seed=1).resumed  # a later process with the number of an earlier one
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """An unfinished run that a process on another machine has started."""
+    folder = create(tmp_path / "run", seed=1)
+    run.end_life()
+    marker = read_json(folder.path / "unfinished.json")
+    marker["process"]["host"] = "elsewhere"
+    folder.write_json("unfinished.json", marker)
+    return folder.path
+
+
+def test_a_run_that_another_machine_works_on_is_left_alone(elsewhere, monkeypatch):
+    monkeypatch.setattr(run.process, "_INTERVAL", 0.05)
+    run.process.show_life(elsewhere / "unfinished.json")
+    try:
+        assert error_of(create, elsewhere, seed=1) == (
+            f"the run in {elsewhere} is still running in a process on elsewhere. Wait until it ends, or give another "
+            "--run_dir."
+        )
+    finally:
+        run.end_life()
+
+
+def test_a_run_that_another_machine_left_goes_on(elsewhere, monkeypatch):
+    marker, said = elsewhere / "unfinished.json", []
+    monkeypatch.setattr(run.process, "_SILENCE", 1)
+    assert run.process.find_process(marker, read_json(marker)["process"], said.append) == ""
+    assert said == ["waiting up to 1 s, to see whether the run is still running on elsewhere"]
+    monkeypatch.setattr(run.process, "_SILENCE", 60)
+    os.utime(marker, (0, 0))  # no need to wait
+    assert create(elsewhere, seed=1).resumed
+
+
+def test_signs_of_life_end_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.process, "_INTERVAL", 0.01)
+    marker = create(tmp_path / "run", seed=1).path / "unfinished.json"
+    thread = [one for one in threading.enumerate() if one.name == "signs of life"][-1]
+    os.utime(marker, (0, 0))
+    while marker.stat().st_mtime == 0:
+        thread.join(0.01)
+        assert thread.is_alive()
+    run.end_life()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_an_earlier_run_is_kept_until_the_one_that_replaces_it_has_ended(tmp_path):

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+from typing import Any
+
 from tl_keras.config.flags import GENERAL
 from tl_keras.config.settings import MODES, list_fields
 from tl_keras.errors import UserError
 
+_COMPLETION = ("completion", "print the completion script of a shell")
+_FISH = """\
+# tl_keras completion for fish: tl_keras completion fish | source
+function __tl_keras_mode_is
+    set -l words (commandline -opc)
+    for mode in $argv
+        contains -- $mode $words; and return 0
+        contains -- --mode=$mode $words; and return 0
+    end
+    return 1
+end
+complete -c tl_keras -f"""
 _BASH = """\
 # tl_keras completion for bash: source <(tl_keras completion bash)
 _tl_keras() {{
@@ -31,6 +47,29 @@ _tl_keras() {{
 complete -F _tl_keras tl_keras
 """
 
+_ZSH = """\
+#compdef tl_keras
+# tl_keras completion for zsh: source <(tl_keras completion zsh)
+_tl_keras() {{
+    local mode=${{words[2]}} word
+    local -a modes
+    modes=({modes})
+    if (( CURRENT == 2 )) && [[ $mode != -* ]]; then
+        _describe mode modes
+        return
+    fi
+    for word in $words; do
+        [[ $word == --mode=* ]] && mode=${{word#--mode=}}
+    done
+    case $mode in
+{flags}
+        *) _arguments '--mode=:mode:({names})' {general} ;;
+    esac
+}}
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+compdef _tl_keras tl_keras
+"""
+
 
 def completion(shell: str) -> str:
     """The completion script of a shell.
@@ -43,10 +82,8 @@ def completion(shell: str) -> str:
     """
     if shell == "bash":
         return _complete_bash()
-    if shell == "zsh":  # zsh runs bash's functions
-        return "autoload -U +X bashcompinit && bashcompinit\n" + _complete_bash().replace(
-            "completion bash", "completion zsh"
-        )
+    if shell == "zsh":
+        return _complete_zsh()
     if shell == "fish":
         return _complete_fish()
     fault = f"{shell!r} is not a known shell" if shell else "no shell is named"
@@ -64,34 +101,60 @@ def _complete_bash() -> str:
     return _BASH.format(modes=" ".join(MODES), choices=choices, flags=flags, general=" ".join(_list_general()))
 
 
+def _complete_zsh() -> str:
+    modes = " ".join(shlex.quote(f"{mode}:{text}") for mode, text in [*MODES.items(), _COMPLETION])
+    general = " ".join(map(shlex.quote, _list_general()))
+    flags = []
+    for mode in MODES:
+        own = " ".join(_specify(field) for _, field in list_fields(mode))
+        flags.append(f"        {mode}) _arguments '*:word:' {own} {general} ;;")
+    return _ZSH.format(modes=modes, flags="\n".join(flags), general=general, names=" ".join(MODES))
+
+
+def _specify(field: dataclasses.Field[Any]) -> str:
+    """A flag in the syntax of zsh's `_arguments`."""
+    text = "".join(f"\\{one}" if one in "[]:\\" else one for one in _describe(field))
+    if isinstance(field.default, bool):
+        return shlex.quote(f"--{_name(field)}[{text}]")
+    choices = field.metadata["choices"]
+    action = f"({' '.join(choices)})" if choices else "_files"
+    return shlex.quote(f"--{field.name}=[{text}]:{field.name}:{action}")
+
+
+def _complete_fish() -> str:
+    lines = [_FISH]
+    for mode, text in [*MODES.items(), _COMPLETION]:
+        lines.append(f"complete -c tl_keras -n __fish_use_subcommand -a {mode} -d {_quote_fish(text)}")
+    for _, field in list_fields():
+        modes, choices = " ".join(field.metadata["modes"]), " ".join(field.metadata["choices"])
+        line = (
+            f"complete -c tl_keras -n '__tl_keras_mode_is {modes}' -d {_quote_fish(_describe(field))} -l {_name(field)}"
+        )
+        if not isinstance(field.default, bool):
+            line += f" -r -f -a {_quote_fish(choices)}" if choices else " -r -F"
+        lines.append(line)
+    lines += [f"complete -c tl_keras -l {name} -d {_quote_fish(text)}" for name, text in GENERAL.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _quote_fish(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _list_general() -> list[str]:
     return ["--flagfile=", "--help", "--help=all", *(f"--{name}" for name in GENERAL)]
 
 
 def _list_flags(mode: str) -> list[str]:
-    found = []
-    for _, field in list_fields(mode):
-        if isinstance(field.default, bool):
-            found += [f"--no{field.name}"] if field.default else [f"--{field.name}"]
-        else:
-            found.append(f"--{field.name}=")
-    return [*found, *_list_general()]
+    fields = [field for _, field in list_fields(mode)]
+    own = [f"--{_name(field)}" + ("" if isinstance(field.default, bool) else "=") for field in fields]
+    return own + _list_general()
 
 
-def _complete_fish() -> str:
-    lines = ["# tl_keras completion for fish: tl_keras completion fish | source", "complete -c tl_keras -f"]
-    for mode, text in MODES.items():
-        lines.append(f"complete -c tl_keras -n __fish_use_subcommand -a {mode} -d {_quote(text)}")
-    for _, field in list_fields():
-        modes, choices = " ".join(field.metadata["modes"]), " ".join(field.metadata["choices"])
-        line = f"complete -c tl_keras -n '__fish_seen_subcommand_from {modes}' -d {_quote(field.metadata['help'])}"
-        if isinstance(field.default, bool):
-            lines.append(f"{line} -l {'no' if field.default else ''}{field.name}")
-        else:
-            lines.append(f"{line} -l {field.name} -r" + (f" -f -a {_quote(choices)}" if choices else " -F"))
-    lines += [f"complete -c tl_keras -l {name} -d {_quote(text)}" for name, text in GENERAL.items()]
-    return "\n".join(lines) + "\n"
+def _name(field: dataclasses.Field[Any]) -> str:
+    """The name of a flag; of a switch, in the form that changes its default."""
+    return f"no{field.name}" if field.default is True else field.name
 
 
-def _quote(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _describe(field: dataclasses.Field[Any]) -> str:
+    return f"turn off: {field.metadata['help']}" if field.default is True else str(field.metadata["help"])

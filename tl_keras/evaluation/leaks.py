@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Mapping, Set
+import io
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import numpy as np
 from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
 from tl_keras.evaluation.tables import DIGESTS
-from tl_keras.run import read_csv, read_json
+from tl_keras.run import read_csv, read_json, write_atomically
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
+
+_EARLIER_IMAGES = "earlier_images.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +73,101 @@ def read_digests(run_dir: Path) -> list[tuple[str, str, bytes]]:
     return [(*row, digest.tobytes()) for row, digest in zip(rows, digests, strict=True)]
 
 
-def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[Path]) -> TrainedOn:
+@dataclasses.dataclass(frozen=True)
+class RunImages:
+    """The images of one run, identified by the SHA-256 of their bytes.
+
+    Attributes:
+        run: the run folder.
+        train: digests of the training images.
+        val: digests of the images that were used for selection.
+    """
+
+    run: str
+    train: Set[bytes]
+    val: Set[bytes]
+
+
+def read_run_images(run_dir: Path) -> RunImages:
+    """Reads the images of a run.
+
+    Raises:
+        UserError: the files are missing or damaged.
+    """
+    rows = read_digests(run_dir)
+    train, val = ({digest for _, split, digest in rows if split == wanted} for wanted in ("train", "val"))
+    return RunImages(str(run_dir), train, val)
+
+
+def write_earlier_images(run_dir: Path, earlier: Sequence[RunImages], unknown: Sequence[str]) -> None:
+    """Records the images of the earlier runs of a network, in `earlier_images.npz`.
+
+    With it, the images stay known when an earlier run is deleted or replaced. The arrays are `runs`, run folders;
+    `unknown`, sentences; `digests`, uint8 `(n, 32)`; and per digest `run_of`, an index into `runs`, and `is_train`,
+    false for val.
+
+    Args:
+        run_dir: the run folder.
+        earlier: images of the earlier runs in which the network was trained.
+        unknown: what is unknown about earlier images, as sentences.
+    """
+    rows = [
+        (digest, number, is_train)
+        for number, one in enumerate(earlier)
+        for is_train, digests in ((True, one.train), (False, one.val))
+        for digest in sorted(digests)
+    ]
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        runs=np.array([one.run for one in earlier], np.str_),
+        unknown=np.array(unknown, np.str_),
+        digests=np.frombuffer(b"".join(digest for digest, _, _ in rows), np.uint8).reshape(-1, 32),
+        run_of=np.array([number for _, number, _ in rows], np.int32),
+        is_train=np.array([is_train for _, _, is_train in rows], bool),
+    )
+    write_atomically(run_dir / _EARLIER_IMAGES, content.getvalue())
+
+
+def read_earlier_images(run_dir: Path) -> tuple[list[RunImages], list[str]] | None:
+    """Reads `earlier_images.npz`, see `write_earlier_images`.
+
+    Returns:
+        Images of the earlier runs, and what is unknown; None if the run has no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / _EARLIER_IMAGES
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            digests, run_of, is_train = file["digests"], file["run_of"], file["is_train"]
+            names, unknown = file["runs"].tolist(), file["unknown"].tolist()
+        found = [
+            RunImages(
+                name, *({row.tobytes() for row in digests[(run_of == number) & own]} for own in (is_train, ~is_train))
+            )
+            for number, name in enumerate(names)
+        ]
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged. Train again to record the images of earlier runs.") from error
+    return found, unknown
+
+
+def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[RunImages]) -> TrainedOn:
     """Reads the images that a run was trained on.
 
     Args:
         run_dir: the run folder.
         splits: the splits that the final classifier was fitted on.
-        earlier: folders of earlier runs in which the network was trained.
+        earlier: images of the earlier runs in which the network was trained.
 
     Raises:
-        UserError: a folder does not record its images.
+        UserError: the folder does not record its images.
     """
     own = read_digests(run_dir)
-    before = [row for run in earlier for row in read_digests(run) if row[1] == "train"]
     copied = read_leaks(run_dir).get("copies_in", {})
 
     def digests(among: Set[str]) -> set[bytes]:
@@ -90,7 +176,7 @@ def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[Path]) ->
 
     return TrainedOn(
         {name for name, split, _ in own if split in splits},
-        digests(splits) | {digest for _, _, digest in before},
+        digests(splits).union(*(run.train for run in earlier)),
         digests({"val"}),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tl_keras.config import Config, from_dict, is_run
 from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
-from tl_keras.evaluation.leaks import TrainedOn, read_digests
+from tl_keras.evaluation.leaks import RunImages, TrainedOn, read_earlier_images, read_run_images
 from tl_keras.run import read_json
 
 _ANCESTORS = 20  # limit for chains of runs, in case they form a cycle
@@ -43,10 +44,29 @@ class Ancestry:
     runs: tuple[tuple[str, Config], ...]
     initial: str
 
-    @property
-    def training_runs(self) -> list[Path]:
-        """The runs that changed the network's weights: those that trained more than a head."""
-        return [Path(run) for run, config in self.runs if config.training.trainable != "head"]
+    def read_images(self) -> tuple[list[RunImages], list[str]]:
+        """Reads the images of the runs that trained more than a head, latest first.
+
+        A run records the images of the runs before it, because those may have been deleted or replaced since.
+
+        Returns:
+            Images by run; and what is unknown, as sentences.
+        """
+        found, unknown = list[RunImages](), list[str]()
+        for run, config in self.runs:
+            try:
+                if config.training.trainable != "head":
+                    found.append(read_run_images(Path(run)))
+                earlier = read_earlier_images(Path(run))
+            except UserError as error:
+                unknown.append(f"{error} Its training images can't be recognized among the evaluated images")
+                continue
+            if earlier is not None:
+                return found + earlier[0], unknown + earlier[1]
+        if self.initial not in {"imagenet", "none"} and not os.path.exists(self.initial):
+            gone = f"the network started with {self.initial}, which does not exist any more"
+            unknown.append(f"{gone}: its training images are unknown")
+        return found, unknown
 
 
 def trace_weights(weights: str) -> Ancestry:
@@ -73,10 +93,14 @@ class Lineage:
     Attributes:
         seen: digests of the training images of this run and of earlier runs.
         notes: warnings to show before training.
+        earlier: images of the earlier runs.
+        unknown: what is unknown about earlier images, as sentences.
     """
 
     seen: TrainedOn
     notes: tuple[str, ...]
+    earlier: tuple[RunImages, ...]
+    unknown: tuple[str, ...]
 
 
 def read_lineage(ancestry: Ancestry, examples: Examples) -> Lineage:
@@ -86,31 +110,23 @@ def read_lineage(ancestry: Ancestry, examples: Examples) -> Lineage:
         ancestry: the earlier runs of the network.
         examples: examples of this run.
     """
-    notes, trained, chosen = list[str](), set[bytes](), set[bytes]()
-    for run in ancestry.training_runs:
-        try:
-            rows = read_digests(run)
-        except UserError as error:
-            notes.append(f"warning: {error} Its training images can't be recognized among the evaluated images")
-            continue
-        its_own = {digest for _, split, digest in rows if split == "train"}
-        trained |= its_own
-        chosen |= {digest for _, split, digest in rows if split == "val"}
-        notes += _describe(f"{run} was trained on", its_own, examples)
-    began = ancestry.initial
-    if began not in {"imagenet", "none"} and not os.path.exists(began):
-        notes.append(
-            f"warning: {began}, with which the network was initialized, does not exist any more: it is unknown whether "
-            "it was trained on these images"
-        )
-    own = {digest.tobytes() for digest in examples.digests[examples.positions("train")]}
-    notes += _describe("train has exact copies of", own, examples)
-    return Lineage(TrainedOn(frozenset(), trained | own, chosen), tuple(notes))
+    earlier, unknown = ancestry.read_images()
+    notes = [note for run in earlier for note in _describe(f"{run.run} was trained on", run.train, examples)]
+    notes += [f"warning: {reason}" for reason in unknown]
+    train, val = ({digest.tobytes() for digest in examples.digests[examples.positions(split)]} for split in SPLITS[:2])
+    notes += _describe("train has exact copies of", train, examples)
+    notes += _describe("val has exact copies of", val - train, examples, splits=("test",))
+    seen = TrainedOn(
+        frozenset(),
+        train.union(*(run.train for run in earlier)),
+        val.union(*(run.val for run in earlier)),
+    )
+    return Lineage(seen, tuple(notes), tuple(earlier), tuple(unknown))
 
 
-def _describe(subject: str, digests: set[bytes], examples: Examples) -> list[str]:
+def _describe(subject: str, digests: Set[bytes], examples: Examples, splits: Sequence[str] = SPLITS[1:]) -> list[str]:
     counts = {}
-    for split in SPLITS[1:]:
+    for split in splits:
         own = examples.digests[examples.positions(split)]
         counts[split] = (int(np.sum([digest.tobytes() in digests for digest in own])), len(own))
     parts = [f"{found:,} of the {count:,} {split} images" for split, (found, count) in counts.items() if found]

@@ -23,7 +23,7 @@ from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, carve, check_classes
 from tl_keras.errors import UserError
-from tl_keras.evaluation.leaks import TrainedOn
+from tl_keras.evaluation.leaks import TrainedOn, write_earlier_images
 from tl_keras.evaluation.slices import Attributes, read_attributes
 from tl_keras.evaluation.tables import describe_device
 from tl_keras.jobs.lineage import read_lineage, trace_weights
@@ -259,6 +259,8 @@ def start(network: Network, *, asked: Config | None = None) -> Job:
     missing = [] if embeddings_only else _check_classes(examples)
     ancestry = trace_weights(config.backbone.weights)
     lineage = None if embeddings_only else read_lineage(ancestry, examples)
+    if lineage and ancestry.runs:
+        write_earlier_images(folder.path, lineage.earlier, lineage.unknown)
     origin = describe_origin(data.dataset or "", ancestry.initial, examples.class_names)
     warnings = list(dict.fromkeys([*source.notes, *split_warnings, *missing, *([origin] if origin else [])]))
     warnings += [*inspector.depth.notes(), *(lineage.notes if lineage else ())]
@@ -269,7 +271,13 @@ def start(network: Network, *, asked: Config | None = None) -> Job:
 
 def create_folder(run_dir: str, config: Config, screen: Screen) -> RunFolder:
     """Creates a run folder with its settings, and logs the screen there; see `RunFolder.create`."""
-    folder = RunFolder.create(run_dir, overwrite=config.run.overwrite, config=config.as_dict(), flags=config.as_flags())
+    folder = RunFolder.create(
+        run_dir,
+        overwrite=config.run.overwrite,
+        config=config.as_dict(),
+        flags=config.as_flags(),
+        show=screen.line,
+    )
     screen.log_to(folder.path / "run.log")
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tl_keras.data.images import make_images
 from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, UNUSED, carve, evaluated_split
 from tl_keras.errors import UserError
-from tl_keras.evaluation.leaks import TrainedOn, measure_seen, read_trained_on
+from tl_keras.evaluation.leaks import TrainedOn, measure_seen, read_earlier_images, read_trained_on
 from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.robustness import measure_corruptions, robustness_rows
 from tl_keras.evaluation.slices import Attributes, read_attributes
@@ -143,7 +144,7 @@ def _start(config: Config, screen: Screen) -> _Task:
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
     task.trained_on, unknown = _read_trained_on(path)
-    task.notes = [*_list_origin(config, path, source.class_names), *([unknown] if unknown else [])]
+    task.notes = [*_list_origin(config, path, source.class_names), *unknown]
     for note in task.notes:
         screen.line(note)
     return task
@@ -325,21 +326,22 @@ def _reject_as_run(
     return {"reject": reject}
 
 
-def _read_trained_on(path: Path) -> tuple[TrainedOn | None, str]:
-    """Reads the images that a classifier and its network were trained on; or a note that they are unknown."""
+def _read_trained_on(path: Path) -> tuple[TrainedOn | None, list[str]]:
+    """Reads the images that a classifier and its network were trained on, and makes notes of what is unknown."""
     if not (path / "config.json").is_file():
-        return (
-            None,
-            "note: an exported model does not record its training images; evaluate its run folder to check for them",
-        )
+        return None, [
+            "note: an exported model does not record its training images; evaluate its run folder to check for them"
+        ]
     config = load_run_config(path)
     ancestry = trace_weights(config.backbone.weights)
-    unknown = f"note: the network started with {ancestry.initial}, whose training images are unknown"
+    earlier, unknown = read_earlier_images(path) or ancestry.read_images()
     try:
-        found = read_trained_on(path, set(config.probe.refit.split("+")), ancestry.training_runs)
+        found = read_trained_on(path, set(config.probe.refit.split("+")), earlier)
     except UserError as error:
-        return None, f"note: {error}"
-    return (found, "") if ancestry.initial in {"imagenet", "none"} else (found, unknown)
+        return None, [f"note: {error}"]
+    if ancestry.initial not in {"imagenet", "none"} and os.path.exists(ancestry.initial):
+        unknown = [*unknown, f"the network started with {ancestry.initial}, whose training images are unknown"]
+    return found, [f"note: {sentence}" for sentence in unknown]
 
 
 def _predict(

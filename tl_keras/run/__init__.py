@@ -26,6 +26,7 @@ from tl_keras.run.folder import (
     read_run_config,
 )
 from tl_keras.run.memory import free_memory_bytes
+from tl_keras.run.process import end_life
 from tl_keras.run.threads import map_ahead
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "csv_bytes",
     "csv_writer",
     "disk_errors",
+    "end_life",
     "end_run",
     "existing_parent",
     "find_unfinished",

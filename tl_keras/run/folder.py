@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tl_keras.errors import UserError
 from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
+from tl_keras.run.process import describe_process, find_process, is_running_here, show_life
 
 INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
 UNFINISHED = "unfinished.json"  # in the folder of a run until it is complete
@@ -36,7 +36,15 @@ class RunFolder:
         self.path, self.run_id, self.resumed = path, run_id, resumed
 
     @classmethod
-    def create(cls, path: str, *, overwrite: bool, config: dict[str, Any], flags: str) -> RunFolder:
+    def create(
+        cls,
+        path: str,
+        *,
+        overwrite: bool,
+        config: dict[str, Any],
+        flags: str,
+        show: Callable[[str], None] = lambda _: None,
+    ) -> RunFolder:
         """Creates the folder, or opens that of an interrupted run with the same settings, which then continues.
 
         Until `end_run`, the folder contains `unfinished.json`. An earlier run that is replaced is renamed to
@@ -47,6 +55,7 @@ class RunFolder:
             overwrite: whether to replace an earlier run; an unfinished run with the same settings continues anyway.
             config: content of `config.json`.
             flags: content of `run.flags`.
+            show: called with a line if it takes a minute to find out whether another machine uses the folder.
 
         Raises:
             UserError: the folder already exists and is not empty, is used by a running process, or can't be written.
@@ -54,7 +63,7 @@ class RunFolder:
         folder = Path(path)
         replaced = list[str]()
         if folder.is_dir() and any(folder.iterdir()):
-            _check_not_running(folder)
+            _check_not_running(folder, show)
             if _is_same_run(folder, config):  # also with --overwrite: it would be the same run
                 return cls._open(folder, config=config, flags=flags)
             replaced = _put_aside(folder, overwrite=overwrite, config=config)
@@ -67,6 +76,7 @@ class RunFolder:
             except FileExistsError as error:
                 raise UserError(f"the run folder {path} was just created by another run. Run again.") from error
         created._write_settings(config, flags)
+        show_life(folder / UNFINISHED)
         return created
 
     @classmethod
@@ -82,6 +92,7 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
         if not _is_run(folder):  # killed while the folder was created
             opened._write_settings(config, flags)
+        show_life(folder / UNFINISHED)
         return opened
 
     def write_text(self, name: str, text: str) -> None:
@@ -113,7 +124,7 @@ class RunFolder:
 
     def _describe(self, replaces: Sequence[str]) -> dict[str, Any]:
         """The content of `unfinished.json`."""
-        return {"run_id": self.run_id, "replaces": list(replaces), "process": _describe_process()}
+        return {"run_id": self.run_id, "replaces": list(replaces), "process": describe_process()}
 
 
 class History:
@@ -172,10 +183,11 @@ def read_run_config(path: str) -> dict[str, Any] | None:
 def find_unfinished(mode: str) -> str | None:
     """Finds the latest unfinished run of a mode in the folder `runs`."""
     markers = sorted(Path("runs").glob(f"*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    runs = ((str(marker.parent), read_run_config(str(marker.parent))) for marker in markers)
-    return next(
-        (path for path, config in runs if config and config.get("mode") == mode and not _find_process(Path(path))), None
-    )
+    for marker in markers:
+        config = read_run_config(str(marker.parent))
+        if config and config.get("mode") == mode and not is_running_here(_read_marker(marker.parent).get("process")):
+            return str(marker.parent)
+    return None
 
 
 def name_run(mode: str, data: str, backbone: str) -> str:
@@ -253,37 +265,14 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_not_running(folder: Path) -> None:
-    """Checks that no process on this machine uses the folder.
+def _check_not_running(folder: Path, show: Callable[[str], None]) -> None:
+    """Checks that no process uses the folder.
 
     Raises:
         UserError: a process uses it.
     """
-    process = _find_process(folder)
-    if process is not None:
+    process = find_process(folder / UNFINISHED, _read_marker(folder).get("process"), show)
+    if process:
         raise UserError(
-            f"the run in {folder} is still running in process {process}. Wait until it ends, or give another --run_dir."
+            f"the run in {folder} is still running in {process}. Wait until it ends, or give another --run_dir."
         )
-
-
-def _find_process(folder: Path) -> int | None:
-    """Finds another process on this machine that uses a run folder."""
-    process, own = _read_marker(folder).get("process"), _describe_process()
-    if not isinstance(process, dict) or process == own or process.get("host") != own["host"]:
-        return None
-    return int(process["id"]) if process.get("started") == _start_time(process.get("id")) is not None else None
-
-
-def _describe_process() -> dict[str, Any]:
-    return {"id": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
-
-
-def _start_time(process: Any) -> str | None:
-    """Start time of a process, in clock ticks since boot; None if there is no such process, or no /proc.
-
-    It distinguishes a process from a later one with the same id.
-    """
-    try:
-        return Path(f"/proc/{int(process)}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, ValueError, TypeError, IndexError):
-        return None
