@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +84,22 @@ def run_main(*arguments: str) -> int:
     from tl_keras.main import main
 
     return main(["tl_keras", *arguments])
+
+
+def release_memory() -> None:
+    """Forgets Keras's models and returns what is free to the system."""
+    from tl_keras.serving.workers import trim_memory
+
+    if "keras" in sys.modules:
+        sys.modules["keras"].backend.clear_session()
+    gc.collect()
+    trim_memory()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _released() -> Iterator[None]:
+    yield
+    release_memory()
 
 
 @pytest.fixture(scope="module")  # Playwright's event loop stays in this thread until it ends

@@ -7,8 +7,6 @@ import json
 import os
 import pwd
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import SMALL_NETWORK, make_image, run_main, write_colour_folder, write_image
+from tests.processes import Process
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,17 +114,9 @@ def test_a_run_folder_that_exists_is_never_written_over(colour_folder, tmp_path,
 
 @pytest.mark.parametrize("stage", ["trunk", "training"])
 def test_ctrl_c_keeps_what_is_done(stage, colour_folder, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tl_keras.main",
-        "--mode=finetune",
-        f"--dataset=folder:{colour_folder}",
-        *SMALL_NETWORK,
-    ]
     places = [f"--run_dir={tmp_path / 'run'}", f"--store_dir={tmp_path / 'store'}", f"--export_dir={tmp_path / 'm'}"]
-    process = subprocess.Popen(
-        [*command, "--epochs=100000", *places], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    process = Process(
+        "--mode=finetune", f"--dataset=folder:{colour_folder}", *SMALL_NETWORK, "--epochs=100000", *places
     )
     wanted = tmp_path / "run" / ("config.json" if stage == "trunk" else "history.csv")
     deadline = time.monotonic() + 120

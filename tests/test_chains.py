@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import SMALL, run_main, write_colour_folder
+from tests.processes import Process
 from tl_keras.run import has_ended
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 300.0
+NETWORK = ("--backbone=SmallConvNet", "--image_size=16")
 LEARN = ("--weights=none", "--trainable=all", "--learning_rate=0.005")
 
 
@@ -31,20 +33,31 @@ def data(tmp_path_factory) -> Path:
     return write_colour_folder(tmp_path_factory.mktemp("data") / "colours", each=60)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def learned(data, store, tmp_path_factory) -> Path:
+    """A run that trained its whole network, which other runs continue from."""
+    run = tmp_path_factory.mktemp("learned") / "run"
+    flags = (f"--dataset=folder:{data}", *NETWORK, *LEARN, "--epochs=2", "--noreport", "--noexport")
+    assert run_main("--mode=finetune", *flags, f"--run_dir={run}", f"--store_dir={store}") == 0
+    return run
+
+
 @pytest.fixture
-def finetune(data, tmp_path):
+def finetune(data, store, tmp_path):
     """Trains in a folder of its own; gives that folder."""
 
     def run(name: str, *flags: str, status: int = 0, mode: str = "finetune") -> Path:
-        places = (f"--run_dir={tmp_path / name}", f"--store_dir={tmp_path / 'store'}")
+        places = (f"--run_dir={tmp_path / name}", f"--store_dir={store}")
         arguments = [f"--mode={mode}", f"--dataset=folder:{data}", "--noreport", "--noexport", *places, *flags]
         assert run_main(*arguments) == status
         return tmp_path / name
 
     return run
-
-
-NETWORK = ("--backbone=SmallConvNet", "--image_size=16")
 
 
 @pytest.mark.parametrize("mode", ["finetune", pytest.param("extract", marks=pytest.mark.slow)])
@@ -143,10 +156,9 @@ def test_each_of_several_seeds_is_a_run_of_its_own(finetune, flags):
     assert len(set(several)) > 1
 
 
-def test_a_tail_that_diverges_leaves_the_heads_stage(finetune, capsys):
-    first = finetune("first", *NETWORK, *LEARN, "--epochs=2")
+def test_a_tail_that_diverges_leaves_the_heads_stage(finetune, learned, capsys):
     explode = ("--trainable=all", "--optimizer=sgd", "--momentum=0.99", "--backbone_learning_rate=1000", "--epochs=3")
-    run = finetune("run", f"--weights={first}", *explode, "--learning_rate=0.01", status=1)
+    run = finetune("run", f"--weights={learned}", *explode, "--learning_rate=0.01", status=1)
     captured = capsys.readouterr()
     assert "warning: the loss became " in captured.out
     assert "tail: no epoch improved on val over the previous stage; its weights are kept" in captured.out
@@ -165,21 +177,19 @@ def test_a_run_that_fails_does_not_cost_the_run_that_it_was_to_replace(finetune,
     assert (kept / "predictions.csv").read_bytes() == before
     finetune("run", *NETWORK, "--weights=none", "--epochs=2", "--overwrite")
     assert not kept.exists()
-    assert sorted(path.name for path in run.parent.iterdir()) == ["run", "store"]
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
-def test_a_run_with_a_failure_keeps_the_run_that_it_was_to_replace(finetune, capsys):
-    first = finetune("first", *NETWORK, *LEARN, "--epochs=2")
-    finetune("run", f"--weights={first}", "--epochs=1")
+def test_a_run_with_a_failure_keeps_the_run_that_it_was_to_replace(finetune, learned, capsys):
+    finetune("run", f"--weights={learned}", "--epochs=1")
     explode = ("--trainable=all", "--optimizer=sgd", "--momentum=0.99", "--backbone_learning_rate=1000", "--epochs=2")
-    run = finetune("run", f"--weights={first}", *explode, "--learning_rate=0.01", "--overwrite", status=1)
+    run = finetune("run", f"--weights={learned}", *explode, "--learning_rate=0.01", "--overwrite", status=1)
     assert f"the earlier run is kept: {run}.replaced" in capsys.readouterr().out
     assert (run.with_name("run.replaced") / "classifier").is_dir()
 
 
-def start(*flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tl_keras.main", "--mode=finetune", "--noreport", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*flags: str) -> Process:
+    return Process("--mode=finetune", "--noreport", *flags)
 
 
 def wait_for(path: Path, text: str = "") -> None:
@@ -190,10 +200,9 @@ def wait_for(path: Path, text: str = "") -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=str)
-def test_a_classifier_is_there_from_the_heads_stage_on(data, tmp_path, finetune, number):
-    first = finetune("first", *NETWORK, *LEARN, "--epochs=2")
+def test_a_classifier_is_there_from_the_heads_stage_on(data, tmp_path, learned, number):
     run = tmp_path / "run"
-    flags = (f"--dataset=folder:{data}", f"--weights={first}", "--trainable=all", "--epochs=60", "--noexport")
+    flags = (f"--dataset=folder:{data}", f"--weights={learned}", "--trainable=all", "--epochs=60", "--noexport")
     process = start(*flags, f"--run_dir={run}", f"--store_dir={tmp_path / 'store'}")
     wait_for(run / "history.csv", "tail,2,")
     process.send_signal(number)

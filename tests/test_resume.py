@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import SMALL, run_main, write_colour_folder
+from tests.processes import Process
 from tl_keras.run import has_ended
 
-ROOT = Path(__file__).parent.parent
 DEADLINE = 300.0
 RUNS = {
     "head": ("--mode=finetune", "--epochs=6", "--dropout=0.3", "--augment=flip"),
@@ -58,9 +57,8 @@ class Job:
         if RUNS[name][0] == "--mode=extract":
             self.command.remove("--learning_rate=0.01")
 
-    def start(self) -> subprocess.Popen:
-        arguments = [sys.executable, "-m", "tl_keras.main", *self.command]
-        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def start(self) -> Process:
+        return Process(*self.command)
 
     def finish(self) -> None:
         process = self.start()

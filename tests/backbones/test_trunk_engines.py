@@ -184,7 +184,7 @@ def machine(monkeypatch):
 
 
 def choose(tmp_path, precision="auto", engine="auto", count=7000):
-    return choose_engine(engine, precision, None, IMAGES, count=count, notes=[tmp_path / "note.json"])
+    return choose_engine(engine, precision, None, lambda: IMAGES, count=count, notes=[tmp_path / "note.json"])
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_the_answer_is_kept_whatever_the_clock_says_later(tmp_path, machine):
 def test_a_layer_keeps_its_engine_whichever_it_is_read_together_with(tmp_path, machine):
     def read(*layers: str) -> EngineChoice:
         notes = [tmp_path / layer for layer in layers]
-        return choose_engine("auto", "auto", None, IMAGES, count=7000, notes=notes)[0]
+        return choose_engine("auto", "auto", None, lambda: IMAGES, count=7000, notes=notes)[0]
 
     first = read("a")
     machine.faster = 1.0  # now float32 would be taken

@@ -347,7 +347,9 @@ def test_random_weights_differ_and_follow_keras_seed():
     np.testing.assert_array_equal(first(IMAGES), third(IMAGES))
 
 
-@pytest.mark.parametrize("name", ["SmallConvNet", "MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny"])
+@pytest.mark.parametrize(
+    "name", ["SmallConvNet", "MobileNetV3Small", pytest.param("EfficientNetB0", marks=pytest.mark.slow), "ConvNeXtTiny"]
+)
 @pytest.mark.parametrize("file", ["backbone.weights.h5", "backbone.h5", "backbone.keras"])
 def test_what_a_backbone_saves_it_loads(tmp_path, name, file):
     saved = randomize(build(BACKBONES[name]))

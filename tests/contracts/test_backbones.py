@@ -1,4 +1,6 @@
-"""What every row of the zoo promises: Keras's own preprocessing, cuts that change nothing, a graph that saves."""
+"""What every row of the zoo promises: Keras's own preprocessing, cuts that change nothing, a graph that saves, and the
+whole way to the servers: head, freezing, SavedModel, TensorFlow's C++ loader, OpenVINO.
+"""
 
 import inspect
 import re
@@ -6,12 +8,22 @@ import re
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from sklearn.datasets import load_sample_images
+from tensorflow.core.protobuf import saved_model_pb2
 
+from tests.conftest import release_memory
 from tl_keras.backbones.cut import cut, list_cuts
 from tl_keras.backbones.engines import EngineChoice, build_engine, has_bfloat16, mean_cosine
 from tl_keras.backbones.zoo import BACKBONES, build_backbone
+from tl_keras.classifier import Classifier
+from tl_keras.export.cpp_loader import find_libraries
+from tl_keras.export.parity import ParityProcess
+from tl_keras.export.saved_model import write_version
 from tl_keras.report.gradcam import choose_map
+from tl_keras.serving.engines import OpenVinoGraph
+from tl_keras.serving.graphs import Graph, as_strings
+from tl_keras.training.heads import attach, build_head
 
 # One of each family; the others are the same code with other numbers.
 FAST = {
@@ -34,11 +46,21 @@ SAME_BLOCKS = {"ResNet50V2", "Xception", "MobileNet", "NASNetMobile", "Efficient
 PRESETS = [
     pytest.param(preset, id=name, marks=() if name in FAST else pytest.mark.slow) for name, preset in BACKBONES.items()
 ]
-# building an engine takes longest: of each kind of block one network
-WITH_ENGINE = [
+# of each kind of block one network
+BY_BLOCK = [
     pytest.param(*param.values, id=param.id, marks=() if param.id in FAST - SAME_BLOCKS else pytest.mark.slow)
     for param in PRESETS
 ]
+# building an engine takes longest; every family's exported graph runs in TensorFlow's own below
+ENGINES = {"ResNet50", "MobileNetV3Small", "EfficientNetV2B0", "SmallConvNet"}
+WITH_ENGINE = [
+    pytest.param(*param.values, id=param.id, marks=() if param.id in ENGINES else pytest.mark.slow) for param in PRESETS
+]
+SERVED = [
+    pytest.param(*param.values, id=param.id, marks=() if param.id == "EfficientNetB0" else pytest.mark.slow)
+    for param in PRESETS
+]
+LABELS = ("a", "b", "c")
 KERAS_PRESETS = [param for param in PRESETS if param.values[0].imagenet]
 
 
@@ -58,7 +80,7 @@ class Built:
 def built(request):
     keras.utils.set_random_seed(0)
     yield Built(request.param)
-    keras.backend.clear_session()
+    release_memory()
 
 
 def assert_same(actual, expected):
@@ -139,7 +161,7 @@ def test_an_engine_gives_the_backbones_embeddings(built, engine):
         assert 0.99 <= mean_cosine(rounded, built.embeddings) < 1
 
 
-@pytest.mark.parametrize("built", PRESETS, indirect=True)
+@pytest.mark.parametrize("built", BY_BLOCK, indirect=True)
 def test_saved_backbone_loads_and_gives_the_same(built, tmp_path):
     built.backbone.save(tmp_path / "backbone.keras")
     loaded = keras.saving.load_model(tmp_path / "backbone.keras")
@@ -147,6 +169,55 @@ def test_saved_backbone_loads_and_gives_the_same(built, tmp_path):
         operation.name for operation in built.backbone.operations
     ]
     assert_same(loaded(built.images).numpy(), built.embeddings)
+
+
+def add_head(backbone, embeddings):
+    """A classifier of random weights whose probabilities differ from image to image."""
+    head = build_head(backbone.output_shape[1], len(LABELS), dropout=0, standardize=None)
+    # random networks tell images hardly apart: the first class's logit is the distance along their difference
+    kernel, difference = np.zeros(head.layers[-1].kernel.shape), embeddings[0] - embeddings[1]
+    kernel[:, 0] = difference / (difference**2).sum()
+    head.layers[-1].kernel.assign(kernel)
+    head.layers[-1].bias.assign([-float(embeddings.mean(0) @ kernel[:, 0]), 0, 0])
+    return Classifier(attach(head, backbone), "toy", LABELS, backbone.name, backbone.layers[-1].name, "squash")
+
+
+@pytest.fixture(scope="module")
+def exported(built, tmp_path_factory):
+    """A row's version folder, two encoded photographs, and what the Keras network makes of them."""
+    classifier, folder = add_head(built.backbone, built.embeddings), tmp_path_factory.mktemp("model") / "1"
+    expected = tf.nn.softmax(classifier.network(built.images)).numpy()
+    folder.mkdir()
+    write_version(classifier, folder, name="toy", max_pixels=10**6)
+    return folder, [tf.io.encode_png(image.astype("uint8")).numpy() for image in built.images], expected
+
+
+@pytest.mark.parametrize("built", PRESETS, indirect=True)
+def test_tensorflows_own_loader_gives_the_probabilities_of_keras(built, exported):
+    folder, images, expected = exported
+    assert np.ptp(expected, axis=0).max() > 0.01
+    with ParityProcess() as fresh:
+        agreement = fresh.compare(folder, images, expected)
+    assert agreement.loader == ("C++" if find_libraries() else "TF1 session")
+    assert agreement.decisions == 1
+    assert agreement.largest_difference < 1e-3
+    assert agreement.batch_difference < 1e-3
+
+
+@pytest.mark.parametrize("built", SERVED, indirect=True)
+def test_openvino_serves_the_probabilities_of_keras(built, exported):
+    folder, images, expected = exported
+    served = OpenVinoGraph(Graph(folder, precision="float32"), folder, LABELS, precision="float32")
+    answer = served.run("serving_default", {"image_bytes": as_strings([*images, b"no image"])})
+    served.close()
+    np.testing.assert_allclose(answer["probabilities"][:2], expected, atol=1e-3)
+    assert answer["valid"].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("built", [param for param in PRESETS if param.id == "VGG16"], indirect=True)
+def test_the_decoder_is_in_the_graph_once(built, exported):
+    model = saved_model_pb2.SavedModel.FromString((exported[0] / "saved_model.pb").read_bytes())
+    assert len(model.meta_graphs[0].graph_def.library.function) < 100  # 335 where each signature traces its own
 
 
 @pytest.mark.parametrize("preset", KERAS_PRESETS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -83,14 +85,23 @@ def test_what_can_not_be_foreseen_counts_as_too_large(content):
     assert int(read_count(content)) == tf.int64.max
 
 
+@functools.cache
+def compile_decoder(max_pixels: int) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """In a graph, as it is exported; outside of one, a batch would be compiled in each call."""
+    return tf.function(
+        lambda batch: decode_batch(batch, image_size=8, resize="crop", max_pixels=max_pixels),
+        input_signature=[tf.TensorSpec([None], tf.string)],
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_limit_is_the_last_size_that_is_decoded(kind):
     name, options = KINDS[kind]
     content = encode(make_image(1, size=(20, 30)), name, **options)
     for count in (1, 3):  # one image is decoded otherwise than several
         batch = tf.constant([content] * count)
-        assert decode_batch(batch, image_size=8, resize="crop", max_pixels=600)[1].numpy().all()
-        assert not decode_batch(batch, image_size=8, resize="crop", max_pixels=599)[1].numpy().any()
+        assert compile_decoder(600)(batch)[1].numpy().all()
+        assert not compile_decoder(599)(batch)[1].numpy().any()
     assert explain_broken(content, image_size=8, resize="crop", max_pixels=600) == ""
     reason = explain_broken(content, image_size=8, resize="crop", max_pixels=599)
     assert reason == "has 600 pixels; at most 599 are allowed"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,16 @@ def decode_all(contents: list[bytes], how: str, *, image_size: int, resize: str)
         return [one(tf.constant(content)).numpy() for content in contents]
     if how == "tf.data":
         return list(tf.data.Dataset.from_tensor_slices(contents).map(one).as_numpy_iterator())
-    function = tf.function(one, input_signature=[tf.TensorSpec((), tf.string)])
+    function = compile_decoder(image_size, resize)
     return [function(content).numpy() for content in contents]
+
+
+@functools.cache
+def compile_decoder(image_size: int, resize: str) -> Callable[[bytes], tf.Tensor]:
+    return tf.function(
+        lambda content: decode(content, image_size=image_size, resize=resize),
+        input_signature=[tf.TensorSpec((), tf.string)],
+    )
 
 
 def decode_one(content: bytes, *, image_size: int, resize: str = "squash") -> np.ndarray:

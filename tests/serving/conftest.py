@@ -9,7 +9,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +18,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.processes import Process
+
 _ADDRESSES = re.compile(r"REST (http://\S+)/v1/models/NAME · gRPC (\S+) ")
 
 
@@ -27,7 +27,7 @@ _ADDRESSES = re.compile(r"REST (http://\S+)/v1/models/NAME · gRPC (\S+) ")
 class Server:
     """A server that runs."""
 
-    process: subprocess.Popen[str]
+    process: Process
     rest: str
     grpc: str
     log: Path
@@ -60,9 +60,8 @@ class Server:
 def start_server(folder: Path, *flags: str) -> Iterator[Server]:
     log = folder / "serve.log"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tl_keras.main", "--mode=serve", "--port=0", "--grpc_port=0", *flags]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True)
+    log.write_text("")
+    process = Process("--mode=serve", "--port=0", "--grpc_port=0", *flags, output=log)
     server = Server(process, "", "", log)
     try:
         server.wait_for(" · page ", 120)

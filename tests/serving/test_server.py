@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from tests.serving.conftest import as_b64, start_server
 from tl_keras.errors import UserError
 from tl_keras.export.saved_model import write_version
 from tl_keras.serving import server as server_module
+from tl_keras.serving.models import Models
 
 METRICS, QUEUED = "/monitoring/prometheus/metrics", ":tl_keras:serving:queued_rows{"
 FAST = ("--engine=tensorflow", "--precision=float32", "--max_batch_size=4")
@@ -23,7 +25,9 @@ FAST = ("--engine=tensorflow", "--precision=float32", "--max_batch_size=4")
 
 @pytest.fixture
 def models(trained: tuple[Path, Path], tmp_path: Path) -> Path:
+    """Without requests for the warm-up, which take longer than all else; the fixture `server` has them."""
     shutil.copytree(trained[1], tmp_path / "models" / "colours" / "1")
+    (tmp_path / "models" / "colours" / "1" / "assets.extra" / "tf_serving_warmup_requests").unlink()
     return tmp_path / "models"
 
 
@@ -99,11 +103,29 @@ def test_a_run_is_served_without_an_export(trained, photographs, tmp_path):
     assert "serving the run" in server.log.read_text()
 
 
-def test_one_version_is_served_and_no_other(models, tmp_path):
+@pytest.fixture
+def load(monkeypatch):
+    """Loads models in this process as a server would, and gives them instead of listening."""
+    found = []
+    monkeypatch.setattr(server_module, "_run", lambda models, *_: found.append(models))
+    monkeypatch.setattr(server_module, "_run_loop", lambda _: False)
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def run(*flags: str) -> Models:
+        assert run_main("--mode=serve", "--port=0", "--grpc_port=0", *flags, *FAST) == 0
+        return found[-1]
+
+    yield run
+    for models in found:
+        models.close()
+    gc.unfreeze()
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_one_version_is_served_and_no_other(models, load):
     add_version(models, 2)
-    with start_server(tmp_path / "log", f"--classifier={models / 'colours' / '1'}", *FAST) as server:
-        _, answer = server.ask("/v1/models/colours")
-    assert [one["version"] for one in answer["model_version_status"]] == ["1"]
+    loaded = load(f"--classifier={models / 'colours' / '1'}")
+    assert [version.number for version in loaded.find_all("colours")] == [1]
 
 
 def test_a_list_of_models_with_labels(models, photographs, tmp_path):
@@ -203,16 +225,15 @@ def test_clients_are_refused_until_models_are_loaded():
 
 
 @pytest.mark.parametrize("version", ["", "1"])
-def test_a_models_folder_is_served_under_a_name_of_ones_own(models, tmp_path, version):
-    flags = (f"--classifier={models / 'colours' / version}", "--model_name=resnet")
-    with start_server(tmp_path / "log", *flags, *FAST) as server:
-        assert server.ask("/v1/models/resnet")[0] == 200
-        assert server.ask("/v1/models/colours")[0] == 404
+def test_a_models_folder_is_served_under_a_name_of_ones_own(models, load, version):
+    loaded = load(f"--classifier={models / 'colours' / version}", "--model_name=resnet")
+    assert loaded.names == ["resnet"]
+    assert not loaded.find_missing()
 
 
-def test_a_models_folder_is_served_without_a_version(models, tmp_path):
-    with start_server(tmp_path / "log", f"--classifier={models / 'colours'}", *FAST) as server:
-        assert server.ask("/v1/models/colours")[0] == 200
+def test_a_models_folder_is_served_without_a_version(models, load):
+    loaded = load(f"--classifier={models / 'colours'}")
+    assert [version.number for version in loaded.find_all("colours")] == [1]
 
 
 def test_nothing_but_broken_models(tmp_path, capsys):
@@ -247,16 +268,15 @@ def test_mistakes_get_one_line(flags, words, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_model_of_an_earlier_version_is_served_too(tmp_path, trained):
+def test_a_model_of_an_earlier_version_is_served_too(tmp_path, trained, load):
     """Exported before warm-up requests and what is kept beside them."""
     from tl_keras.classifier import load_trained
 
     write_version(
         load_trained(str(trained[0])), make_folder(tmp_path / "models" / "old" / "1"), name="old", max_pixels=10**6
     )
-    shutil.rmtree(tmp_path / "models" / "old" / "1" / "assets.extra")
-    with start_server(tmp_path / "log", f"--export_dir={tmp_path / 'models'}", *FAST) as server:
-        assert server.ask("/v1/models/old")[0] == 200
+    shutil.rmtree(tmp_path / "models" / "old" / "1" / "assets.extra")  # versions before 0.2 have none
+    assert not load(f"--export_dir={tmp_path / 'models'}").find_missing()
 
 
 def make_folder(path: Path) -> Path:

@@ -149,8 +149,16 @@ def draw_sure(random: np.random.Generator, count: int, shape: str) -> tuple[np.n
     return np.stack([confidence, 1 - confidence], 1), (random.random(count) > true).astype(int), true
 
 
-@pytest.mark.parametrize("count", [50, 200, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        pytest.param(
+            shape, count, marks=() if count == 50 or (shape, count) == ("calibrated", 200) else pytest.mark.slow
+        )
+        for shape in SHAPES
+        for count in (50, 200, 1000)
+    ],
+)
 def test_intervals_of_a_calibration_error_hold_the_true_one(shape, count):
     """Where there is none, the low end is 0 but in 2.5 of 100 trials, and nothing is missed above."""
     random, held = np.random.default_rng(0), 0

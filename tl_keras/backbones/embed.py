@@ -349,10 +349,11 @@ def _choose_engine(
         return _NO_TRUNK, PixelEngine()
     names = [hashlib.sha256(repr(sorted(address.items())).encode()).hexdigest()[:16] for address in addresses]
     notes = [store_dir / f"{name}.engine.json" for name in names]
-    sample = next((pixels for _, pixels in images(positions[:BATCH_SIZE])), None)
-    if sample is None:
-        return EngineChoice("tensorflow", "float32", "no image could be decoded"), None
-    return choose_engine(engine, precision, trunk, sample, count=len(positions), notes=notes)
+
+    def read_sample() -> np.ndarray | None:
+        return next((pixels for _, pixels in images(positions[:BATCH_SIZE])), None)
+
+    return choose_engine(engine, precision, trunk, read_sample, count=len(positions), notes=notes)
 
 
 def _missing(stores: Sequence[EmbeddingStore], digests: np.ndarray, positions: np.ndarray, view: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,13 @@ def build_engine(choice: EngineChoice, trunk: keras.Model | None, *, batch_size:
 
 
 def choose_engine(
-    engine: str, precision: str, trunk: keras.Model, sample: np.ndarray, *, count: int, notes: Sequence[Path]
+    engine: str,
+    precision: str,
+    trunk: keras.Model,
+    read_sample: Callable[[], np.ndarray | None],
+    *,
+    count: int,
+    notes: Sequence[Path],
 ) -> tuple[EngineChoice, Engine | None]:
     """Chooses the fastest installed engine, at the fastest precision that agrees with float32.
 
@@ -195,7 +201,8 @@ def choose_engine(
         engine: value of `--engine`.
         precision: value of `--precision`.
         trunk: images, float32 `(batch, h, w, 3)` → embeddings, one output or several.
-        sample: the first batch of images, uint8 `(b, h, w, 3)`.
+        read_sample: reads the first batch of images, uint8 `(b, h, w, 3)`, or None if no image can be decoded; called
+            only if engines have to be compared.
         count: total number of images to embed.
         notes: the files that save the choice, one for each output, so that the embeddings of a layer are found again
             with any combination of layers.
@@ -221,6 +228,9 @@ def choose_engine(
     if kept:
         choice, built, count = EngineChoice(*kept[0]["choice"]), None, kept[0]["count"]
     else:
+        sample = read_sample()
+        if sample is None:
+            return EngineChoice("tensorflow", "float32", "no image could be decoded"), None
         choice, built = _measure(engine, precision, trunk, sample, count)
     content = {"choice": dataclasses.astuple(choice), "wanted": wanted, "count": count}
     for note in notes if len(kept) < len(notes) else ():
