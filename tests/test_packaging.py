@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,27 +46,26 @@ def test_its_metadata_is_what_a_registry_wants(wheel):
 
 
 def test_the_installed_command_runs_from_an_empty_folder(wheel, tmp_path):
-    """From the wheel's files, not from the checkout; the dependencies are those of this environment."""
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    """The wheel's files and its script, not the checkout; the dependencies are those of this environment."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+    subprocess.run([*command, f"--prefix={tmp_path / 'installed'}", str(wheel)], check=True)
+    (site,) = (tmp_path / "installed").glob("lib/python*/site-packages")
     (tmp_path / "empty").mkdir()
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import tl_keras.main; print(tl_keras.__file__); "
-    code += "sys.exit(tl_keras.main.main(['tl_keras', *sys.argv[1:]]))"
-    small = ["--backbone=SmallConvNet", "--image_size=16", "--weights=none", "--epochs=1", "--store_dir=store"]
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        code,
-        str(tmp_path / "site"),
-        "finetune",
-        "--dataset=digits",
-        *small,
-        "--quiet",
+
+    def run(*command: str) -> list[str]:
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path / "empty", env=environment, check=True
+        )
+        return result.stdout.splitlines()
+
+    assert run(sys.executable, "-c", "import tl_keras; print(tl_keras.__file__)") == [
+        str(site / "tl_keras" / "__init__.py")
     ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "empty", check=True)
-    first, *warnings, last = result.stdout.splitlines()
+    small = ["--backbone=SmallConvNet", "--image_size=16", "--weights=none", "--epochs=1", "--store_dir=store"]
+    installed = str(tmp_path / "installed" / "bin" / "tl_keras")
+    *warnings, last = run(installed, "finetune", "--dataset=digits", *small, "--quiet")
     assert [line for line in warnings if not line.startswith("warning:")] == []
-    assert first == str(tmp_path / "site" / "tl_keras" / "__init__.py")
     assert re.match(r"test accuracy 0\.\d{3} \[.+\] n=\d+ · runs/.+ · saved_models/digits-SmallConvNet/1$", last)
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from tl_keras.data import sources
-from tl_keras.data.sources import Source, list_images, load_source, read_files
+from tl_keras.data.sources import Source, list_image_files, load_source, read_files
 from tl_keras.errors import UserError
 
 
@@ -141,9 +141,9 @@ def test_a_link_to_nowhere_is_an_unreadable_image(tmp_path):
     assert dict(source.read([0, 1])) == {0: b"a/1.jpg", 1: b""}
 
 
-def test_list_images_are_in_order_of_name(tmp_path):
+def test_image_files_are_in_order_of_name(tmp_path):
     put(tmp_path, "b.jpg", "a/z.jpg", "a.jpg", "C.jpg", "10.jpg", "9.jpg")
-    assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == [
+    assert [path.relative_to(tmp_path).as_posix() for path in list_image_files(tmp_path)] == [
         *("10.jpg", "9.jpg", "C.jpg", "a/z.jpg", "a.jpg", "b.jpg"),
     ]
 

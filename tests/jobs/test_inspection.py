@@ -15,7 +15,7 @@ from tl_keras.audit.findings import Finding
 from tl_keras.data.examples import Examples
 from tl_keras.data.sources import Source
 from tl_keras.data.splits import UNUSED
-from tl_keras.jobs.inspection import examine_examples, list_images, measure_leaks
+from tl_keras.jobs.inspection import examine_examples, list_audited_images, measure_leaks
 
 SPLITS = np.array([0, UNUSED, 2, 0, 1, UNUSED, 0], np.int8)
 
@@ -59,7 +59,7 @@ def test_odd_files_that_are_not_used_are_left_out(examples):
 
 
 def test_images_are_those_in_use(examples):
-    rows, images = list_images(examples)
+    rows, images = list_audited_images(examples)
     assert rows.tolist() == [0, 2, 3, 4, 6]
     assert images.ids == ["0.img", "2.img", "3.img", "4.img", "6.img"]
     assert images.labels.tolist() == [0, 1, 0, 0, 1]

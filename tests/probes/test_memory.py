@@ -10,15 +10,15 @@ import pytest
 from tl_keras.errors import UserError
 from tl_keras.probes import memory
 from tl_keras.probes.estimators import PROBES
-from tl_keras.probes.memory import check_memory
+from tl_keras.probes.memory import check_probe_memory
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch, probe):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2_000_000_000)
-    check_memory(probe, count=1000, dim=512)
+    check_probe_memory(probe, count=1000, dim=512)
     with pytest.raises(UserError) as error:
-        check_memory(probe, count=20_000, dim=25_088)
+        check_probe_memory(probe, count=20_000, dim=25_088)
     text = str(error.value)
     assert text.startswith(f"--probe={probe} on 20,000 embeddings of 25,088 numbers needs about ")
     assert "GB of memory, but only 2.0 GB are free. Use a smaller layer (--pooling=avg), " in text
@@ -28,14 +28,14 @@ def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch, probe):
 def test_a_kernel_grows_with_the_square_and_with_the_folds_at_once(monkeypatch, cores, needed):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2_000_000_000)
     monkeypatch.setattr(memory.joblib, "cpu_count", lambda: cores)
-    check_memory("linear_svm", count=20_000, dim=16)
+    check_probe_memory("linear_svm", count=20_000, dim=16)
     with pytest.raises(UserError, match=rf"needs about {re.escape(needed)} GB"):
-        check_memory("rbf_svm", count=20_000, dim=16)
+        check_probe_memory("rbf_svm", count=20_000, dim=16)
 
 
 def test_a_machine_that_does_not_tell_is_trusted(monkeypatch):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: math.inf)
-    check_memory("rbf_svm", count=10**6, dim=10**6)
+    check_probe_memory("rbf_svm", count=10**6, dim=10**6)
 
 
 def test_linux_tells():
@@ -44,7 +44,7 @@ def test_linux_tells():
 
 def test_neighbours_that_no_graph_holds_are_refused_on_the_largest_machine(monkeypatch):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: math.inf)
-    check_memory("knn", count=19_000, dim=25_088)
+    check_probe_memory("knn", count=19_000, dim=25_088)
     with pytest.raises(UserError, match=r"2\.0 GB, but a graph can't be larger than 2 GB\. Use a smaller layer"):
-        check_memory("knn", count=20_000, dim=25_088)
-    check_memory("ridge", count=20_000, dim=25_088)
+        check_probe_memory("knn", count=20_000, dim=25_088)
+    check_probe_memory("ridge", count=20_000, dim=25_088)

@@ -7,7 +7,7 @@ import pytest
 
 from tl_keras.backbones.engines import has_openvino
 from tl_keras.serving import engines
-from tl_keras.serving.engines import ServingEngine, build_engine
+from tl_keras.serving.engines import ServingEngine, build_serving_engine
 from tl_keras.serving.graphs import Graph, as_strings
 
 LABELS = ("a", "b")
@@ -50,7 +50,7 @@ def build(monkeypatch):
         monkeypatch.setattr(engines, "_load", load)
         monkeypatch.setattr(engines, "has_openvino", lambda: has_openvino)
         monkeypatch.setattr(engines, "time_run", lambda graph, *_, **__: graph.seconds)
-        found, choice = build_engine(None, LABELS, wanted=wanted, samples=IMAGES, show=shown.append)
+        found, choice = build_serving_engine(None, LABELS, wanted=wanted, samples=IMAGES, show=shown.append)
         return found, str(choice), shown, loaded
 
     return run
@@ -95,7 +95,7 @@ def test_engines_that_lost_are_closed(build):
 def test_pixels_that_are_not_finite_are_invalid_in_openvino(trained):
     path = trained[1]
     labels = ("blue", "green", "red")
-    graph, choice = build_engine(
+    graph, choice = build_serving_engine(
         path, labels, wanted=ServingEngine("openvino", "float32"), samples=[], show=lambda _: None
     )
     pixels = np.full((2, 16, 16, 3), 200, np.float32)

@@ -113,7 +113,7 @@ def load_source(
     return _only(source, classes) if classes else source
 
 
-def list_images(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
+def list_image_files(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
     """Lists all files below a folder that have an image suffix, sorted; links are followed.
 
     Hidden files, folders of operating systems (thumbnails, trash), run folders and exported models are left out.
@@ -160,12 +160,12 @@ def _load_folder(text: str, *, allow_unlabeled: bool) -> Source:
             (path, SPLIT_NAMES[name.lower()], label.name)
             for name, split in sorted(by_split.items())
             for label in _subfolders(split)
-            for path in list_images(label, skipped)
+            for path in list_image_files(label, skipped)
         ]
     else:
         _check_no_splits(root, folders)
-        labeled = [(path, 0, label.name) for label in folders for path in list_images(label, skipped)]
-    if not labeled and allow_unlabeled and (images := list_images(root, skipped)):
+        labeled = [(path, 0, label.name) for label in folders for path in list_image_files(label, skipped)]
+    if not labeled and allow_unlabeled and (images := list_image_files(root, skipped)):
         ids, paths = (
             [one_spelling(path.relative_to(root).as_posix()) for path in images],
             [str(path) for path in images],
@@ -173,7 +173,7 @@ def _load_folder(text: str, *, allow_unlabeled: bool) -> Source:
         source = _from_files(_name_of(root), ids, paths=paths, class_of=None, splits=[0] * len(ids))
         return dataclasses.replace(source, notes=_describe_skipped(skipped))
     if not labeled:
-        flat = len(list_images(root))
+        flat = len(list_image_files(root))
         if flat:
             raise UserError(
                 f"no images in class folders, but {flat:,} directly in {root}. Expected {root}/CLASS/*.jpg. For "

@@ -24,7 +24,7 @@ from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.tables import describe_environment, describe_evaluation, write_evaluation
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
-from tl_keras.jobs.inspection import examine_examples, fits_in_report, list_images, measure_leaks
+from tl_keras.jobs.inspection import examine_examples, fits_in_report, list_audited_images, measure_leaks
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job
 from tl_keras.report.compose import Judged, compose_report, try_report
@@ -268,7 +268,7 @@ class _AuditForReport:
 
     def examine(self, probabilities: Mapping[str, np.ndarray], views: Views) -> Audit | None:
         """Audits the images, unless they are too many for a report; writes `audit.csv`."""
-        rows, images = list_images(self._job.examples)
+        rows, images = list_audited_images(self._job.examples)
         if not fits_in_report(len(rows), views.dim):
             self.lines = [f"audit: {len(rows):,} images are too many for the report; use --mode=audit"]
             self._job.screen.line(self.lines[0])

@@ -17,7 +17,7 @@ from tl_keras.evaluation.leaks import compare_without
 _IMAGES_AT_MOST, _NUMBERS_AT_MOST = 100_000, 400_000_000  # one minute of search; 1.6 GB, up to three copies
 
 
-def list_images(examples: Examples) -> tuple[np.ndarray, Images]:
+def list_audited_images(examples: Examples) -> tuple[np.ndarray, Images]:
     """Lists the images in use: their positions, int64 `(n,)`, and ids, labels and splits in the same order."""
     rows = np.flatnonzero(examples.splits >= 0)
     ids = [examples.source.ids[row] for row in rows.tolist()]
@@ -47,7 +47,7 @@ def examine_examples(
         all_pixels: see `examine`.
         show_progress: called with the progress as text.
     """
-    rows, images = list_images(examples)
+    rows, images = list_audited_images(examples)
     broken = [
         Finding(examples.source.ids[row], "unreadable", "high", reason) for row, reason in examples.broken.items()
     ]

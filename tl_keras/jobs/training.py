@@ -33,7 +33,7 @@ def make_plan(backbone: keras.Model, config: Config) -> Plan:
     )
 
 
-def check_memory(plan: Plan, config: Config) -> None:
+def check_training_memory(plan: Plan, config: Config) -> None:
     """Checks that the training fits in the free memory.
 
     Raises:

@@ -22,7 +22,7 @@ from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
 from tl_keras.evaluation.tables import describe_environment, write_examples
-from tl_keras.jobs.inspection import examine_examples, list_images, measure_leaks
+from tl_keras.jobs.inspection import examine_examples, list_audited_images, measure_leaks
 from tl_keras.jobs.lineage import load_run_config
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, load_network, start
@@ -59,7 +59,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     _check_clean(config, job)
     with watch.stage("trunk"):
         embedded = job.embed([backbone])[0]
-    rows, images = list_images(job.examples)
+    rows, images = list_audited_images(job.examples)
     if not len(rows):
         raise UserError(f"none of the images can be read; {job.folder.path}/broken.csv has the reasons. Repair them.")
     _estimate_time(screen, len(rows), int(backbone.output_shape[-1]))

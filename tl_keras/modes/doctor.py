@@ -41,7 +41,7 @@ _OPTIONAL = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the doctor, with advice if something is wrong."""
 
     what: str
@@ -52,7 +52,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     """Checks versions, devices, CPU, TFDS, caches and disk space; the exit status is 1 if a check fails."""
     screen = screen or Screen()
     store_dir = config.engine.store_dir or default_store_dir()
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+    checks: tuple[Callable[[], Iterator[Check]], ...] = (
         _check_versions,
         _check_devices,
         _check_cpu,
@@ -71,9 +71,9 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     return Result(exit_status=1 if failed else 0)
 
 
-def _check_versions() -> Iterator[Finding]:
+def _check_versions() -> Iterator[Check]:
     supported = _PYTHON[0] <= sys.version_info[:2] < _PYTHON[1]
-    yield Finding(
+    yield Check(
         f"tl_keras {__version__}, Python {platform.python_version()}",
         "" if supported else "use Python 3.11 to 3.13",
     )
@@ -82,9 +82,9 @@ def _check_versions() -> Iterator[Finding]:
         try:
             installed.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(f"{name} is not installed", f"pip install {name}")
-    yield Finding(", ".join(installed))
-    yield Finding("optional: " + ", ".join(map(_describe_optional, _OPTIONAL)))
+            yield Check(f"{name} is not installed", f"pip install {name}")
+    yield Check(", ".join(installed))
+    yield Check("optional: " + ", ".join(map(_describe_optional, _OPTIONAL)))
 
 
 def _describe_optional(name: str) -> str:
@@ -94,17 +94,17 @@ def _describe_optional(name: str) -> str:
         return f"no {name} ({_OPTIONAL[name]})"
 
 
-def _check_devices() -> Iterator[Finding]:
+def _check_devices() -> Iterator[Check]:
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
-        yield Finding(f"GPU: {', '.join(names)}")
+        yield Check(f"GPU: {', '.join(names)}")
         return
     present = find_nvidia()
     if not present:
-        yield Finding(f"no GPU; {os.cpu_count()} CPU cores")
+        yield Check(f"no GPU; {os.cpu_count()} CPU cores")
         return
-    yield Finding(f"there is an NVIDIA GPU ({present}), but TensorFlow does not find it", explain_unseen())
+    yield Check(f"there is an NVIDIA GPU ({present}), but TensorFlow does not find it", explain_unseen())
 
 
 def find_nvidia() -> str:
@@ -124,44 +124,44 @@ def explain_unseen() -> str:
     return "the CUDA libraries are missing or have another version: pip install 'tensorflow[and-cuda]'"
 
 
-def _check_cpu() -> Iterator[Finding]:
+def _check_cpu() -> Iterator[Check]:
     flags = read_cpu_flags()
     if not flags:
-        yield Finding(f"CPU: {platform.machine()} (its instruction sets can't be read here)")
+        yield Check(f"CPU: {platform.machine()} (its instruction sets can't be read here)")
         return
     found = [f"{flag} ({use})" for flag, use in _CPU_FLAGS.items() if flag in flags]
     missing = [flag for flag in _CPU_FLAGS if flag not in flags]
     text = f"CPU has {', '.join(found) or 'no instructions for fast inference'}"
-    yield Finding(text + (f"; it does not have {', '.join(missing)}" if missing else ""))
+    yield Check(text + (f"; it does not have {', '.join(missing)}" if missing else ""))
 
 
-def _check_tfds() -> Iterator[Finding]:
+def _check_tfds() -> Iterator[Check]:
     try:
         version = import_tfds().__version__
-        yield Finding(f"TensorFlow Datasets {version} can be imported")
+        yield Check(f"TensorFlow Datasets {version} can be imported")
     except UserError as error:
-        yield Finding("TensorFlow Datasets", " ".join(str(error).split()))
+        yield Check("TensorFlow Datasets", " ".join(str(error).split()))
 
 
-def _check_folders(store_dir: str) -> Iterator[Finding]:
+def _check_folders(store_dir: str) -> Iterator[Check]:
     stores = list_stores(store_dir)
     size = sum(stored for _, stored in stores)
     yield _check_disk(f"embedding store {store_dir}: {len(stores)} stores, {size / 1e6:,.0f} MB", store_dir)
     for path, stored in stores[:10]:
-        yield Finding(f"  {path.name}: {stored / 1e6:,.0f} MB (to delete it: rm '{path}'*)")
+        yield Check(f"  {path.name}: {stored / 1e6:,.0f} MB (to delete it: rm '{path}'*)")
     keras_home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
     yield _check_disk(f"ImageNet weights {keras_home}/models", keras_home)
     data_dir = os.environ.get("TFDS_DATA_DIR") or os.path.join(os.path.expanduser("~"), "tensorflow_datasets")
     yield _check_disk(f"TFDS data {data_dir}", data_dir)
 
 
-def _check_disk(what: str, folder: str) -> Finding:
+def _check_disk(what: str, folder: str) -> Check:
     existing = existing_parent(folder)
     if not os.path.isdir(existing):
-        return Finding(what, f"{existing} is a file: choose another folder")
+        return Check(what, f"{existing} is a file: choose another folder")
     if not os.access(existing, os.W_OK):
-        return Finding(what, f"{existing} is not writable: change its permissions, or choose another folder")
+        return Check(what, f"{existing} is not writable: change its permissions, or choose another folder")
     free = shutil.disk_usage(existing).free
-    return Finding(
+    return Check(
         f"{what}, {free / 1e9:,.0f} GB free", "" if free > _FREE_BYTES else "less than 5 GB are free: free some space"
     )

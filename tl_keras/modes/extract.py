@@ -33,7 +33,7 @@ from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, Network, load_network, start
 from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_probe
 from tl_keras.probes.fold import fold
-from tl_keras.probes.memory import check_memory
+from tl_keras.probes.memory import check_probe_memory
 from tl_keras.probes.search import Labeled, Search, choose_parameter
 from tl_keras.run import Screen, Stopwatch, read_json, write_atomically
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
@@ -255,7 +255,7 @@ def _check(config: ProbeConfig, examples: Examples, trunks: Sequence[keras.Model
     for probe in config.probe:
         check_probe(probe, examples.labels("train"), value=config.probe_parameter)
         for trunk in trunks:
-            check_memory(probe, count=count, dim=int(trunk.output_shape[1]))
+            check_probe_memory(probe, count=count, dim=int(trunk.output_shape[1]))
 
 
 def _check_refit(config: ProbeConfig, examples: Examples) -> None:

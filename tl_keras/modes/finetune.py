@@ -14,7 +14,7 @@ from tl_keras.export.parity import ParityProcess
 from tl_keras.jobs.finish import Views, close, export, judge, keep_classifier
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, Network, load_network, start
-from tl_keras.jobs.training import check_memory, embed_plan, list_evaluated, make_plan, repeat
+from tl_keras.jobs.training import check_training_memory, embed_plan, list_evaluated, make_plan, repeat
 from tl_keras.run import History, Screen, Stopwatch
 from tl_keras.training.callbacks import HISTORY_HEADER
 from tl_keras.training.fit import Progress
@@ -31,7 +31,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     """
     network = load_network(config, screen or Screen(), Stopwatch())
     plan = make_plan(network.backbone, config)
-    check_memory(plan, config)
+    check_training_memory(plan, config)
     job = start(network)
     _introduce(network, plan)
     with job.watch.stage("trunk"):

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tl_keras.classifier import TOP_K, load
 from tl_keras.config import Config
-from tl_keras.data.sources import list_images, read_files
+from tl_keras.data.sources import list_image_files, read_files
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
 from tl_keras.run import Screen, csv_writer, disk_errors
@@ -63,7 +63,7 @@ def _find(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         path = Path(pattern)
         if os.path.isdir(path):
-            matches = [str(file) for file in list_images(path)]
+            matches = [str(file) for file in list_image_files(path)]
         elif os.path.exists(path):
             matches = [str(path)]
         else:

@@ -14,7 +14,7 @@ _BYTES, _BYTES_A_FOLD = 8, {"logistic_regression": 12, "linear_svm": 36, "rbf_sv
 _KERNEL_BYTES = 16  # per pair of examples and fold
 
 
-def check_memory(probe: str, *, count: int, dim: int) -> None:
+def check_probe_memory(probe: str, *, count: int, dim: int) -> None:
     """Checks that a probe will fit in the free memory, before it is fitted.
 
     Args:

@@ -176,7 +176,7 @@ class ServingEngine:
         return f"{self.engine} {self.precision}"
 
 
-def build_engine(
+def build_serving_engine(
     path: Path, labels: Sequence[str], *, wanted: ServingEngine, samples: Sequence[bytes], show: Callable[[str], None]
 ) -> tuple[Any, ServingEngine]:
     """Loads a version in the requested engine, or in the fastest one whose predictions agree with the graph.

@@ -25,7 +25,7 @@ from tl_keras.run import INTERRUPTED
 from tl_keras.serving import calls
 from tl_keras.serving import grpc as grpc_api
 from tl_keras.serving.batching import Batcher
-from tl_keras.serving.engines import ServingEngine, build_engine
+from tl_keras.serving.engines import ServingEngine, build_serving_engine
 from tl_keras.serving.errors import RequestError
 from tl_keras.serving.graphs import as_strings
 from tl_keras.serving.metrics import Metrics
@@ -80,8 +80,8 @@ def serve(
         entries: models to serve.
         roots: folders that models must be in.
         address: addresses to listen on.
-        engine: see `build_engine`.
-        precision: see `build_engine`.
+        engine: see `build_serving_engine`.
+        precision: see `build_serving_engine`.
         batch_sizes: batch sizes for batching.
         max_queued: queue limit per model, in images.
         limits: limits of a request.
@@ -102,7 +102,7 @@ def serve(
         labels = tuple(read_labels(path))
         # later versions use the engine of the first, because a benchmark would compete with running requests
         asked_for = ServingEngine(engine, precision)
-        build = functools.partial(build_engine, path, labels, samples=samples, show=show)
+        build = functools.partial(build_serving_engine, path, labels, samples=samples, show=show)
         try:
             graph, chosen[name] = build(wanted=chosen.get(name, asked_for))
         except RuntimeError:
