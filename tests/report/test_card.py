@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tl_keras.errors import UserError
-from tl_keras.report.card import FIELDS, Card, make_hub_metadata, load_card
+from tl_keras.report.card import FIELDS, Card, load_card, make_hub_metadata
 
 FIGURES = {"accuracy": 0.91503, "macro": {"f1": 0.9}}
 
