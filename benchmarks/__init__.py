@@ -1,1 +1,1 @@
-"""Scripts that measure this project beside its peers in one run. Their results are in `results/`."""
+"""Benchmarks of tl_keras and its baselines, measured in the same run. The results are in `results/`."""

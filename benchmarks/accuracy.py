@@ -1,9 +1,13 @@
-"""Accuracy of the recipes on real photographs with real weights. Parts: hymenoptera, flowers, decode.
+"""Accuracy of the recipes on real photographs with real weights.
 
 python -m benchmarks.accuracy
-hymenoptera: head only, 10 epochs, its 153 val photographs; beside plain Keras. flowers: a stratified quarter held out
-as test, five seeds: the default recipe, the article's head, scikit-learn's logistic regression.
-decode: decisions on all of hymenoptera's val with JPEGs decoded in full and at libjpeg's scale.
+
+Parts for `--only`:
+    hymenoptera: val accuracy on its 153 val photographs, only the head trained, 10 epochs; compared with plain Keras.
+    flowers: accuracy on a stratified quarter held out as test, five random seeds; the default recipe, the article's
+        head and scikit-learn's logistic regression.
+    decode: predicted classes for all val photographs of hymenoptera, with JPEGs decoded at full size and at libjpeg's
+        reduced scale.
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ def measure_flowers(arguments: Any) -> dict[str, Any]:
 
 
 def hold_out_quarter(labels: Any) -> Any:
-    """Positions to train on and to test on: scikit-learn's stratified 75/25, seed 0."""
+    """Splits into train and test positions with scikit-learn's stratified 75/25 split, random seed 0."""
     import numpy as np
     from sklearn.model_selection import train_test_split
 
@@ -93,7 +97,7 @@ def hold_out_quarter(labels: Any) -> Any:
 
 
 def write_quarter(arguments: Any) -> Path:
-    """A manifest of flowers with its held-out quarter as test."""
+    """Writes a CSV manifest of flowers whose held-out quarter is test."""
     files = sorted((arguments.data / "flowers").glob("*/*.jpg"))
     held_out, manifest = set(hold_out_quarter([f.parent.name for f in files])[1]), arguments.work / "flowers.csv"
     with manifest.open("w", newline="") as file:
@@ -104,7 +108,7 @@ def write_quarter(arguments: Any) -> Path:
 
 
 def embed_photographs(arguments: Any, source: Any, positions: Any) -> tuple[Any, Any]:
-    """Embeddings by the real MobileNetV2, float32 (n, 1280), and labels."""
+    """Computes embeddings with MobileNetV2 and its ImageNet weights, float32 (n, 1280), and returns labels too."""
     import numpy as np
 
     from tl_keras.backbones.engines import TensorFlowEngine
@@ -120,7 +124,7 @@ def embed_photographs(arguments: Any, source: Any, positions: Any) -> tuple[Any,
 
 
 def fit_logistic_regression(arguments: Any) -> float:
-    """scikit-learn's on standardised embeddings, its C chosen by cross-validation within train."""
+    """Scores scikit-learn's logistic regression on standardized embeddings, with C cross-validated on train."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -134,7 +138,7 @@ def fit_logistic_regression(arguments: Any) -> float:
 
 
 def compare_decoding(arguments: Any) -> dict[str, Any]:
-    """The classifier of the hymenoptera run on the same photographs, decoded in both ways."""
+    """Compares the predictions of the hymenoptera classifier on the same photographs, decoded in both ways."""
     import numpy as np
     import tensorflow as tf
 

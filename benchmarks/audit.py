@@ -1,12 +1,16 @@
-"""What an audit finds of errors that were planted in flowers, and how long nearest neighbours take.
+"""Detection rates of an audit for errors planted in flowers, and the time of the nearest neighbor search.
 
 python -m benchmarks.audit [--only=planted,labels,neighbours,libraries,gif]
-planted: 5 % of the labels flipped, 100 exact copies across splits, 100 near ones (resized, recompressed, cropped by
-5 %, mirrored). MobileNetV2, alpha=0.35, real ImageNet weights.
-labels: precision at the number planted and seconds by regularisation, by margin, and of a discriminant analysis.
-neighbours: of 100,000 embeddings of 2,048 numbers, drawn in clusters.
-libraries: scikit-learn, FAISS and hnswlib on their 128 main components (pip install faiss-cpu hnswlib).
-gif: hymenoptera's GIF that shows no ant, among the findings.
+
+Parts for `--only`:
+    planted: 5 % of the labels flipped, 100 exact copies across splits, 100 near copies (resized, recompressed, cropped
+        by 5 %, mirrored). MobileNetV2, alpha=0.35, real ImageNet weights.
+    labels: precision among as many suspects as labels were flipped, and time, by regularization and for a discriminant
+        analysis; precision by margin.
+    neighbours: time of the search in 100,000 embeddings with 2,048 dimensions, drawn in clusters.
+    libraries: scikit-learn, FAISS and hnswlib on the 128 principal components of these embeddings
+        (pip install faiss-cpu hnswlib).
+    gif: rank of hymenoptera's GIF that shows no ant among the findings.
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ def measure_seed(arguments: Any, seed: int) -> dict[str, Any]:
 
 
 def alter(content: bytes, number: int) -> bytes:
-    """One of four changes, and recompressed."""
+    """Applies one of four changes to an image and recompresses it."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     width, height = image.size
     kind, quality = number % 4, 60 if number % 4 == 1 else 90
@@ -104,7 +108,7 @@ def alter(content: bytes, number: int) -> bytes:
 def score(
     findings: list[dict[str, str]], pairs: dict[str, set[frozenset[str]]], flipped: set[str], *, total: int
 ) -> dict[str, Any]:
-    """Ids of a manifest with absolute paths are these paths."""
+    """Scores the findings of an audit. The ids in a manifest with absolute paths are these paths."""
     alike = {frozenset((row["id"], row["other_id"])) for row in findings if row["finding"] in COPY_KINDS}
     leaks = {frozenset((row["id"], row["other_id"])) for row in findings if row["finding"] == "leak"}
     found: dict[str, Any] = {f"recall, {kind} copies": len(own & leaks) / len(own) for kind, own in pairs.items()}
@@ -131,7 +135,7 @@ def score(
 
 
 def measure_labels(arguments: Any) -> dict[str, Any]:
-    """On the points of the last planted draw, as the audit sees them."""
+    """Compares models for label errors on the last planted draw, with the points that the audit uses."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -206,7 +210,7 @@ def measure_neighbours(arguments: Any) -> dict[str, Any]:
 
 
 def measure_libraries(_: Any) -> dict[str, Any]:
-    """Ten neighbours of each on the main components; hnswlib's are not exact."""
+    """Finds ten neighbors of each embedding on the principal components; those of hnswlib are approximate."""
     import faiss
     import hnswlib
     from sklearn.neighbors import NearestNeighbors

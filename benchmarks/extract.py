@@ -1,11 +1,16 @@
-"""Extraction: files to embeddings, the article's job, memory. Parts: engines, article, memory.
+"""Extraction: throughput from files to embeddings, the article's job, and peak memory.
 
 python -m benchmarks.extract --only=engines --torch=/path/to/python
-engines: five networks, random weights, photographs of ImageNet's size: files to store through the whole pipeline.
-Beside bare OpenVINO on synthetic input at its best settings, decoding and resizing alone, Keras `predict`, PyTorch.
-article: VGG16's flattened last pooling layer and a logistic regression on three splits, beside the article's loop.
-memory: peak memory of --embeddings_output on 1,000 and on 20,000 images.
---torch: a Python that has torch and torchvision; without it the peers that need them are left out.
+
+Parts for `--only`:
+    engines: throughput of the whole pipeline from files to the embedding store, for five networks with random weights
+        and photographs of ImageNet's size. Baselines: bare OpenVINO on synthetic input with its best settings, decoding
+        and resizing without a network, Keras `predict`, and PyTorch.
+    article: VGG16's flattened last pooling layer and a logistic regression on three splits, compared with the article's
+        loop.
+    memory: peak memory of --embeddings_output on 1,000 and on 20,000 images.
+
+`--torch` is a Python that has torch and torchvision. Without it, the baselines that need them are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from typing import Any
 from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, clock, measure_peak, parse, run_process, spread, write_results
 
 IMAGES = {"MobileNetV2": 1024, "EfficientNetB0": 640, "ResNet50": 320, "ConvNeXtTiny": 192, "VGG16": 96}
-PREDICT_IMAGES = {"ConvNeXtTiny": 64}  # Keras takes five images a second
+PREDICT_IMAGES = {"ConvNeXtTiny": 64}  # Keras processes only five images per second
 BATCHES = (4, 32)
 
 
@@ -34,7 +39,7 @@ def main() -> None:
 
 
 def write_photographs(arguments: Any, count: int) -> Path:
-    """JPEGs of 500 by 375 pixels, made of hymenoptera's, each of other bytes."""
+    """Writes JPEGs of 500 x 375 pixels made from the photographs of hymenoptera; no two files have the same bytes."""
     from PIL import Image, ImageEnhance
 
     folder = arguments.work / f"photographs_{count}" / "all"
@@ -126,7 +131,7 @@ def measure_network(arguments: Any, name: str) -> dict[str, Any]:
 
 
 def run_openvino(frozen: Any, batch_size: int) -> float:
-    """Bare OpenVINO's images a second on synthetic input, by the better of its two hints."""
+    """Measures the images per second of bare OpenVINO on synthetic input, with the better of two performance hints."""
     import numpy as np
     import openvino
 
@@ -159,11 +164,11 @@ def predict(backbone: Any, paths: list[Path]) -> float:
         return tf.image.resize(pixels, (224, 224))
 
     data = tf.data.Dataset.from_tensor_slices(list(map(str, paths))).map(load, num_parallel_calls=16)
-    # without it the peer's end waits for a thread that sleeps up to half a minute (TF 2.21)
+    # with autotuning, the end of the baseline's pipeline waits up to half a minute for a sleeping thread (TF 2.21)
     options = tf.data.Options()
     options.autotune.enabled = False
     data = data.batch(32).prefetch(4).with_options(options)
-    backbone.predict(data.take(1), verbose=0)  # its graph is built
+    backbone.predict(data.take(1), verbose=0)  # warm-up: builds the graph
     return len(paths) / clock(lambda: backbone.predict(data, verbose=0))
 
 
@@ -175,7 +180,7 @@ def run_torch(command: list[str]) -> dict[str, Any]:
 
 
 def measure_article(arguments: Any) -> dict[str, Any]:
-    """Both with the same weights, random: VGG16's ImageNet weights can't be downloaded here."""
+    """Runs the article's job and its loop with the same random weights: ImageNet weights can't be downloaded here."""
     import keras
     import numpy as np
 
@@ -242,7 +247,7 @@ def measure_memory(arguments: Any) -> dict[str, Any]:
         folder.mkdir()
         files = sorted((arguments.data / "flowers").glob("*/*.jpg"))
         for number in range(count):
-            content = files[number % len(files)].read_bytes() + str(number).encode()  # behind the image's end
+            content = files[number % len(files)].read_bytes() + str(number).encode()  # after the end of the image
             (folder / f"{number:05d}.jpg").write_bytes(content)
         store = arguments.work / f"copies_store_{count}"
         shutil.rmtree(store, ignore_errors=True)
@@ -262,7 +267,7 @@ def measure_memory(arguments: Any) -> dict[str, Any]:
 
 
 def quiet(*_: Any) -> None:
-    """Shows nothing."""
+    """Discards progress messages."""
 
 
 PARTS = {"engines": measure_engines, "article": measure_article, "memory": measure_memory}

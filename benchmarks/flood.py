@@ -1,4 +1,4 @@
-"""Ten thousand hostile requests, large JSON and messages among them, from 32 clients: memory, and the health's latency.
+"""Memory and health check latency under ten thousand hostile requests from 32 clients, including large messages.
 
 python -m benchmarks.flood [--data=DATA] [--work=WORK] [--only=openvino]
 """
@@ -23,7 +23,7 @@ REQUESTS, CLIENTS, CHANNELS = 10_000, 32, 8
 LARGE_SHARE, GRPC_SHARE, GOOD_SHARE = 0.03, 0.3, 0.02
 LARGE_BYTES = 60_000_000
 SETTLE_SECONDS = 5.0
-LEFT_OUT = {"bombs, sixteen", "hangs up", "hangs up in the middle"}  # they answer nothing, or cost seconds of decoding
+LEFT_OUT = {"bombs, sixteen", "hangs up", "hangs up in the middle"}  # no answer to check, or seconds of decoding
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def flood(rest: str, grpc_address: str, model: str, pid: int, data: Path) -> dict[str, Any]:
-    """Sends the requests, and looks at the server's health in processes of their own meanwhile."""
+    """Sends the requests while separate processes check the health of the server."""
     photographs = [path.read_bytes() for path in sorted((data / "hymenoptera").glob("*/*/*.jpg"))[:16]]
     expected = [ask_good(rest, model, one)[1] for one in photographs]
     small = {key: kind for key, kind in make_hostile(model, photographs[0]).items() if key not in LEFT_OUT}
@@ -83,7 +83,7 @@ def flood(rest: str, grpc_address: str, model: str, pid: int, data: Path) -> dic
 
 
 class Sender:
-    """32 clients that send whatever chance picks; good requests among it are compared with the answers before."""
+    """Sends random requests from 32 clients; answers to valid requests are compared with those before the flood."""
 
     def __init__(self, rest: str, model: str, photographs: list[bytes], expected: list[Any], kinds: list[dict]) -> None:
         self.rest, self.model, self.photographs, self.expected = rest, model, photographs, expected
@@ -113,7 +113,7 @@ class Sender:
             code = "hung up"
         except (OSError, ValueError) as error:
             code = repr(error)
-        # 429: the server holds as many bytes as it may
+        # 429: the server has reached its memory limit for requests
         self.note(f"{name}: {code}", code in codes or code == 429)
 
     def send_good(self, number: int) -> None:
@@ -132,7 +132,7 @@ class Sender:
 
 
 def make_large(model: str) -> dict[str, tuple[tuple, Any]]:
-    """Name → the codes that are right, and what posts 60 MB of JSON; 429 and 504 are right where many come at once."""
+    """Maps names to the correct codes (under load also 429 and 504) and a function that posts 60 MB of JSON."""
     predict, classify, regress = (f"/v1/models/{model}:{verb}" for verb in ("predict", "classify", "regress"))
 
     def post(where: str, head: bytes, unit: bytes, tail: bytes, *codes: int) -> tuple[tuple, Any]:
@@ -171,7 +171,7 @@ def make_large(model: str) -> dict[str, tuple[tuple, Any]]:
 def make_calls(
     address: str, model: str, good: bytes
 ) -> tuple[dict[str, tuple[tuple, Any]], dict[str, tuple[tuple, Any]]]:
-    """Hostile gRPC calls, small and large: name → the codes that are right, and what sends it."""
+    """Maps names of small and of large hostile gRPC calls to the correct codes and a function that sends the call."""
     import grpc
     import numpy as np
     import tensorflow as tf
@@ -200,7 +200,7 @@ def make_calls(
         return request.SerializeToString()
 
     def fill(unit: bytes, size: int) -> bytes:
-        """A tensor of these fields."""
+        """Builds a request whose tensor consists of repeated fields."""
         tensor = b"\x08\x07" + unit * (size // len(unit))
         entry = b"\x0a\x0bimage_bytes\x12" + as_varint(len(tensor)) + tensor
         head = predict_pb2.PredictRequest()
@@ -264,14 +264,14 @@ def as_varint(number: int) -> bytes:
 
 
 def probe(target: str, stop: Any, results: Any) -> None:
-    """Asks for the server's health twenty times a second: how long it took, and how often it failed."""
+    """Checks the health of the server twenty times per second; sends the latency and the number of failures."""
     times, failed = list[float](), 0
     ask = make_grpc_probe(target[5:]) if target.startswith("grpc:") else make_probe(target)
     while not stop.is_set():
         start = time.perf_counter()
         try:
             failed += not ask()
-        except Exception:  # whatever it is, it was no answer
+        except Exception:  # any exception counts as a failed check
             failed += 1
         times.append(time.perf_counter() - start)
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Good and hostile requests mixed, and what a server made of them: `benchmarks.serving --only=hostile`.
+"""Answers and memory of a server under valid and hostile requests; run by `benchmarks.serving --only=hostile`.
 
 python -m benchmarks.hostile HOST:PORT MODEL PID COUNT DATA
 """
@@ -23,13 +23,13 @@ from typing import Any
 
 CLIENTS, HOSTILE_SHARE = 16, 0.05
 SLOW_SECONDS, LARGE_BYTES = 2.0, 100_000_000
-SAME = 1e-4  # of a probability
+SAME = 1e-4  # tolerance for probabilities
 JSON = {"Content-Type": "application/json"}
 
 
 @dataclasses.dataclass
 class Load:
-    """What is sent, and what came back."""
+    """The requests to send, and the answers received."""
 
     address: str
     model: str
@@ -42,7 +42,7 @@ class Load:
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def work(self, seed: int) -> None:
-        """Sends until enough are sent."""
+        """Sends requests until the requested number is reached."""
         chance = random.Random(seed)
         while True:
             with self.lock:
@@ -78,7 +78,7 @@ class Load:
 
 
 def run_hostile(address: str, model: str, pid: int, count: int, data: Path) -> dict[str, Any]:
-    """Sends `count` requests from 16 clients; every good answer is compared with the first for that image."""
+    """Sends `count` requests from 16 clients; each answer to a valid image is compared with its first answer."""
     photographs = [path.read_bytes() for path in sorted((data / "hymenoptera").glob("*/*/*.jpg"))[:64]]
     expected = [ask_good(address, model, one)[1] for one in photographs]
     load = Load(address, model, photographs, expected, make_hostile(model, photographs[0]), iter(range(count)))
@@ -114,18 +114,18 @@ def ask_good(address: str, model: str, image: bytes) -> tuple[int, Any]:
 
 
 def is_same(answer: Any, expected: Any) -> bool:
-    """Equal but for what another batch size rounds otherwise."""
+    """Whether two answers agree, apart from the rounding differences between batch sizes."""
     return answer is not None and all(abs(a - b) < SAME for a, b in zip(answer, expected, strict=True))
 
 
 def read_memory(pid: int, kind: str) -> int:
-    """Resident memory of a process in MB: now (`VmRSS`), or the most it ever was (`VmHWM`)."""
+    """Reads the resident memory of a process in MB: current (`VmRSS`) or peak (`VmHWM`)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(kind)).split()[1]) // 1024
 
 
 def make_hostile(model: str, good: bytes) -> dict[str, tuple[tuple, Any]]:
-    """Name → the answers that are right, and what sends it: address → the answer."""
+    """Maps names of hostile requests to the correct answers and a function from server address to answer."""
     predict, path = f"/v1/models/{model}:predict", f"/v1/models/{model}"
     image = {"Content-Type": "image/jpeg"}
 

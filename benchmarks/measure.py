@@ -1,4 +1,4 @@
-"""What all benchmarks share: where the data is, how often a thing is timed, where results go."""
+"""Shared parts of all benchmarks: command line with data folder and number of runs, timing, and result files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """min ← median → max."""
+    """Formats values as min ← median → max."""
     return f"{min(values):.4g} ← {statistics.median(values):.4g} → {max(values):.4g}"
 
 
@@ -63,7 +63,7 @@ def clock(work: Callable[[], Any]) -> float:
 
 
 def run_process(arguments: Sequence[str], **environment: str) -> tuple[float, str]:
-    """Seconds and output of a whole process, its start included."""
+    """Runs a process; returns its duration in seconds, including its start, and its output."""
     start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, *arguments],
@@ -79,7 +79,7 @@ def run_process(arguments: Sequence[str], **environment: str) -> tuple[float, st
 
 
 def measure_peak(command: Sequence[str]) -> float:
-    """Peak memory of a whole process, MB."""
+    """Measures the peak memory of a whole process in MB."""
     code = "import resource,subprocess,sys;subprocess.run(sys.argv[1:],check=True,stdout=subprocess.DEVNULL);"
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What people write first: FastAPI, and the SavedModel called once a request.
+"""Naive server as a baseline: FastAPI, with the SavedModel called once per request.
 
 python -m benchmarks.naive_server FOLDER PORT
 """

@@ -1,8 +1,8 @@
-"""The pictures of the README: a report and the server's page, in Chromium, from real runs on scikit-learn's digits.
+"""Screenshots for the README: a report and the server's page, in Chromium, from real runs on scikit-learn's digits.
 
 python -m benchmarks.pictures [--out=docs/pictures] [--run_dir=runs/quickstart]
 
-The run is that of `./quickstart`: run that first. Chromium must be installed.
+The run is that of `./quickstart`: run it first. Chromium must be installed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def show_page(browser: Browser, run_dir: Path, path: Path) -> None:
 
 
 def make_digits() -> list[dict[str, object]]:
-    """Digits as files that are dropped on the page."""
+    """Makes image files of digits to upload to the page."""
     data = load_digits()
     files = []
     for number in range(_SHOWN):
@@ -75,7 +75,7 @@ def make_digits() -> list[dict[str, object]]:
 
 
 def write_small(screenshot: bytes, path: Path) -> None:
-    """Writes a screenshot with as many colors as the size limit allows."""
+    """Writes a screenshot as PNG with the largest number of colors that fits the size limit."""
     image = Image.open(io.BytesIO(screenshot)).convert("RGB")
     for colors in (256, 128, 64, 32):
         content = io.BytesIO()

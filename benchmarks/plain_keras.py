@@ -1,4 +1,4 @@
-"""The peer: transfer learning as Keras's own guide writes it (keras.io/guides/transfer_learning), frozen base, `fit`.
+"""Plain Keras as a baseline: `fit` with a frozen base, as in Keras's guide (keras.io/guides/transfer_learning).
 
 python -m benchmarks.plain_keras FOLDER BACKBONE WEIGHTS EPOCHS [TEST_FOLDER]
 """
@@ -35,7 +35,7 @@ def main(folder: str, backbone: str, weights: str, epochs: str, test_folder: str
     outputs = keras.layers.Dense(classes)(keras.layers.GlobalAveragePooling2D()(outputs))
     model = keras.Model(inputs, outputs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(), loss, metrics=["accuracy"], jit_compile=False)  # with XLA it is slower still
+    model.compile(keras.optimizers.Adam(), loss, metrics=["accuracy"], jit_compile=False)  # XLA is even slower
     ends = [time.perf_counter()]
     clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: ends.append(time.perf_counter()))
     history = model.fit(train, validation_data=val, epochs=int(epochs), verbose=0, callbacks=[clock])

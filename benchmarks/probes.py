@@ -1,12 +1,16 @@
-"""Probes: what layers and probes reach on real photographs, what the search costs. Parts: layers, sweep, dual, large.
+"""Probes: accuracy of layers and probes on real photographs, time and peak memory of the search.
 
 python -m benchmarks.probes
-layers: hymenoptera and flowers (its own splits, and a stratified quarter held out), MobileNetV2 with real weights.
-sweep: each probe's grid on 12,000 x 2,048 embeddings of 20 classes, chosen on 1,200; beside scikit-learn's GridSearchCV
-with the same values, scaler and split, stopped after LIMIT seconds. Neither fits the winner in the end; ours solves the
-linear SVM's candidates to a hundredth only, GridSearchCV all to the end.
-dual: the two solvers of the linear SVM, for a small C.
-large: the search for logistic regression's C, and its last fit, on 12,000 x 4,096 embeddings of 120 classes.
+
+Parts for `--only`:
+    layers: accuracy on hymenoptera (its own splits) and flowers (a stratified quarter held out), MobileNetV2 with real
+        weights.
+    sweep: the grid of each probe on 12,000 x 2,048 embeddings of 20 classes, selected on 1,200. The baseline is
+        scikit-learn's GridSearchCV with the same values, scaler and split, stopped after LIMIT seconds. Neither refits
+        the winner. tl_keras solves the linear SVM candidates only to a tolerance of 0.01, GridSearchCV solves all
+        candidates to convergence.
+    dual: the two solvers of the linear SVM, for a small C.
+    large: the search for the C of logistic regression, and its last fit, on 12,000 x 4,096 embeddings of 120 classes.
 """
 
 from __future__ import annotations
@@ -72,7 +76,11 @@ def measure_layers(arguments: Any) -> dict[str, Any]:
 
 
 def make_embeddings(count: int, dim: int, classes: int) -> Any:
-    """Embeddings as a network's: positive, correlated, overlapping classes; float32 (count + VAL, dim), and labels."""
+    """Makes synthetic embeddings like those of a network: positive, correlated, with overlapping classes.
+
+    Returns:
+        Embeddings, float32 (count + VAL, dim), and labels.
+    """
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -83,7 +91,7 @@ def make_embeddings(count: int, dim: int, classes: int) -> Any:
 
 
 def search(name: str, count: int, dim: int, classes: int) -> float:
-    """Ours; returns seconds."""
+    """Runs the search of tl_keras and returns its duration in seconds."""
     from tl_keras.probes.estimators import Recipe
     from tl_keras.probes.search import choose_parameter
 
@@ -102,7 +110,7 @@ def search(name: str, count: int, dim: int, classes: int) -> float:
 
 
 def grid_search(name: str, count: int, dim: int, classes: int, values: list[float]) -> float:
-    """scikit-learn's; returns seconds."""
+    """Runs scikit-learn's GridSearchCV and returns its duration in seconds."""
     import numpy as np
     from sklearn.linear_model import LogisticRegression, RidgeClassifier
     from sklearn.model_selection import GridSearchCV, PredefinedSplit
@@ -130,7 +138,7 @@ def grid_search(name: str, count: int, dim: int, classes: int, values: list[floa
 
 
 def run_apart(call: str, limit: float | None) -> dict[str, Any]:
-    """Runs one of the functions above in a process of its own: its answer, seconds, peak memory with its children."""
+    """Runs a function above in its own process; returns its result, seconds, and peak memory including its children."""
     code = (
         "import json, resource; from benchmarks import probes; seconds = probes." + call + "\n"
         "peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))\n"
@@ -146,7 +154,7 @@ def run_apart(call: str, limit: float | None) -> dict[str, Any]:
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its workers with it
+        os.killpg(process.pid, signal.SIGKILL)  # kills its workers too
         return {"seconds": f"over {limit:.0f}, stopped"}
     answer, cost = map(json.loads, output.splitlines()[-2:])
     return {**answer, **cost}
@@ -169,7 +177,7 @@ def measure_large(_: Any) -> dict[str, Any]:
 
 
 def measure_dual(_: Any) -> dict[str, Any]:
-    """LinearSVC by coordinate descent in the dual and by Newton's method in the primal, to a hundredth."""
+    """Times LinearSVC with dual coordinate descent and with the primal Newton method, tolerance 0.01."""
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import LinearSVC
 

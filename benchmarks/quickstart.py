@@ -1,8 +1,11 @@
-"""Accuracy of the quick start: transfer from letters to handwritten digits. Parts: seeds, chain.
+"""Accuracy of the quick start: transfer from letters to handwritten digits.
 
 python -m benchmarks.quickstart
-seeds: letters and their network as in the quick start; then transfer and training from scratch with seeds 0 to 4. Each
-seed draws other training images. chain: the same transfers from letters and networks of seeds 1 and 2.
+
+Parts for `--only`:
+    seeds: letters and their network as in the quick start, then transfer and training from scratch with random seeds 0
+        to 4. Each seed draws different training images.
+    chain: the same transfers from the letters and networks of random seeds 1 and 2.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def transfer(work: Path, letters_seed: int, seed: int) -> dict[str, Any]:
 
 
 def run(work: Path, step: str, seed: int, *flags: str) -> dict[str, Any]:
-    """Test accuracy of a step and its 95 % interval; the last of two equal flags counts."""
+    """Runs a step; returns its test accuracy and 95 % confidence interval. The last of two equal flags counts."""
     folder = work / step
     places = (f"--run_dir={folder}", f"--store_dir={work / 'quickstart_store'}")
     flag_file = f"--flagfile={ROOT / 'flags' / step}.flags"
@@ -62,12 +65,12 @@ def run(work: Path, step: str, seed: int, *flags: str) -> dict[str, Any]:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each seed with its interval over test images, and the mean with its interval over seeds."""
+    """Returns each seed with its confidence interval over test images, and the mean with its interval over seeds."""
     return {**average([one["accuracy"] for one in runs]), "seeds": list(runs)}
 
 
 def compare(transferred: dict[str, Any], scratch: dict[str, Any]) -> dict[str, Any]:
-    """The gain in accuracy. Both trainings of a seed have the same training images, so the differences are paired."""
+    """Computes the gain in accuracy, paired by seed: both trainings of a seed use the same training images."""
     pairs = list(zip(transferred["seeds"], scratch["seeds"], strict=True))
     apart = sum(with_transfer["interval"][0] > without["interval"][1] for with_transfer, without in pairs)
     gains = [with_transfer["accuracy"] - without["accuracy"] for with_transfer, without in pairs]
@@ -75,7 +78,7 @@ def compare(transferred: dict[str, Any], scratch: dict[str, Any]) -> dict[str, A
 
 
 def average(values: Sequence[float]) -> dict[str, Any]:
-    """The mean with its 95 % t interval."""
+    """Computes the mean with its 95 % confidence interval (Student's t)."""
     mean = statistics.mean(values)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": mean, "interval of the mean": [mean - half, mean + half]}

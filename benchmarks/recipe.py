@@ -1,10 +1,11 @@
-"""How the default recipe's learning rate and variance floor were chosen: by cross-validation on training images alone.
+"""Selection of the default learning rate and variance floor by cross-validation on training images only.
 
 python -m benchmarks.recipe
-On hymenoptera's train split and on flowers without the quarter that accuracy.py holds out: five folds, twice for the
-smaller set; in each, the epoch is chosen on a part of the other four, and the fold is scored. Mean log-loss and
-accuracy over the folds; the default is what has the best accuracy in the mean of the two sets. Nothing here looks at
-the images that accuracy.py scores.
+
+The data are hymenoptera's train split, and flowers without the quarter that accuracy.py holds out. Cross-validation has
+five folds and is repeated twice for the smaller data set. For each fold, the epoch is selected on a part of the other
+four, and the fold is scored. The results are the mean log-loss and accuracy over the folds. The default is the setting
+with the best accuracy, averaged over the two data sets. The images that accuracy.py scores are never used here.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def load_train(arguments: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings and labels of what may be trained on."""
+    """Loads the embeddings and labels of the training images."""
     source = load_source(f"folder:{arguments.data / name}", data_dir=None)
     positions = np.flatnonzero(source.splits == 0)
     if name == "flowers":
@@ -104,7 +105,7 @@ def score_fold(
 
 
 def quiet(*_: Any) -> None:
-    """Shows nothing."""
+    """Discards progress messages."""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""What evaluation and report add to a run, and how large the report is.
+"""Time that evaluation and report add to a run, size of the report, and calibration.
 
 python -m benchmarks.report [--only=small,large,calibration]
-small: finetune on hymenoptera, as a user runs it, each time with an empty store.
-large: 12,000 training, 8,580 test images of 120 classes, made of flowers: 5 kinds in 24 tints, random crops.
-calibration: ECE on test before and after a temperature fitted on val; flowers, head and probes.
+
+Parts for `--only`:
+    small: finetune on hymenoptera, as a user runs it, each time with an empty embedding store.
+    large: 12,000 training images and 8,580 test images of 120 classes, made from flowers: 5 kinds in 24 tints, random
+        crops.
+    calibration: ECE on test before and after temperature scaling fitted on val; flowers, head and probes.
+
 MobileNetV2, alpha=0.35, real ImageNet weights.
 """
 
@@ -77,7 +81,7 @@ def measure_large(arguments: Any) -> dict[str, Any]:
 
 
 def make_large(arguments: Any) -> Path:
-    """The manifest of the made images; they are made once."""
+    """Makes the tinted images, unless they exist, and returns their manifest."""
     root, random = arguments.work / "tinted_flowers", np.random.default_rng(0)
     manifest = root / "manifest.csv"
     if manifest.is_file():

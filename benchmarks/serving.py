@@ -1,13 +1,16 @@
-"""The local server. Parts: sizes, throughput, overhead, hostile, swaps, answers.
+"""Throughput, latency and robustness of the local server.
 
 python -m benchmarks.serving --only=throughput,overhead
-sizes: images a second of the exported graph by batch size and precision.
-throughput: 16 clients, REST and gRPC, ResNet50 and MobileNetV2 (random weights); beside what the cores allow, and
-beside a FastAPI handler that calls the same SavedModel (pip install fastapi); then the times of answers at less load.
-overhead: one client, beside calling the model in the process.
-hostile: 20,000 requests to a classifier of hymenoptera, one in twenty hostile.
-swaps: 50 new versions under load, two models in turn.
-answers: hymenoptera's test split through both APIs, beside the run's predictions.csv.
+
+Parts for `--only`:
+    sizes: images per second of the exported graph by batch size and precision.
+    throughput: 16 clients, REST and gRPC, ResNet50 and MobileNetV2 (random weights); compared with the limit of the CPU
+        cores, and with a FastAPI handler that calls the same SavedModel (pip install fastapi). Then latency at lower
+        load.
+    overhead: latency for one client, compared with calling the model in the process.
+    hostile: 20,000 requests to a classifier trained on hymenoptera; one in twenty is hostile.
+    swaps: 50 new versions under load, alternating between two models.
+    answers: hymenoptera's test split through both APIs, compared with predictions.csv of the run.
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ def main() -> None:
     parts = arguments.only.split(",") if arguments.only else list(PARTS)
     results = {name: PARTS[name](arguments) for name in parts}
     earlier = ROOT / "benchmarks" / "results" / "serving.json"
-    if "throughput" in results and earlier.exists():  # of the networks that were not asked for
+    if "throughput" in results and earlier.exists():  # keeps the networks that were not measured now
         results["throughput"] = json.loads(earlier.read_text())["throughput"] | results["throughput"]
     write_results("serving", results)
 
 
 def export_random(arguments: Any, name: str, *, prefix: str = "class", image_size: int = 224) -> Path:
-    """A model with random weights and ten classes; the first version of a folder of its own."""
+    """Exports a model with random weights and ten classes as version 1 in its own folder."""
     folder = arguments.work / "serving" / prefix / name / "1"
     if (folder / "saved_model.pb").exists():
         return folder
@@ -89,7 +92,7 @@ def serving(export_dir: Path, *flags: str) -> Iterator[tuple[str, str, subproces
 
 
 def load(kind: str, address: str, name: str, folder: Path, clients: int, seconds: float, rate: float = 0) -> dict:
-    """The load generator's answer; its own cost is told by its own clock."""
+    """Runs the load generator and returns its results, which include its own CPU time."""
     command = ["-m", "benchmarks.serving_client", kind, address, name, str(folder), str(clients), str(seconds)]
     result = json.loads(run_process([*command, *([str(rate)] if rate else [])])[1].splitlines()[-1])
     if result["errors"]:
@@ -146,7 +149,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_decoding(photographs: Path) -> float:
-    """Photographs a second, decoded and resized on all cores, nothing else."""
+    """Measures how many photographs per second are decoded and resized on all cores, without a network."""
     import numpy as np
 
     from tl_keras.data.images import make_images
@@ -156,7 +159,7 @@ def measure_decoding(photographs: Path) -> float:
     def read(positions: Any) -> Iterator[tuple[int, bytes]]:
         return ((int(position), contents[position]) for position in positions)
 
-    positions, speeds = np.tile(np.arange(len(contents)), 8), []  # the pipeline's own start must not count
+    positions, speeds = np.tile(np.arange(len(contents)), 8), []  # so long that the start does not count
     for _ in range(4):
         start = time.perf_counter()
         for _ in make_images(read, positions, image_size=224, resize="crop", batch_size=32):
@@ -166,7 +169,7 @@ def measure_decoding(photographs: Path) -> float:
 
 
 def measure_trunk(version: Path, engine: str) -> float:
-    """Images a second of the network and head alone, decoded already: in the engine that the server took."""
+    """Measures images per second of network and head on decoded images, with the engine that the server selected."""
     code = f"""
 import json, sys, time
 import numpy as np
@@ -203,7 +206,7 @@ def measure_naive(version: Path, name: str, photographs: Path) -> float:
                 break
             except OSError:
                 time.sleep(0.2)
-        load("rest", f"127.0.0.1:{port}", name, photographs, CLIENTS, 5)  # its first calls trace and plan
+        load("rest", f"127.0.0.1:{port}", name, photographs, CLIENTS, 5)  # warm-up: traces and plans the graph
         return load("rest", f"127.0.0.1:{port}", name, photographs, CLIENTS, SECONDS)["per_second"]
     finally:
         process.terminate()
@@ -211,7 +214,7 @@ def measure_naive(version: Path, name: str, photographs: Path) -> float:
 
 
 def measure_overhead(arguments: Any) -> dict[str, Any]:
-    """A request's median in a server beside the same graph's in this process, engine tensorflow."""
+    """Compares the median latency of the server with that of the same graph in this process, engine tensorflow."""
     from benchmarks.extract import write_photographs
     from tl_keras.serving.graphs import Graph, as_strings
 
@@ -239,12 +242,12 @@ def measure_overhead(arguments: Any) -> dict[str, Any]:
 
 
 def measure_hostile(arguments: Any) -> dict[str, Any]:
-    """Good and hostile requests mixed: what each was answered, and the server's memory."""
+    """Mixes valid and hostile requests; returns the answers and the memory of the server."""
     from benchmarks.hostile import run_hostile
 
     models, result = train(arguments) / "models", {}
     for engine in ("openvino", "tensorflow"):
-        # in float32 an answer is the same in every batch: a tenth of a thousandth tells photographs apart
+        # float32 answers are the same in every batch, so that a tolerance of 0.0001 distinguishes photographs
         flags = (f"--engine={engine}", "--precision=float32", "--request_timeout_seconds=20")
         with serving(models, *flags) as (rest, _, process, _):
             name = next(models.iterdir()).name
@@ -253,14 +256,14 @@ def measure_hostile(arguments: Any) -> dict[str, Any]:
 
 
 def measure_swaps(arguments: Any) -> dict[str, Any]:
-    """New versions take over while eight clients ask; odd versions have other labels than even ones."""
+    """Replaces versions while eight clients send requests; odd and even versions have different labels."""
     versions = [export_random(arguments, "MobileNetV2", prefix=prefix) for prefix in ("even", "odd")]
     root = arguments.work / "serving_swaps"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(versions[1], root / "models" / "m" / "1")
     photograph = next((arguments.data / "hymenoptera").glob("*/*/*.jpg")).read_bytes()
     failed, answers, stop = list[str](), list[tuple[float, float, bool]](), threading.Event()
-    alone = list[tuple[float, float, bool]]()  # from when to when one version alone is there, and whether it is odd
+    alone = list[tuple[float, float, bool]]()  # start and end of the time with only one version, and whether it is odd
     with serving(root / "models", "--engine=tensorflow", "--precision=float32", "--max_batch_size=4") as running:
         address, log = running[0], running[3]
 
@@ -306,7 +309,7 @@ def measure_swaps(arguments: Any) -> dict[str, Any]:
 
 
 def train(arguments: Any) -> Path:
-    """A classifier of hymenoptera, once: its run in `run`, its exported model in `models`."""
+    """Trains a classifier on hymenoptera once: its run is in `run`, its exported model in `models`."""
     work, data = arguments.work / "serving_answers", arguments.data / "hymenoptera"
     if (work / "run" / "metrics.json").exists():
         return work
@@ -326,7 +329,7 @@ def train(arguments: Any) -> Path:
 
 
 def measure_answers(arguments: Any) -> dict[str, Any]:
-    """Every image of a test split through REST and gRPC, beside what the run wrote."""
+    """Sends every image of a test split through REST and gRPC, and compares the answers with the run's predictions."""
     import grpc
     import numpy as np
     import tensorflow as tf
@@ -363,7 +366,7 @@ def measure_answers(arguments: Any) -> dict[str, Any]:
 
 
 def measure_sizes(arguments: Any) -> dict[str, Any]:
-    """Images a second of the exported graph by batch size and precision, as `--deploy` measures them."""
+    """Measures images per second of the exported graph by batch size and precision, in the same way as `--deploy`."""
     from tl_keras.export.warmup import BATCH_SIZES, make_photograph
     from tl_keras.serving.measure import measure_speed
 

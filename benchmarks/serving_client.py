@@ -1,7 +1,9 @@
-"""A load on a server, from a process of its own: prints one line of JSON.
+"""Load generator for a server, run in its own process; prints its results as one line of JSON.
 
 python -m benchmarks.serving_client REST_OR_GRPC HOST:PORT MODEL FOLDER CLIENTS SECONDS [RATE]
-CLIENTS threads ask one after the other, for so many seconds; with RATE requests start that often, whatever the answers.
+
+Each of CLIENTS threads sends one request after another for SECONDS seconds. With RATE, that many requests start per
+second, whether or not earlier ones have been answered.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def run(make: Callable, clients: int, seconds: float, rate: float, count: int) -
 
     def work(number: int) -> None:
         ask = make()
-        ask(number % count)  # opens the connection
+        ask(number % count)  # warm-up: opens the connection
         ready.wait()
         begin.wait()
         while True:

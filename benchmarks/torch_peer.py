@@ -1,8 +1,11 @@
-"""The PyTorch peer of benchmarks/extract.py; run by it, in an environment of its own that has torch and torchvision.
+"""PyTorch baseline of benchmarks/extract.py, which runs it in a separate environment that has torch and torchvision.
 
-python torch_peer.py embed NETWORK eager|compile FOLDER: images a second, files to embeddings, bfloat16, channels last.
-python torch_peer.py article FOLDER WEIGHTS.npz: the article's loop: VGG16's flattened last pooling layer over train,
-val and test, batches of 32 in float32, then scikit-learn's LogisticRegression; decisions on test.
+python torch_peer.py embed NETWORK eager|compile FOLDER
+    Measures images per second from files to embeddings, in bfloat16, channels last.
+
+python torch_peer.py article FOLDER WEIGHTS.npz
+    Runs the article's loop: VGG16's flattened last pooling layer over train, val and test, in batches of 32 in float32,
+    then scikit-learn's LogisticRegression. Prints the predicted classes on val and test.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ NETWORKS = {
     "EfficientNetB0": "efficientnet_b0",
     "ConvNeXtTiny": "convnext_tiny",
 }
-CAFFE_MEANS = (103.939, 116.779, 123.68)  # of BGR, 0 to 255: what the Keras weights were trained with
+CAFFE_MEANS = (103.939, 116.779, 123.68)  # BGR, 0 to 255, as in the training of the Keras weights
 WORKERS = 2
 
 

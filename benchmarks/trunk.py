@@ -1,10 +1,13 @@
-"""Speeds of the parts. Parts: tail, precision, decode, memory.
+"""Time and peak memory of single parts.
 
 python -m benchmarks.trunk --only=tail
-tail: an epoch of conv5 on stored maps beside an epoch of plain Keras with the same layers trained.
-precision: what --precision=auto sees on MobileNetV2 and ResNet50.
-decode: a photograph of 12 megapixels, decoded and resized in full and at libjpeg's scale.
-memory: peak memory of a whole run on 400 and on 4,000 images.
+
+Parts for `--only`:
+    tail: an epoch of training conv5 on stored feature maps, compared with an epoch of plain Keras with the same layers
+        trained.
+    precision: speedup and cosine similarity that --precision=auto measures on MobileNetV2 and ResNet50.
+    decode: a photograph of 12 megapixels, decoded at full size and at libjpeg's reduced scale, and resized.
+    memory: peak memory of a whole run on 400 and on 4,000 images.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def main() -> None:
 
 
 def measure_tail(arguments: Any) -> dict[str, Any]:
-    """Epochs from the second on; 320 flowers to train, 40 to validate."""
+    """Times epochs, except the first one of each run, with 320 flowers as train and 40 as val."""
     folder = arguments.work / "few_flowers"
     shutil.rmtree(folder, ignore_errors=True)
     for split, first, last in (("train", 0, 64), ("val", 64, 72)):

@@ -1,7 +1,9 @@
-"""Whole jobs of 10 epochs on flowers, process start included, beside plain Keras. Parts: mobilenet, resnet.
+"""Whole jobs of 10 epochs on flowers, including the process start, compared with plain Keras.
 
 python -m benchmarks.whole_job --only=mobilenet
-With ResNet50 plain Keras runs two epochs, and its second counts for those that are left: ten take half an hour.
+
+Parts for `--only`: mobilenet, resnet. With ResNet50, plain Keras runs two epochs, and the duration of the second is
+used for the remaining ones: ten epochs take half an hour.
 """
 
 from __future__ import annotations

@@ -97,9 +97,9 @@ def test_the_images_of_an_earlier_run_stay_known_without_its_folder(finetune, tm
     second = finetune("second", f"--weights={middle}", "--test_fraction=0.5", "--epochs=1")
     assert f"warning: {first} was trained on " in capsys.readouterr().out
     assert read(second)["leaks"]["test"]["leaked"] > 0
-    places = (f"--run_dir={tmp_path / 'evaluated'}", f"--store_dir={tmp_path / 'store'}")
     data = next(flag for flag in (second / "run.flags").read_text().splitlines() if flag.startswith("--dataset="))
-    assert run_main("--mode=evaluate", f"--classifier={middle}", data, "--noreport", *places) == 0
+    evaluated = f"--run_dir={tmp_path / 'evaluated'}"
+    assert run_main("--mode=evaluate", f"--classifier={middle}", data, "--noreport", evaluated) == 0
     assert read(tmp_path / "evaluated")["leaks"]
 
 

@@ -11,7 +11,17 @@ import pytest
 from tl_keras.data.examples import Examples
 from tl_keras.data.sources import Source
 from tl_keras.errors import UserError
-from tl_keras.evaluation.leaks import compare_without, measure_seen, read_digests, read_leaked, read_trained_on
+from tl_keras.evaluation.leaks import (
+    RunImages,
+    compare_without,
+    measure_seen,
+    read_digests,
+    read_earlier_images,
+    read_leaked,
+    read_run_images,
+    read_trained_on,
+    write_earlier_images,
+)
 
 
 def digest(name: str) -> bytes:
@@ -63,11 +73,26 @@ def test_training_images_and_copies_of_them_are_seen_and_val_was_chosen_on(tmp_p
 def test_an_earlier_run_counts_by_content_and_not_by_its_ids(tmp_path):
     run = write_run(tmp_path / "run", [("a1", "train")])
     earlier = write_run(tmp_path / "earlier", [("b1", "train"), ("c1", "val"), ("d1", "train")])
-    trained = read_trained_on(run, {"train"}, [earlier])
+    trained = read_trained_on(run, {"train"}, [read_run_images(earlier)])
     examples = make_examples("b2", "c2", "x1")
     assert trained.seen(examples, "test").tolist() == [True, False, False]
     _, told = measure_seen(trained, make_examples("x2", "a1", "d1"), {"test": np.repeat(RIGHT, 3, axis=0)})
     assert len(told) == 1  # d1 is no id of this run
+
+
+def test_images_of_earlier_runs_are_recorded(tmp_path):
+    earlier = [
+        RunImages("runs/a", {digest("a"), digest("b")}, {digest("c")}),
+        RunImages("runs/红", {digest("a")}, set()),
+    ]
+    assert read_earlier_images(tmp_path) is None
+    write_earlier_images(tmp_path, earlier, ["runs/gone is gone"])
+    assert read_earlier_images(tmp_path) == (earlier, ["runs/gone is gone"])
+    write_earlier_images(tmp_path, [], [])
+    assert read_earlier_images(tmp_path) == ([], [])
+    (tmp_path / "earlier_images.npz").write_bytes(b"PK half")
+    with pytest.raises(UserError, match="earlier_images.npz is damaged. Train again"):
+        read_earlier_images(tmp_path)
 
 
 def test_another_image_under_the_id_of_a_trained_one_is_told(tmp_path):
