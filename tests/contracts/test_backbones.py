@@ -78,7 +78,7 @@ class Built:
 
 
 def measure_statistics(network, images):
-    """Sets the statistics of batch normalization: without, a deep random network tells images apart by rounding only."""
+    """Sets the statistics of batch normalization: else a deep random network tells images apart by rounding alone."""
     layers = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
