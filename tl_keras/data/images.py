@@ -211,14 +211,6 @@ def explain_broken(image_bytes: bytes, *, image_size: int, resize: str, max_pixe
     return ""
 
 
-def is_too_large(image_bytes: bytes, max_pixels: int) -> bool:
-    """Whether an image has more pixels than are decoded, by its header."""
-    try:
-        return int(count_pixels(cut_gif(tf.constant(image_bytes)))) > max_pixels
-    except tf.errors.InvalidArgumentError:  # a damaged header
-        return True
-
-
 def _refuse_above(max_pixels: int, image_bytes: tf.Tensor) -> tf.Tensor:
     """Returns the bytes unchanged; fails before decoding if the image is too large."""
     count = count_pixels(image_bytes)

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tl_keras.classifier import Classifier, Servable, read_run_id, write_decoding
 from tl_keras.classifier.probe_layers import has_votes
-from tl_keras.data.images import is_too_large
+from tl_keras.data.images import explain_broken
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
 from tl_keras.export.warmup import write_warmup
@@ -89,7 +89,7 @@ def export_saved_model(
     Raises:
         UserError: the folder can't be written, or the predictions of the exported model differ.
     """
-    small = _find_small(samples, max_pixels, show)
+    small = _find_small(classifier, samples, max_pixels, show)
     samples, expected = [samples[number] for number in small], expected[small]
     own = contextlib.nullcontext(parity) if parity else ParityProcess()
     with own as parity, disk_errors(f"the model folder {export_dir}"):
@@ -122,13 +122,21 @@ def export_saved_model(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _find_small(samples: Sequence[bytes], max_pixels: int, show: Callable[[str], None]) -> list[int]:
+def _find_small(
+    classifier: Classifier, samples: Sequence[bytes], max_pixels: int, show: Callable[[str], None]
+) -> list[int]:
     """Finds the samples that the model accepts.
 
     Raises:
         UserError: it accepts none.
     """
-    small = [number for number, sample in enumerate(samples) if not is_too_large(sample, max_pixels)]
+    # the decoder that the model is traced with, so that it is traced once
+    decoding: dict[str, Any] = {
+        "image_size": classifier.image_size,
+        "resize": classifier.resize,
+        "max_pixels": max_pixels,
+    }
+    small = [number for number, sample in enumerate(samples) if not explain_broken(sample, **decoding)]
     if samples and not small:
         raise UserError(
             f"the evaluated images have more than --max_pixels={max_pixels} pixels, so the exported model would reject "

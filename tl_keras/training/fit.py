@@ -193,7 +193,6 @@ class _Fitting:
             self._progress.keep(*state.rows)
         if not state.done:
             optimizer = self._model.optimizer
-            optimizer.build(self._model.trainable_variables)
             assign_arrays(self._model.variables, state.model)
             assign_arrays(optimizer.variables, state.optimizer)
             step = f" and {state.step} steps" if state.step else ""
@@ -265,6 +264,7 @@ def _compile(
     optimizer = build_optimizer(
         training.optimizer, schedule, momentum=training.momentum, weight_decay=training.weight_decay
     )
+    optimizer.build(model.trainable_variables)  # Keras would do it inside the training step, which is then traced twice
     # no XLA: on the CPU depthwise convolutions take twenty times as long with it
     model.compile(optimizer, loss=loss, metrics=[accuracy], jit_compile=False, steps_per_execution=steps_per_execution)
 
