@@ -22,7 +22,7 @@ FONTS = (
     *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic"),
     *("STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cmmi10", "cmti10", "cmtt10"),
 )
-IMAGES_PER_CLASS = 400
+IMAGES_PER_CLASS = 200
 FONT_SIZE = 48
 GLYPH_SIDE = 72  # pixels; the widest letter has 56, the highest 50
 SAME_IN_BOTH_CASES = "ckopsuvwxz"

@@ -40,7 +40,7 @@ def run_step(root: Path, step: str, *extra: str) -> dict:
 def pretrained(tmp_path_factory: pytest.TempPathFactory, letters: ModuleType) -> Path:
     root = tmp_path_factory.mktemp("quickstart")
     letters.write_letters(root / "letters", letters.draw_letters(letters.IMAGES_PER_CLASS, seed=0))
-    assert run_step(root, "quickstart_pretrain", f"--dataset=folder:{root / 'letters'}")["accuracy"] > 0.75
+    assert run_step(root, "quickstart_pretrain", f"--dataset=folder:{root / 'letters'}")["accuracy"] > 0.72
     return root
 
 
