@@ -211,7 +211,7 @@ def test_a_classifier_is_there_from_the_heads_stage_on(data, tmp_path, learned, 
     if number == signal.SIGTERM:
         assert process.returncode == 130
         assert read(run)["interrupted"] is True
-        assert f"to continue: --mode=finetune --resume --run_dir={run}" in out
+        assert f"to continue: tl_keras finetune --resume --run_dir={run}" in out
     assert run_main("--mode=evaluate", f"--classifier={run}", "--noreport", f"--run_dir={tmp_path / 'evaluated'}") == 0
     assert read(tmp_path / "evaluated")["test"]["accuracy"] > 0.5
     assert run_main("--mode=export", f"--classifier={run}", f"--export_dir={tmp_path / 'models'}") == 0

@@ -289,6 +289,20 @@ def test_an_earlier_run_that_is_gone_is_named(trained, fresh, tmp_path, capsys):
     assert told in capsys.readouterr().out.splitlines()
 
 
+def test_val_images_that_are_val_again_are_told(trained, colour_folder, tmp_path, capsys):
+    val = [row["id"] for row in Evaluated(trained[0]).table("splits.csv") if row["split"] == "val"]
+    for one in val:
+        (tmp_path / "data" / "val" / one).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(colour_folder / one, tmp_path / "data" / "val" / one)
+    for name in ("red", "green", "blue"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        shutil.copy(next((colour_folder / name).iterdir()), tmp_path / "data" / "train" / name / "x.jpg")
+    flags = (f"--classifier={trained[0]}", f"--dataset=folder:{tmp_path / 'data'}", f"--run_dir={tmp_path / 'run'}")
+    assert run_main("--mode=evaluate", *flags, "--noreport") == 0
+    told = f"warning: {len(val)} of the {len(val)} val images are val images of the classifier's run, which were used"
+    assert told in capsys.readouterr().out
+
+
 def test_images_on_which_choices_were_made_are_told(score, trained, colour_folder, fresh, capsys):
     val = [row["id"] for row in Evaluated(trained[0]).table("splits.csv") if row["split"] == "val"]
     for one in val:

@@ -7,6 +7,8 @@ import errno
 import functools
 import io
 import os
+import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,19 @@ def test_a_folder_gives_the_images_below_it_in_order_of_name(ids, put, tmp_path)
 def test_a_glob_gives_the_files_that_match_in_order_of_name(ids, put, tmp_path, pattern, names):
     put("c.png", "b.jpg", "a.jpg", "deep/er/d.jpg")
     assert ids(tmp_path / pattern) == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_rows_can_go_into_a_pipe(trained, put, tmp_path):
+    put("a.jpg")
+    pipe, seen = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: seen.extend(pipe.read_text().splitlines()))
+    reader.start()
+    flags = (f"--classifier={trained[0]}", f"--images={tmp_path / 'a.jpg'}", f"--output={pipe}")
+    assert run_main("--mode=predict", *flags) == 0
+    reader.join(60)
+    assert len(seen) == 2
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_several_patterns_are_in_the_order_given_and_no_image_is_twice(ids, put, tmp_path):

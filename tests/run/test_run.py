@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -283,6 +284,22 @@ def test_signs_of_life_end_with_the_run(tmp_path, monkeypatch):
     run.end_life()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path):
+    pipe, seen = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_bytes()))
+    reader.start()
+    run.write_atomically(pipe, b"content")
+    reader.join(60)
+    assert (seen, stat.S_ISFIFO(pipe.stat().st_mode)) == ([b"content"], True)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "target").write_bytes(b"before")
+    run.write_atomically(tmp_path / "link", b"after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"after"
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "target"}
 
 
 def test_an_earlier_run_is_kept_until_the_one_that_replaces_it_has_ended(tmp_path):

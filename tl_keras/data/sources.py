@@ -96,6 +96,7 @@ def load_source(
     Raises:
         UserError: the data can't be found or downloaded, or its layout is not understood.
     """
+    check_path(dataset)
     kind, separator, path = dataset.partition(":")
     if kind in _LOCAL and separator and not path:
         raise UserError(f"--dataset={dataset} has no path. Add it: --dataset={dataset}PATH.")
@@ -103,14 +104,27 @@ def load_source(
         source = _LOCAL[kind](path, allow_unlabeled=allow_unlabeled)
     elif dataset == "digits":
         source = _load_digits()
-    elif os.path.isabs(dataset) or (os.sep in dataset and os.path.exists(dataset)):
-        kind = "csv" if os.path.isfile(dataset) else "folder"
-        raise UserError(f"--dataset={dataset} is a path. For your own data: --dataset={kind}:{dataset}.")
     else:
         from tl_keras.data import tfds_source  # imported late: other sources work without TFDS
 
         source = Source(**tfds_source.load(dataset, data_dir=data_dir))
     return _only(source, classes) if classes else source
+
+
+def check_path(dataset: str) -> None:
+    """Checks that the path of `--dataset` exists, before anything is downloaded or computed.
+
+    Raises:
+        UserError: it does not exist, or `--dataset` is a path without its kind.
+    """
+    kind, separator, path = dataset.partition(":")
+    if kind == "folder" and separator and path:
+        _check_folder(Path(path), "--dataset=folder:")
+    elif kind == "csv" and separator and path:
+        read_table(Path(path), asked=f"--dataset=csv:{path}")
+    elif os.path.isabs(dataset) or (os.sep in dataset and os.path.exists(dataset)):
+        kind = "csv" if os.path.isfile(dataset) else "folder"
+        raise UserError(f"--dataset={dataset} is a path. For your own data: --dataset={kind}:{dataset}.")
 
 
 def list_image_files(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,7 @@ def measure_seen(
     probabilities: Mapping[str, np.ndarray],
     *,
     what: str = "the classifier",
+    selection_matters: Collection[str] = ("test",),
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Measures the effect of evaluated images that the classifier was trained on.
 
@@ -241,6 +242,8 @@ def measure_seen(
         examples: the evaluated images.
         probabilities: split → float `(n, classes)`.
         what: subject of the warnings.
+        selection_matters: splits that are reported as unseen: a warning names images in them that were used for
+            selection.
 
     Returns:
         For `metrics.json`: split → metrics for splits with such images, or None if they are unknown; and warnings.
@@ -258,10 +261,10 @@ def measure_seen(
                 f"copies of them; {split} accuracy: {accuracy}"
             )
         chosen = int(trained.chosen_on(examples, split).sum())
-        if chosen and split == "test":
+        if chosen and split in selection_matters:
             warnings.append(
-                f"warning: {chosen:,} of the {count:,} test images are val images of the classifier's run, which were "
-                "used for selection: metrics on them are slightly too good"
+                f"warning: {chosen:,} of the {count:,} {split} images are val images of the classifier's run, which "
+                "were used for selection: metrics on them are slightly too good"
             )
     if same_ids:
         warnings.append(

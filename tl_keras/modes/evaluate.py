@@ -157,7 +157,12 @@ def _measure(task: _Task, probabilities: dict[str, np.ndarray]) -> tuple[dict[st
         task.folder, examples, probabilities, target_accuracy=config.target_accuracy, attributes=task.attributes
     )
     metrics |= _reject_as_run(metrics, task.path, examples, probabilities)
-    metrics["leaks"], task.warnings = measure_seen(task.trained_on, examples, probabilities)
+    metrics["leaks"], task.warnings = measure_seen(
+        task.trained_on,
+        examples,
+        probabilities,
+        selection_matters=SPLITS[1:] if task.config.data.dataset else ("test",),
+    )
     if config.corruptions:
         split = evaluated_split(probabilities)
         more, status = _try_corruptions(task.classifier, examples, split, config.corruption_images, task.screen)

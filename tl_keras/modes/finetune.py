@@ -75,9 +75,9 @@ def _keep(job: Job, plan: Plan, head: keras.Model, logits: np.ndarray) -> None:
 def _introduce(network: Network, plan: Plan) -> None:
     """Shows what will be trained."""
     config, name, layers = network.config, network.preset.name, len(plan.part.layers)
-    trained = f"the head, then {layers} layers of {name}" if layers else "the head only"
+    trained = f"the head, then {layers} layers with weights of {name}" if layers else "the head only"
     if layers and not plan.pretrained:
-        trained = f"the head and {layers} layers of {name}, from scratch"
+        trained = f"the head and {layers} layers with weights of {name}, from scratch"
     weights, epochs = config.backbone.weights, config.training.epochs
     network.screen.line(f"training: {trained}; weights: {weights}; {epochs} epochs")
     if plan.trunk is None:
@@ -93,6 +93,6 @@ def _describe_end(job: Job, trained: Trained) -> None:
         job.screen.warning(
             f"training: interrupted; the best epoch so far will be evaluated and saved;{skipped} nothing is exported"
         )
-        job.screen.warning(f"to continue: --mode=finetune --resume --run_dir={job.folder.path}")
+        job.screen.warning(f"to continue: tl_keras finetune --resume --run_dir={job.folder.path}")
     if trained.diverged:
         job.warn(f"warning: {trained.diverged} The best weights before that are kept")

@@ -15,7 +15,7 @@ from tl_keras.config import Config
 from tl_keras.data.sources import list_image_files, read_files
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
-from tl_keras.run import Screen, csv_writer, disk_errors
+from tl_keras.run import Screen, csv_writer, disk_errors, is_special
 
 _DIGITS = 6
 
@@ -83,6 +83,11 @@ def _open(output: str | None) -> Iterator[TextIO]:
         return
     if os.path.isdir(output):
         raise UserError(f"--output={output} is a folder. Give the name of a file in it: predictions.csv.")
+    if is_special(Path(output)):  # /dev/stdout, or a pipe
+        with disk_errors(output), open(output, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
+        return
+    output = os.path.realpath(output)  # a link keeps leading to the file
     with disk_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(output + ".unfinished")

@@ -77,6 +77,8 @@ def load_card(path: str | None) -> Card:
         ) from error
     if not isinstance(content, dict):
         raise UserError(f'--card={path} is not a JSON object. Write {{"intended_use": "...", ...}}. {allowed}')
+    if "license" in content:  # as in the metadata of the Hub
+        content["licence"] = content.pop("license")
     for name, value in content.items():
         if name not in FIELDS:
             raise UserError(f"--card={path}: the field {name!r} is unknown. {nearest(name, FIELDS)}{allowed}")

@@ -196,6 +196,8 @@ def escape_markdown(text: str) -> str:
 def _as_sentence(note: str) -> str:
     """Turns a line of the screen into a sentence."""
     text = note.removeprefix("warning: ").removeprefix("note: ")
+    if "/" in text.partition(" ")[0]:  # a path
+        return f"{text.rstrip('.')}."
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 

@@ -68,9 +68,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that gets its final name when the block ends without an error; creates missing parents.
 
+    A device or pipe, such as `/dev/stdout`, is written to as it is.
+
     Raises:
         UserError: the disk is full, or the folder can't be written.
     """
+    if is_special(path):
+        with disk_errors(str(path)), open(path, "wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))  # a link keeps leading to the file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(str(path)):
         try:
@@ -80,6 +87,11 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
             replace_durably(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path exists and is neither a file nor a folder: a device, a pipe, a socket."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def replace_durably(source: Path, target: Path) -> None:
