@@ -87,7 +87,7 @@ def run_main(*arguments: str) -> int:
 
 
 def release_memory() -> None:
-    """Forgets Keras's models and returns what is free to the system."""
+    """Clears the Keras session and returns free memory to the system."""
     from tl_keras.serving.workers import trim_memory
 
     if "keras" in sys.modules:

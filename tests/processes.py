@@ -1,7 +1,8 @@
 """Command lines as processes of their own, forked from one that has imported TensorFlow: each saves those seconds.
 
 A fork has executed nothing of TensorFlow before, and has its own file descriptors, signals, environment and memory.
-What depends on the start of Python itself, or on what imports write, is tested with `subprocess`.
+What depends on the start of Python itself, on environment variables that imports read, or on what imports write, is
+tested with `subprocess`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Process:
         self, *arguments: str, env: Mapping[str, str] | None = None, output: Path | None = None, cwd: Path = ROOT
     ) -> None:
         """Args: output: file of stdout and stderr together, instead of one temporary file for each."""
-        files = [output] if output else [Path(tempfile.mkstemp(prefix="tl_keras_test_")[1]) for _ in range(2)]
+        files = [output] if output else [make_file(), make_file()]
         self._files, self._is_temporary = [files[0], files[-1]], output is None
         self.args = arguments
         environment = dict(os.environ if env is None else env)
@@ -83,6 +84,12 @@ class Process:
     def __del__(self) -> None:
         for path in self._files if self._is_temporary else ():
             path.unlink(missing_ok=True)
+
+
+def make_file() -> Path:
+    handle, path = tempfile.mkstemp(prefix="tl_keras_test_")
+    os.close(handle)
+    return Path(path)
 
 
 def _run(arguments: tuple[str, ...], environment: dict[str, str], files: list[str], cwd: str) -> None:

@@ -49,7 +49,7 @@ def run_on_disk(root: Path, size: str, colour_folder: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, colour_folder) -> Path:
-    """A run that had all the space it wanted."""
+    """A run that had enough space."""
     root = tmp_path_factory.mktemp("whole")
     assert run_on_disk(root, "500m", colour_folder) == (0, "")
     return root / "kept"
@@ -68,7 +68,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(size, whole, colou
     if status:
         assert len(lines) == 1
         assert lines[0].startswith("tl_keras: error: ")
-        assert "full" in lines[0] or "No space left on device" in lines[0]
+        assert "disk is full" in lines[0] or "No space left on device" in lines[0]
+    assert status or size not in {"20k", "200k"}  # too small for the run
     kept = tmp_path / "kept"
     assert (kept / "probabilities.npy").read_bytes() == (whole / "probabilities.npy").read_bytes()
     assert json.loads((kept / "metrics.json").read_text())["export"]["path"]

@@ -110,6 +110,7 @@ def serve(version: Path) -> np.ndarray:
 
 def check_kills(name: str, root: Path, data: Path, earlier: Path, *, kills: int, seed: int) -> None:
     """Kills a command at random moments until it was killed so often; every run that ends must be the same."""
+    Process("--version").wait(DEADLINE)  # the server of forks imports TensorFlow, which is no part of a run
     whole = Job(name, root / "whole", data, earlier)
     start = time.monotonic()
     whole.finish()
@@ -117,7 +118,7 @@ def check_kills(name: str, root: Path, data: Path, earlier: Path, *, kills: int,
     expected = whole.results()
     while done < kills:
         cut, number = Job(name, root / f"cut{number}", data, earlier), number + 1
-        while done < kills and cut.kill_after(draw.uniform(0.2, 1.0) * longest):
+        while done < kills and cut.kill_after(draw.uniform(0.0, 1.0) * longest):
             done += 1
         if not has_ended(cut.run):
             cut.finish()

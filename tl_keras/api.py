@@ -25,7 +25,7 @@ from tl_keras.config.keywords import (
 )
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
-from tl_keras.run import INTERRUPTED, Screen, end_life, end_run, find_unfinished, has_ended, read_run_config
+from tl_keras.run import INTERRUPTED, Screen, end_run, find_unfinished, has_ended, read_run_config, stop_heartbeats
 
 _STDERR = threading.Lock()  # two threads that redirected it at once would lose it
 _CHATTER = re.compile(
@@ -147,14 +147,14 @@ def run_mode(config: Config, screen: Screen) -> Result:
         mode = importlib.import_module(f"tl_keras.modes.{config.mode}")
     try:
         result: Result = mode.run(config, screen)
+        if result.run_dir and result.is_complete:
+            for kept in end_run(Path(str(result.run_dir)), keep_replaced=bool(result.exit_status)):
+                screen.line(f"the earlier run is kept: {kept}")
     except UserError as error:
         screen.log(f"tl_keras: error: {' '.join(str(error).split())}")
         raise
     finally:
-        end_life()
-    if result.run_dir and result.is_complete:
-        for kept in end_run(Path(str(result.run_dir)), keep_replaced=bool(result.exit_status)):
-            screen.line(f"the earlier run is kept: {kept}")
+        stop_heartbeats()
     return result
 
 

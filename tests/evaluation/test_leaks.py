@@ -12,6 +12,7 @@ from tl_keras.data.examples import Examples
 from tl_keras.data.sources import Source
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import (
+    EarlierImages,
     RunImages,
     compare_without,
     measure_seen,
@@ -81,15 +82,12 @@ def test_an_earlier_run_counts_by_content_and_not_by_its_ids(tmp_path):
 
 
 def test_images_of_earlier_runs_are_recorded(tmp_path):
-    earlier = [
-        RunImages("runs/a", {digest("a"), digest("b")}, {digest("c")}),
-        RunImages("runs/红", {digest("a")}, set()),
-    ]
+    first = RunImages("runs/a", {digest("a"), digest("b")}, {digest("c")})
+    earlier = EarlierImages([first, RunImages("runs/红", {digest("a")}, set())], ["runs/gone is gone"], "imagenet")
     assert read_earlier_images(tmp_path) is None
-    write_earlier_images(tmp_path, earlier, ["runs/gone is gone"])
-    assert read_earlier_images(tmp_path) == (earlier, ["runs/gone is gone"])
-    write_earlier_images(tmp_path, [], [])
-    assert read_earlier_images(tmp_path) == ([], [])
+    for one in (earlier, EarlierImages([], [], "a.weights.h5")):
+        write_earlier_images(tmp_path, one)
+        assert read_earlier_images(tmp_path) == one
     (tmp_path / "earlier_images.npz").write_bytes(b"PK half")
     with pytest.raises(UserError, match="earlier_images.npz is damaged. Train again"):
         read_earlier_images(tmp_path)

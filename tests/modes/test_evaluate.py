@@ -285,7 +285,8 @@ def test_an_earlier_run_that_is_gone_is_named(trained, fresh, tmp_path, capsys):
     (run / "config.json").write_text(json.dumps(config))
     flags = (f"--classifier={run}", f"--dataset=folder:{fresh}", f"--run_dir={tmp_path / 'run'}", "--noreport")
     assert run_main("--mode=evaluate", *flags) == 0
-    told = "note: the network started with runs/gone, which does not exist any more: its training images are unknown"
+    gone = "note: the network started with runs/gone, which does not exist any more"
+    told = f"{gone}: the training images of that run are unknown"
     assert told in capsys.readouterr().out.splitlines()
 
 

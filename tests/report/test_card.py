@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tl_keras.errors import UserError
-from tl_keras.report.card import FIELDS, Card, load_card, make_hub_metadata
+from tl_keras.report.card import FIELDS, Card, format_hub_metadata, load_card
 
 FIGURES = {"accuracy": 0.91503, "macro": {"f1": 0.9}}
 
@@ -55,7 +55,7 @@ def test_letters_that_yaml_does_not_take_come_back(tmp_path):
     import yaml
 
     name = "a\x7fb\x85c\u2028d\U0001f41ce\ufeff"
-    block = make_hub_metadata(Card({}), name=name, backbone="b", dataset="d", split="test", figures=FIGURES)
+    block = format_hub_metadata(Card({}), name=name, backbone="b", dataset="d", split="test", figures=FIGURES)
     assert yaml.safe_load(block)["model-index"][0]["name"] == name
 
 
@@ -68,7 +68,7 @@ def test_the_hub_reads_the_metadata_block():
     from huggingface_hub import ModelCard
 
     card = Card({"licence": "apache-2.0"})
-    block = make_hub_metadata(
+    block = format_hub_metadata(
         card, name='odd "name": # 1', backbone="ResNet50", dataset="stanford_dogs", split="test", figures=FIGURES
     )
     data = ModelCard(f"---\n{block}\n---\n\n# Card\n").data
@@ -78,6 +78,6 @@ def test_the_hub_reads_the_metadata_block():
     assert (accuracy.metric_type, accuracy.metric_value, accuracy.dataset_split) == ("accuracy", 0.915, "test")
     assert (f1.metric_type, f1.dataset_name, f1.task_type) == ("f1", "stanford_dogs", "image-classification")
     assert data.model_name == 'odd "name": # 1'
-    assert "license" not in make_hub_metadata(
+    assert "license" not in format_hub_metadata(
         Card({}), name="n", backbone="b", dataset="d", split="test", figures=FIGURES
     )

@@ -244,44 +244,45 @@ def test_a_run_that_is_still_going_on_is_left_alone(tmp_path):
 def elsewhere(tmp_path):
     """An unfinished run that a process on another machine has started."""
     folder = create(tmp_path / "run", seed=1)
-    run.end_life()
     marker = read_json(folder.path / "unfinished.json")
-    marker["process"]["host"] = "elsewhere"
+    run.stop_heartbeats()
+    assert read_json(folder.path / "unfinished.json") == {**marker, "process": None}  # who comes next need not wait
+    marker["process"] |= {"host": "elsewhere", "machine": "another"}
     folder.write_json("unfinished.json", marker)
     return folder.path
 
 
 def test_a_run_that_another_machine_works_on_is_left_alone(elsewhere, monkeypatch):
-    monkeypatch.setattr(run.process, "_INTERVAL", 0.05)
-    run.process.show_life(elsewhere / "unfinished.json")
+    monkeypatch.setattr(run.process, "_HEARTBEAT_SECONDS", 0.05)
+    run.process.start_heartbeat(elsewhere / "unfinished.json")
     try:
         assert error_of(create, elsewhere, seed=1) == (
             f"the run in {elsewhere} is still running in a process on elsewhere. Wait until it ends, or give another "
             "--run_dir."
         )
     finally:
-        run.end_life()
+        run.stop_heartbeats()
 
 
 def test_a_run_that_another_machine_left_goes_on(elsewhere, monkeypatch):
     marker, said = elsewhere / "unfinished.json", []
-    monkeypatch.setattr(run.process, "_SILENCE", 1)
+    monkeypatch.setattr(run.process, "_TIMEOUT_SECONDS", 1)
     assert run.process.find_process(marker, read_json(marker)["process"], said.append) == ""
-    assert said == ["waiting up to 1 s, to see whether the run is still running on elsewhere"]
-    monkeypatch.setattr(run.process, "_SILENCE", 60)
+    assert said == ["checking for up to 1 s whether the run is still running on elsewhere"]
+    monkeypatch.setattr(run.process, "_TIMEOUT_SECONDS", 60)
     os.utime(marker, (0, 0))  # no need to wait
     assert create(elsewhere, seed=1).resumed
 
 
-def test_signs_of_life_end_with_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(run.process, "_INTERVAL", 0.01)
+def test_a_heartbeat_ends_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.process, "_HEARTBEAT_SECONDS", 0.01)
     marker = create(tmp_path / "run", seed=1).path / "unfinished.json"
-    thread = [one for one in threading.enumerate() if one.name == "signs of life"][-1]
+    thread = [one for one in threading.enumerate() if one.name == "heartbeat"][-1]
     os.utime(marker, (0, 0))
     while marker.stat().st_mtime == 0:
         thread.join(0.01)
         assert thread.is_alive()
-    run.end_life()
+    run.stop_heartbeats()
     thread.join(60)
     assert not thread.is_alive()
 

@@ -103,7 +103,7 @@ def _complete_bash() -> str:
 
 def _complete_zsh() -> str:
     modes = " ".join(shlex.quote(f"{mode}:{text}") for mode, text in [*MODES.items(), _COMPLETION])
-    general = " ".join(map(shlex.quote, _list_general()))
+    general = " ".join(shlex.quote(f"{flag}:value:_files" if flag.endswith("=") else flag) for flag in _list_general())
     flags = []
     for mode in MODES:
         own = " ".join(_specify(field) for _, field in list_fields(mode))

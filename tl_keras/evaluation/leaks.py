@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -99,29 +100,44 @@ def read_run_images(run_dir: Path) -> RunImages:
     return RunImages(str(run_dir), train, val)
 
 
-def write_earlier_images(run_dir: Path, earlier: Sequence[RunImages], unknown: Sequence[str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class EarlierImages:
+    """The images of the earlier runs of a network.
+
+    Attributes:
+        runs: images of the earlier runs in which the network was trained, latest first.
+        unknown: what is unknown about earlier images, as sentences.
+        initial: the weights that the earliest run started with: `imagenet`, `none`, or a file.
+    """
+
+    runs: Sequence[RunImages]
+    unknown: Sequence[str]
+    initial: str
+
+
+def write_earlier_images(run_dir: Path, earlier: EarlierImages) -> None:
     """Records the images of the earlier runs of a network, in `earlier_images.npz`.
 
     With it, the images stay known when an earlier run is deleted or replaced. The arrays are `runs`, run folders;
-    `unknown`, sentences; `digests`, uint8 `(n, 32)`; and per digest `run_of`, an index into `runs`, and `is_train`,
-    false for val.
+    `unknown`, sentences; `initial`; `digests`, uint8 `(n, 32)`; and per digest `run_of`, an index into `runs`, and
+    `is_train`, false for val.
 
     Args:
         run_dir: the run folder.
-        earlier: images of the earlier runs in which the network was trained.
-        unknown: what is unknown about earlier images, as sentences.
+        earlier: the images.
     """
     rows = [
         (digest, number, is_train)
-        for number, one in enumerate(earlier)
+        for number, one in enumerate(earlier.runs)
         for is_train, digests in ((True, one.train), (False, one.val))
         for digest in sorted(digests)
     ]
     content = io.BytesIO()
-    np.savez_compressed(
+    np.savez(
         content,
-        runs=np.array([one.run for one in earlier], np.str_),
-        unknown=np.array(unknown, np.str_),
+        runs=np.array([one.run for one in earlier.runs], np.str_),
+        unknown=np.array(earlier.unknown, np.str_),
+        initial=np.array(earlier.initial),
         digests=np.frombuffer(b"".join(digest for digest, _, _ in rows), np.uint8).reshape(-1, 32),
         run_of=np.array([number for _, number, _ in rows], np.int32),
         is_train=np.array([is_train for _, _, is_train in rows], bool),
@@ -129,11 +145,11 @@ def write_earlier_images(run_dir: Path, earlier: Sequence[RunImages], unknown: S
     write_atomically(run_dir / _EARLIER_IMAGES, content.getvalue())
 
 
-def read_earlier_images(run_dir: Path) -> tuple[list[RunImages], list[str]] | None:
+def read_earlier_images(run_dir: Path) -> EarlierImages | None:
     """Reads `earlier_images.npz`, see `write_earlier_images`.
 
     Returns:
-        Images of the earlier runs, and what is unknown; None if the run has no such file.
+        The images; None if the run has no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -144,16 +160,16 @@ def read_earlier_images(run_dir: Path) -> tuple[list[RunImages], list[str]] | No
     try:
         with np.load(path, allow_pickle=False) as file:
             digests, run_of, is_train = file["digests"], file["run_of"], file["is_train"]
-            names, unknown = file["runs"].tolist(), file["unknown"].tolist()
+            names, unknown, initial = file["runs"].tolist(), file["unknown"].tolist(), str(file["initial"])
         found = [
             RunImages(
                 name, *({row.tobytes() for row in digests[(run_of == number) & own]} for own in (is_train, ~is_train))
             )
             for number, name in enumerate(names)
         ]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged. Train again to record the images of earlier runs.") from error
-    return found, unknown
+    return EarlierImages(found, unknown, initial)
 
 
 def read_trained_on(run_dir: Path, splits: Set[str], earlier: Iterable[RunImages]) -> TrainedOn:

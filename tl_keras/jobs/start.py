@@ -259,9 +259,9 @@ def start(network: Network, *, asked: Config | None = None) -> Job:
         )
     missing = [] if embeddings_only else _check_classes(examples)
     ancestry = trace_weights(config.backbone.weights)
-    lineage = None if embeddings_only else read_lineage(ancestry, examples)
+    lineage = None if embeddings_only else read_lineage(ancestry, examples, fitted=set(config.probe.refit.split("+")))
     if lineage and ancestry.runs:
-        write_earlier_images(folder.path, lineage.earlier, lineage.unknown)
+        write_earlier_images(folder.path, lineage.earlier)
     origin = describe_origin(data.dataset or "", ancestry.initial, examples.class_names)
     warnings = list(dict.fromkeys([*source.notes, *split_warnings, *missing, *([origin] if origin else [])]))
     warnings += [*inspector.depth.notes(), *(lineage.notes if lineage else ())]

@@ -338,14 +338,14 @@ def _read_trained_on(path: Path) -> tuple[TrainedOn | None, list[str]]:
             "note: an exported model does not record its training images; evaluate its run folder to check for them"
         ]
     config = load_run_config(path)
-    ancestry = trace_weights(config.backbone.weights)
-    earlier, unknown = read_earlier_images(path) or ancestry.read_images()
     try:
-        found = read_trained_on(path, set(config.probe.refit.split("+")), earlier)
+        earlier = read_earlier_images(path) or trace_weights(config.backbone.weights).read_images()
+        found = read_trained_on(path, set(config.probe.refit.split("+")), earlier.runs)
     except UserError as error:
         return None, [f"note: {error}"]
-    if ancestry.initial not in {"imagenet", "none"} and os.path.exists(ancestry.initial):
-        unknown = [*unknown, f"the network started with {ancestry.initial}, whose training images are unknown"]
+    unknown = list(earlier.unknown)
+    if earlier.initial not in {"imagenet", "none"} and os.path.exists(earlier.initial):
+        unknown.append(f"the network started with {earlier.initial}, whose training images are unknown")
     return found, [f"note: {sentence}" for sentence in unknown]
 
 

@@ -84,7 +84,7 @@ def _open(output: str | None) -> Iterator[TextIO]:
     if os.path.isdir(output):
         raise UserError(f"--output={output} is a folder. Give the name of a file in it: predictions.csv.")
     if is_special(Path(output)):  # /dev/stdout, or a pipe
-        with disk_errors(output), open(output, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with disk_errors(output), open(output, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
             yield file
         return
     output = os.path.realpath(output)  # a link keeps leading to the file

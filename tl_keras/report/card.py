@@ -87,7 +87,7 @@ def load_card(path: str | None) -> Card:
     return Card({name: value.strip() for name, value in content.items()})
 
 
-def make_hub_metadata(
+def format_hub_metadata(
     card: Card, *, name: str, backbone: str, dataset: str, split: str, figures: Mapping[str, Any]
 ) -> str:
     """Makes the lines of the metadata block: YAML with values in JSON, which is a subset of YAML 1.2.

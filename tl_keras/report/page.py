@@ -16,7 +16,7 @@ from tl_keras.data.splits import evaluated_split
 from tl_keras.evaluation.metrics import confuse, describe_spread, measure_classes
 from tl_keras.evaluation.tables import describe_evaluation
 from tl_keras.report import plots
-from tl_keras.report.card import FIELDS, TITLES, Card, make_hub_metadata
+from tl_keras.report.card import FIELDS, TITLES, Card, format_hub_metadata
 from tl_keras.report.contents import (
     FULL_MATRIX,
     Shown,
@@ -133,7 +133,7 @@ def write_report(folder: RunFolder, report: Report) -> None:
         "fields": FIELDS,
         "titles": TITLES,
         "has_near": any(one.near for one in [*report.worst, *report.least_sure, *_images(report.pairs)]),
-        "metadata": make_hub_metadata(
+        "metadata": format_hub_metadata(
             report.card,
             name=report.name,
             backbone=report.backbone,

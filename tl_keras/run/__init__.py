@@ -27,7 +27,7 @@ from tl_keras.run.folder import (
     read_run_config,
 )
 from tl_keras.run.memory import free_memory_bytes
-from tl_keras.run.process import end_life
+from tl_keras.run.process import stop_heartbeats
 from tl_keras.run.threads import map_ahead
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "csv_bytes",
     "csv_writer",
     "disk_errors",
-    "end_life",
     "end_run",
     "existing_parent",
     "find_unfinished",
@@ -55,6 +54,7 @@ __all__ = [
     "read_json",
     "read_run_config",
     "replace_folder",
+    "stop_heartbeats",
     "sync_tree",
     "write_atomically",
 ]

@@ -74,7 +74,7 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
         UserError: the disk is full, or the folder can't be written.
     """
     if is_special(path):
-        with disk_errors(str(path)), open(path, "wb") as file:
+        with disk_errors(str(path)), open(path, "ab") as file:
             yield file
         return
     path = Path(os.path.realpath(path))  # a link keeps leading to the file
@@ -90,7 +90,9 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path exists and is neither a file nor a folder: a device, a pipe, a socket."""
+    """Whether a path is a device, a pipe or a socket, or leads to what a shell has opened (`/dev/stdout`)."""
+    if os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return True
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 

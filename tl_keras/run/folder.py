@@ -13,7 +13,7 @@ from typing import Any
 
 from tl_keras.errors import UserError
 from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
-from tl_keras.run.process import describe_process, find_process, is_running_here, show_life
+from tl_keras.run.process import describe_process, find_process, is_running_here, may_run_elsewhere, start_heartbeat
 
 INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
 UNFINISHED = "unfinished.json"  # in the folder of a run until it is complete
@@ -76,7 +76,7 @@ class RunFolder:
             except FileExistsError as error:
                 raise UserError(f"the run folder {path} was just created by another run. Run again.") from error
         created._write_settings(config, flags)
-        show_life(folder / UNFINISHED)
+        start_heartbeat(folder / UNFINISHED)
         return created
 
     @classmethod
@@ -92,7 +92,7 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
         if not _is_run(folder):  # killed while the folder was created
             opened._write_settings(config, flags)
-        show_life(folder / UNFINISHED)
+        start_heartbeat(folder / UNFINISHED)
         return opened
 
     def write_text(self, name: str, text: str) -> None:
@@ -184,8 +184,9 @@ def find_unfinished(mode: str) -> str | None:
     """Finds the latest unfinished run of a mode in the folder `runs`."""
     markers = sorted(Path("runs").glob(f"*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for marker in markers:
-        config = read_run_config(str(marker.parent))
-        if config and config.get("mode") == mode and not is_running_here(_read_marker(marker.parent).get("process")):
+        config, process = read_run_config(str(marker.parent)), _read_marker(marker.parent).get("process")
+        is_running = is_running_here(process) or may_run_elsewhere(marker, process)
+        if config and config.get("mode") == mode and not is_running:
             return str(marker.parent)
     return None
 

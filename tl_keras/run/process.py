@@ -1,7 +1,9 @@
-"""The process that works on a run: whether it still does, on this machine or on another one that shares the folder."""
+"""The process that works on a run: whether it is alive, on this machine or on another one that shares the folder."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import tempfile
@@ -11,70 +13,76 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_INTERVAL = 10.0  # seconds between two signs of life
-_SILENCE = 60.0  # seconds without a sign of life after which a process on another machine is considered dead
-_working: list[threading.Event] = []  # the run of this process, if it is at work; set: it has ended
+from tl_keras.errors import UserError
+from tl_keras.run.files import read_json, write_atomically
+
+_HEARTBEAT_SECONDS = 10.0
+_TIMEOUT_SECONDS = 60.0  # a process on another machine without a heartbeat for so long is considered dead
+_beating: dict[int, list[tuple[Path, threading.Event]]] = {}  # thread → its runs: marker, and whether they have ended
 
 
 def describe_process() -> dict[str, Any]:
     """Describes this process, for the file that marks a run as unfinished."""
-    return {"id": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
+    return {
+        "id": os.getpid(),
+        "host": socket.gethostname(),
+        "machine": _identify_machine(),
+        "started": _start_time(os.getpid()),
+    }
 
 
-def show_life(marker: Path) -> None:
-    """Touches a file every ten seconds, until `end_life` is called or the file is removed.
+def start_heartbeat(marker: Path) -> None:
+    """Touches a file every ten seconds, until this thread calls `stop_heartbeats`.
 
     Another machine can't look for the process, but it sees that the file changes.
-    """
-    end_life()
-    ended = threading.Event()
-    _working.append(ended)
-
-    def touch() -> None:
-        while not ended.wait(_INTERVAL):
-            try:
-                os.utime(marker)
-            except FileNotFoundError:
-                return
-            except OSError:  # a network disk that is away for a moment
-                continue
-
-    threading.Thread(target=touch, name="signs of life", daemon=True).start()
-
-
-def end_life() -> None:
-    """Ends the signs of life of this process's run."""
-    while _working:
-        _working.pop().set()
-
-
-def find_process(marker: Path, process: Any, wait: Callable[[str], None]) -> str:
-    """Finds another process that works on a run.
-
-    On this machine, the process is looked for. On another machine, or on a system without `/proc`, it is alive if it
-    touches the marker; this can take a minute.
 
     Args:
         marker: the file that marks the run as unfinished.
-        process: `describe_process` of the process that wrote it, read from it.
-        wait: shows why this takes a minute.
+    """
+    stopped = threading.Event()
+    _beating.setdefault(threading.get_ident(), []).append((marker, stopped))
+
+    def beat() -> None:
+        while not stopped.wait(_HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a network disk may be away for a moment
+                os.utime(marker)
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+
+def stop_heartbeats() -> None:
+    """Stops the heartbeats of this thread's runs, and records in their markers that no process works on them."""
+    for marker, stopped in _beating.pop(threading.get_ident(), []):
+        stopped.set()
+        with contextlib.suppress(UserError, OSError):
+            content = read_json(marker)
+            if isinstance(content, dict) and content.get("process") == describe_process():
+                write_atomically(marker, json.dumps({**content, "process": None}).encode())
+
+
+def find_process(marker: Path, process: Any, show: Callable[[str], None]) -> str:
+    """Finds another process that works on a run.
+
+    On this machine, `/proc` tells whether the process exists. On another machine, or on a system without `/proc`, it is
+    alive if it touches the marker; checking this can take a minute.
+
+    Args:
+        marker: the file that marks the run as unfinished.
+        process: `describe_process` of the process that wrote it, read from it; None if it has ended.
+        show: called with a line before a wait of up to a minute.
 
     Returns:
         The process in words; empty if it has ended.
     """
     if is_running_here(process):
         return f"process {process['id']}"
-    own = describe_process()
-    host = process.get("host") if isinstance(process, Mapping) and process != own else None
-    if not host or (host == own["host"] and own["started"] is not None):
+    if not may_run_elsewhere(marker, process):
         return ""
-    last = _modified(marker)
-    if last is None or _now_on_disk(marker.parent) - last > _SILENCE:
-        return ""
-    wait(f"waiting up to {_SILENCE:.0f} s, to see whether the run is still running on {host}")
-    end = time.monotonic() + _SILENCE
+    last, host = _modified(marker), process.get("host")
+    show(f"checking for up to {_TIMEOUT_SECONDS:.0f} s whether the run is still running on {host}")
+    end = time.monotonic() + _TIMEOUT_SECONDS
     while time.monotonic() < end:
-        time.sleep(min(1.0, _SILENCE / 10))
+        time.sleep(min(1.0, _TIMEOUT_SECONDS / 10))
         if _modified(marker) != last:
             return f"a process on {host}"
     return ""
@@ -83,9 +91,29 @@ def find_process(marker: Path, process: Any, wait: Callable[[str], None]) -> str
 def is_running_here(process: Any) -> bool:
     """Whether a process is another one on this machine that is alive, see `describe_process`."""
     own = describe_process()
-    if not isinstance(process, Mapping) or process == own or process.get("host") != own["host"]:
+    if not isinstance(process, Mapping) or process == own or process.get("machine") != own["machine"]:
         return False
     return process.get("started") == _start_time(process.get("id")) is not None
+
+
+def may_run_elsewhere(marker: Path, process: Any) -> bool:
+    """Whether a process can't be looked for on this machine, and has touched its marker within the last minute."""
+    own = describe_process()
+    if not isinstance(process, Mapping) or process == own:
+        return False
+    if process.get("machine") == own["machine"] and own["started"] is not None:
+        return False
+    last = _modified(marker)
+    return last is not None and _now_on_disk(marker.parent) - last <= _TIMEOUT_SECONDS
+
+
+def _identify_machine() -> str:
+    """Identifies the boot of this machine and its namespace of processes: two containers may have one hostname."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _modified(path: Path) -> float | None:
