@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +68,33 @@ def test_an_interruption_is_130_and_no_traceback(mode, capfd):
     mode(fail_with(KeyboardInterrupt()))
     assert run_doctor() == 130
     assert capfd.readouterr() == ("", "tl_keras: interrupted; nothing was lost\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_tensorflow_turns_into_an_error_of_its_own_is_one_still(mode, capfd, number):
+    def trace(settings, screen):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise RuntimeError("in user code:") from None
+
+    mode(trace)
+    assert run_doctor() == 130
+    assert capfd.readouterr() == ("", "tl_keras: interrupted; nothing was lost\n")
+    mode(fail_with(RuntimeError()))  # the next command line of this process
+    with pytest.raises(RuntimeError):
+        run_doctor()
+
+
+def test_a_mistake_after_an_interruption_that_was_handled_is_still_said(mode, capfd):
+    def end(settings, screen):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise UserError("the disk is full.")
+
+    mode(end)
+    assert run_doctor() == 1
+    assert capfd.readouterr() == ("", "tl_keras: error: the disk is full.\n")
 
 
 def test_a_fault_of_ours_is_not_dressed_up_as_the_users(mode):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tl_keras import config
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
-    _treat_termination_as_interrupt()
+    _Interrupts.listen()
     try:
         status = _run(list(sys.argv if argv is None else argv))
         print(end="", flush=True)  # Python does it after us, where nothing is left to catch a closed pipe
@@ -65,22 +66,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _treat_termination_as_interrupt() -> None:
-    """SIGTERM ends a run as Ctrl-C does: Slurm, Kubernetes and spot instances send it before they kill."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+class _Interrupts:
+    """Ctrl-C and SIGTERM, which Slurm, Kubernetes and spot instances send before they kill: both end a run alike."""
 
+    arrived = False
 
-def _interrupt(number: int, frame: Any) -> None:
-    """Hands SIGTERM to whoever handles SIGINT at the moment.
+    @classmethod
+    def listen(cls) -> None:
+        """Installs the signal handlers."""
+        cls.arrived = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, cls._forward)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, cls._interrupt)
 
-    Raises:
-        KeyboardInterrupt: nobody does: a shell starts background jobs with SIGINT ignored.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
+    @classmethod
+    @contextlib.contextmanager
+    def restored(cls) -> Iterator[None]:
+        """Raises the interrupt again if it arrived while TensorFlow traced a function: then it is a RuntimeError.
+
+        Raises:
+            KeyboardInterrupt: an interrupt arrived, and an exception that is no user's mistake followed.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if cls.arrived:
+                raise KeyboardInterrupt from error
+            raise
+
+    @classmethod
+    def _forward(cls, number: int, frame: Any) -> None:
+        """Hands SIGTERM to the current handler of SIGINT; a shell starts background jobs with SIGINT ignored."""
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else cls._interrupt)(number, frame)
+
+    @classmethod
+    def _interrupt(cls, number: int, frame: Any) -> None:
+        del number, frame
+        cls.arrived = True
         raise KeyboardInterrupt
-    handler(number, frame)
 
 
 def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
@@ -132,7 +159,8 @@ def _run(argv: list[str]) -> int:
         return 0
     screen = Screen(shows="warnings" if values["quiet"].value else "all")
     try:
-        return run_mode(settings, screen).exit_status
+        with _Interrupts.restored():
+            return run_mode(settings, screen).exit_status
     except KeyboardInterrupt:
         text = f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}"
         screen.log(text)

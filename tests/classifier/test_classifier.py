@@ -18,7 +18,6 @@ from tests.conftest import COLOURS, build_classifier, make_image, write_image
 from tl_keras.classifier import (
     Classifier,
     LoadedClassifier,
-    Servable,
     find_folder,
     is_exported,
     load,
@@ -29,6 +28,8 @@ from tl_keras.classifier import (
 )
 from tl_keras.config import is_run
 from tl_keras.errors import UserError
+from tl_keras.export.parity import ParityProcess
+from tl_keras.export.saved_model import write_version
 
 NAMES = ("älg", "b,c", 'd "e"', "f g", "红 色", "🐶", "עברית")
 
@@ -298,17 +299,19 @@ def test_labels_are_read_as_they_were_written(tmp_path, names):
     assert read_labels(tmp_path) == list(names)
 
 
-def test_a_network_that_one_graph_cannot_hold_is_refused_before_it_is_frozen():
-    class Huge:
-        shape, dtype = (10_000, 60_000), "float32"
-
-    class Network:
-        weights = (Huge(),)
-
-    huge = Classifier(Network(), "x", ("a", "b"), "Huge", "pool", "crop")
-    assert error_of(Servable, huge) == (
-        "the network has 2.4 GB of weights, but a graph can't be larger than 2 GB. Use a smaller --backbone."
-    )
+@pytest.mark.slow
+def test_a_network_of_more_than_2_gb_is_exported(tmp_path):
+    """A graph can't be larger than 2 GB, but its variables can."""
+    images = keras.Input((8, 8, 3))
+    embedding = keras.layers.Dense(9_000, name="embedding")(keras.layers.Flatten()(images))
+    wide = keras.layers.Dense(60_000)(embedding)  # 2.2 GB
+    classifier = Classifier(keras.Model(images, keras.layers.Dense(2)(wide)), "x", ("a", "b"), "X", "embedding", "crop")
+    write_version(classifier, tmp_path, name="x", max_pixels=10**6)
+    image = make_image(0, COLOURS["red"], (8, 8))
+    expected = tf.nn.softmax(classifier.network(image[np.newaxis].astype("float32"))).numpy()
+    with ParityProcess() as fresh:
+        agreement = fresh.compare(tmp_path, [tf.io.encode_png(image).numpy()], expected)
+    assert agreement.largest_difference < 1e-3
 
 
 @pytest.mark.parametrize("number", [28, 30])

@@ -74,6 +74,20 @@ class Built:
         photographs = np.stack(load_sample_images().images)[:, ::4, ::4][:, 10 : 10 + size, 40 : 40 + size]
         self.images = photographs.astype("float32")
         self.embeddings = self.backbone(self.images).numpy()
+        while self.amplifies_rounding():
+            self.damp()
+
+    def amplifies_rounding(self):
+        """A deep network of random weights may turn the smallest change of its input into a different output."""
+        nearby = self.backbone(self.images * np.float32(1 + 1e-6)).numpy()
+        return np.abs(nearby - self.embeddings).max() > 1e-3 * np.ptp(self.embeddings, axis=0).max()
+
+    def damp(self):
+        """Makes the branches beside the shortcuts weaker."""
+        for layer in self.backbone.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.gamma.assign(layer.gamma * 0.7)
+        self.embeddings = self.backbone(self.images).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -184,36 +198,33 @@ def add_head(backbone, embeddings):
 
 @pytest.fixture(scope="module")
 def exported(built, tmp_path_factory):
-    """A row's version folder, two encoded photographs, what the Keras network makes of them, and the tolerance."""
+    """A row's version folder, two encoded photographs, and what the Keras network makes of them."""
     classifier, folder = add_head(built.backbone, built.embeddings), tmp_path_factory.mktemp("model") / "1"
     expected = tf.nn.softmax(classifier.network(built.images)).numpy()
     folder.mkdir()
     write_version(classifier, folder, name="toy", max_pixels=10**6)
-    # a deep random network tells two images apart by little more than rounding, which the head amplifies
-    nearby = tf.nn.softmax(classifier.network(built.images * np.float32(1 + 1e-6))).numpy()
-    tolerance = max(1e-3, 5 * float(np.abs(nearby - expected).max()))
-    return folder, [tf.io.encode_png(image.astype("uint8")).numpy() for image in built.images], expected, tolerance
+    return folder, [tf.io.encode_png(image.astype("uint8")).numpy() for image in built.images], expected
 
 
 @pytest.mark.parametrize("built", PRESETS, indirect=True)
 def test_tensorflows_own_loader_gives_the_probabilities_of_keras(built, exported):
-    folder, images, expected, tolerance = exported
+    folder, images, expected = exported
     assert np.ptp(expected, axis=0).max() > 0.01
     with ParityProcess() as fresh:
         agreement = fresh.compare(folder, images, expected)
     assert agreement.loader == ("C++" if find_libraries() else "TF1 session")
     assert agreement.decisions == 1
-    assert agreement.largest_difference < tolerance
-    assert agreement.batch_difference < tolerance
+    assert agreement.largest_difference < 1e-3
+    assert agreement.batch_difference < 1e-3
 
 
 @pytest.mark.parametrize("built", SERVED, indirect=True)
 def test_openvino_serves_the_probabilities_of_keras(built, exported):
-    folder, images, expected, tolerance = exported
+    folder, images, expected = exported
     served = OpenVinoGraph(Graph(folder, precision="float32"), folder, LABELS, precision="float32")
     answer = served.run("serving_default", {"image_bytes": as_strings([*images, b"no image"])})
     served.close()
-    np.testing.assert_allclose(answer["probabilities"][:2], expected, atol=tolerance, equal_nan=False)
+    np.testing.assert_allclose(answer["probabilities"][:2], expected, atol=1e-3, equal_nan=False)
     assert answer["valid"].tolist() == [True, True, False]
 
 
@@ -221,6 +232,19 @@ def test_openvino_serves_the_probabilities_of_keras(built, exported):
 def test_the_decoder_is_in_the_graph_once(built, exported):
     model = saved_model_pb2.SavedModel.FromString((exported[0] / "saved_model.pb").read_bytes())
     assert len(model.meta_graphs[0].graph_def.library.function) < 100  # 335 where each signature traces its own
+
+
+@pytest.mark.parametrize("built", [param for param in PRESETS if param.id == "VGG16"], indirect=True)
+def test_large_weights_are_in_the_model_once_for_all_signatures(built, exported):
+    folder = exported[0]
+    graph = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    # a session copies constants for each signature that runs
+    assert max(node.attr["value"].tensor.ByteSize() for node in nodes if node.op == "Const") <= 2**16 + 100
+    kernels = [weight for weight in built.backbone.weights if np.prod(weight.shape) * 4 > 2**16]
+    assert sum(node.op == "VarHandleOp" for node in nodes) == len(kernels)
+    stored = sum(path.stat().st_size for path in (folder / "variables").iterdir())
+    assert stored == pytest.approx(4 * built.backbone.count_params(), rel=0.01)
 
 
 @pytest.mark.parametrize("preset", KERAS_PRESETS)

@@ -40,11 +40,3 @@ def test_a_machine_that_does_not_tell_is_trusted(monkeypatch):
 
 def test_linux_tells():
     assert 10**8 < memory.free_memory_bytes() < 10**14
-
-
-def test_neighbours_that_no_graph_holds_are_refused_on_the_largest_machine(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: math.inf)
-    check_probe_memory("knn", count=19_000, dim=25_088)
-    with pytest.raises(UserError, match=r"2\.0 GB, but a graph can't be larger than 2 GB\. Use a smaller layer"):
-        check_probe_memory("knn", count=20_000, dim=25_088)
-    check_probe_memory("ridge", count=20_000, dim=25_088)

@@ -5,47 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework.convert_to_constants import (  # documented, but without a public name (TF 2.21)
-    convert_variables_to_constants_v2,
-)
 
 from tl_keras.classifier.classifier import Classifier
-from tl_keras.classifier.probe_layers import size_in_bytes
 from tl_keras.data.images import decode_batch
-from tl_keras.errors import UserError
 
 TOP_K = 5
 EXAMPLE_FEATURE = "image_bytes"  # feature of tf.train.Example in the signature `classify`
-GRAPH_LIMIT_BYTES = 2_000_000_000  # the limit of protobuf is 2 GiB
+_LARGEST_CONSTANT_BYTES = 1 << 16  # vectors and small kernels: a few MB in all, even in networks of hundreds of layers
 
 
 class Servable(tf.Module):  # type: ignore[misc]
     """A classifier as a graph, with the signatures of the exported model.
 
-    The network is frozen to constants. It has no variables, so that it can be loaded in a TF1 session as in TF Serving,
-    and TensorFlow's graph optimizer can fold and fuse operations.
+    Large weights are variables that all signatures share. As constants they would be copied for each signature that a
+    session runs: a served ResNet50 would need three times its memory, and a graph could not be larger than 2 GB. Small
+    weights are constants, which TensorFlow loads faster than variables and folds into other operations.
+
+    The variables are the weights' own `tf.Variable`s. The Keras model itself must not be tracked: its variables would
+    be saved as copies, and a TensorFlow 1 session, as in TF Serving, would not find them.
     """
 
     def __init__(self, classifier: Classifier, *, max_pixels: int | None = None) -> None:
-        """Freezes the classifier's network.
+        """Makes the signatures; they are traced when they are first called or saved.
 
         Args:
             classifier: the trained classifier.
             max_pixels: pixel limit; larger images are invalid. None for no limit.
-
-        Raises:
-            UserError: the network is too large for one graph.
         """
         super().__init__(name="classifier")
-        size = size_in_bytes(classifier.network)
-        if size > GRAPH_LIMIT_BYTES:
-            raise UserError(
-                f"the network has {size / 1e9:.1f} GB of weights, but a graph can't be larger than 2 GB. Use a smaller "
-                "--backbone."
-            )
         self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
-        self._network = _freeze(classifier.network, classifier.embedding_layer)
+        self._network, self._variables = _make_function(classifier.network, classifier.embedding_layer)
         self._labels = classifier.labels
         self.endpoints = self._make_endpoints()  # SavedModel reserves the name "signatures"
 
@@ -120,13 +111,24 @@ def _read_example(serialized: tf.Tensor) -> tf.Tensor:
     return tf.io.parse_single_example(serialized, features)[EXAMPLE_FEATURE]
 
 
-def _freeze(network: keras.Model, embedding_layer: str) -> Any:
-    """Images → embeddings and probabilities, as one function without variables."""
+def _make_function(network: keras.Model, embedding_layer: str) -> tuple[Any, list[tf.Variable]]:
+    """Images → embeddings and probabilities, as one function, and the variables that it reads."""
     both = keras.Model(network.input, [network.get_layer(embedding_layer).output, network.output])
+    trainable, other = [
+        [_as_value(one) for one in group] for group in (both.trainable_variables, both.non_trainable_variables)
+    ]
 
     @tf.function(input_signature=(tf.TensorSpec((None, *network.input_shape[1:]), tf.float32),), autograph=False)
     def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        embeddings, logits = both(images, training=False)
+        weights = [[tf.convert_to_tensor(one) for one in group] for group in (trainable, other)]
+        (embeddings, logits), _ = both.stateless_call(*weights, images, training=False)
         return embeddings, tf.cast(tf.nn.softmax(logits), tf.float32)  # a probe's logits are float64
 
-    return convert_variables_to_constants_v2(run.get_concrete_function())
+    return run, [one for one in trainable + other if isinstance(one, tf.Variable)]
+
+
+def _as_value(weight: keras.Variable) -> tf.Variable | np.ndarray:
+    """The variable itself if it is large, otherwise a copy of its value."""
+    variable: tf.Variable = weight.value
+    is_large = variable.dtype.size * variable.shape.num_elements() > _LARGEST_CONSTANT_BYTES
+    return variable if is_large else variable.numpy()

@@ -200,10 +200,9 @@ def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
-        UserError: the network is too large for one graph.
     """
     servable = Servable(classifier, max_pixels=max_pixels)
-    # A served model computes no gradients, and TensorFlow 2.21 fails to trace the custom gradient of a frozen `silu`.
+    # A served model computes no gradients, and TensorFlow 2.21 fails to trace the custom gradient of `silu`.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     try:
         tf.saved_model.save(servable, str(folder), signatures=servable.endpoints, options=options)

@@ -1,10 +1,9 @@
-"""Checks that a probe fits in memory and in an exported graph: scikit-learn holds all embeddings in memory."""
+"""Checks that a probe fits in memory: scikit-learn holds all embeddings in memory."""
 
 from __future__ import annotations
 
 import joblib
 
-from tl_keras.classifier import GRAPH_LIMIT_BYTES
 from tl_keras.errors import UserError
 from tl_keras.run import free_memory_bytes
 
@@ -23,21 +22,16 @@ def check_probe_memory(probe: str, *, count: int, dim: int) -> None:
         dim: size of an embedding.
 
     Raises:
-        UserError: there is not enough memory, or it can't be exported.
+        UserError: there is not enough memory.
     """
     folds = min(joblib.cpu_count(), 5)
     need = count * dim * (_BYTES + folds * _BYTES_A_FOLD[probe]) + folds * (
         count**2 * _KERNEL_BYTES if probe == "rbf_svm" else min(count, dim) ** 2 * 16 if probe == "ridge" else 0
     )
     free = free_memory_bytes()
-    advice = "Use a smaller layer (--pooling=avg), fewer images, or another probe."
     if need > free:
         raise UserError(
             f"--probe={probe} on {count:,} embeddings of {dim:,} numbers needs about {need / 1e9:.1f} GB of memory, "
-            f"but only {free / 1e9:.1f} GB are free. {advice}"
-        )
-    if probe == "knn" and 4 * count * dim > GRAPH_LIMIT_BYTES:
-        raise UserError(
-            f"--probe=knn stores {count:,} embeddings of {dim:,} numbers in the exported model, "
-            f"{4 * count * dim / 1e9:.1f} GB, but a graph can't be larger than 2 GB. {advice}"
+            f"but only {free / 1e9:.1f} GB are free. "
+            "Use a smaller layer (--pooling=avg), fewer images, or another probe."
         )

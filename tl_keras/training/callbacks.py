@@ -325,4 +325,4 @@ class StopOnInterrupt(keras.callbacks.Callback):  # type: ignore[misc]
     def _note(self, number: int, frame: Any) -> None:
         del number, frame
         self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.give_back()
