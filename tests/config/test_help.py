@@ -120,6 +120,10 @@ def test_bash_completes_modes_flags_and_choices():
     assert complete("tl_keras --mode=finetune --opt") == ["--optimizer="]
     assert complete("tl_keras finetune --optimizer=ada") == ["adam", "adamw"]
     assert complete("tl_keras finetune --norep") == ["--noreport"]
+    assert complete("tl_keras completion ") == ["bash", "zsh", "fish"]
+    assert complete("tl_keras finetune --epochs=") == []
+    assert f"{ROOT}/tests" in complete(f"tl_keras finetune --run_dir={ROOT}/te")
+    assert f"{ROOT}/tests" in complete(f"tl_keras finetune --flagfile={ROOT}/te")
     assert set(complete("tl_keras export --")) >= {"--classifier=", "--deploy=", "--help", "--quiet"}
 
 
@@ -137,6 +141,11 @@ def test_fish_completes_modes_flags_and_choices():
     assert ask("tl_keras --mode=finetune --opt") == ["--optimizer"]
     assert ask("tl_keras finetune --optimizer=ada") == ["--optimizer=adam", "--optimizer=adamw"]
     assert ask("tl_keras finetune --norep") == ["--noreport"]
+    assert sorted(ask("tl_keras completion ")) == ["bash", "fish", "zsh"]
+    assert ask(f"tl_keras finetune --epochs={ROOT}/te") == []
+    assert ask(f"tl_keras finetune --run_dir={ROOT}/te") == [f"--run_dir={ROOT}/tests/"]
+    assert ask("tl_keras finetune --he") == ["--help"]
+    assert ask("tl_keras finetune --flagf") == ["--flagfile"]
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
@@ -162,6 +171,26 @@ def test_zsh_completes_modes_flags_and_choices(tmp_path):
     ask("tl_keras finetune --batch_s", "--batch_size=")
     ask("tl_keras --mode=finetune --optimizer=ada", "adamw")
     ask("tl_keras finetune --norepo", "--noreport ")
+    ask("tl_keras completion z", "tl_keras completion zsh ")
+    ask(f"tl_keras finetune --run_dir={ROOT}/tes", "/tests/")
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
+def test_zsh_loads_the_script_from_its_folder_of_completions(tmp_path):
+    (tmp_path / "_tl_keras").write_text(completion("zsh"), encoding="utf-8")
+    start = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -D -u; echo rea''dy\n"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "ZDOTDIR": str(tmp_path)})
+    try:
+        os.write(terminal, start.encode())
+        wait_for(terminal, "ready")
+        os.write(terminal, b"tl_keras fi\t")
+        wait_for(terminal, "tl_keras finetune ")
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
 
 
 def wait_for(terminal: int, text: str) -> None:
@@ -173,11 +202,21 @@ def wait_for(terminal: int, text: str) -> None:
             shown += os.read(terminal, 65536).decode(errors="replace")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_every_flag_can_be_completed(shell, capfd):
+def test_bash_offers_each_mode_its_flags_and_no_others():
+    for mode in MODES:
+        offered = set(complete(f"tl_keras {mode} --"))
+        for _, field in list_fields():
+            flag = (
+                f"--{field.name}=" if not isinstance(field.default, bool) else f"--{'no' * field.default}{field.name}"
+            )
+            assert (flag in offered) == (mode in field.metadata["modes"]), (mode, flag)
+
+
+@pytest.mark.parametrize(
+    ("shell", "pattern"), [("zsh", r"'--(?:no)?{}(?:=)?\["), ("fish", r" -l (?:no)?{}(?: -|\n)")], ids=["zsh", "fish"]
+)
+def test_zsh_and_fish_know_each_flag(shell, pattern, capfd):
     assert run_main("completion", shell) == 0
     script = capfd.readouterr().out
-    for mode in MODES:
-        assert mode in script
     for _, field in list_fields():
-        assert field.name in script
+        assert re.search(pattern.format(field.name), script), field.name

@@ -11,6 +11,8 @@ from tl_keras.config.settings import MODES, list_fields
 from tl_keras.errors import UserError
 
 _COMPLETION = ("completion", "print the completion script of a shell")
+_SHELLS = ("bash", "zsh", "fish")
+_PATHS = ("DIR", "FILE", "PATHS", "RUNS", "SOURCE", "WEIGHTS")  # flags whose value may be a path
 _FISH = """\
 # tl_keras completion for fish: tl_keras completion fish | source
 function __tl_keras_mode_is
@@ -32,10 +34,15 @@ _tl_keras() {{
         COMPREPLY=($(compgen -W "{modes} completion" -- "$current"))
         return
     fi
+    if [[ "$line" =~ ^[^\\ ]+\\ +completion\\  ]]; then
+        COMPREPLY=($(compgen -W "{shells}" -- "$current"))
+        return
+    fi
     [[ "$line" =~ --mode[=\\ ]([a-z]+) ]] && mode="${{BASH_REMATCH[1]}}"
     case "$current" in
 {choices}
-        --*=*) COMPREPLY=($(compgen -f -- "${{current#*=}}")); return ;;
+        {paths}) COMPREPLY=($(compgen -f -- "${{current#*=}}")); return ;;
+        --*=*) return ;;
     esac
     case "$mode" in
 {flags}
@@ -63,11 +70,16 @@ _tl_keras() {{
     done
     case $mode in
 {flags}
+        completion) _arguments '*:shell:({shells})' ;;
         *) _arguments '--mode=:mode:({names})' {general} ;;
     esac
 }}
-(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
-compdef _tl_keras tl_keras
+if [[ ${{funcstack[1]}} == _tl_keras ]]; then  # zsh has loaded this file from fpath, to complete a line
+    _tl_keras "$@"
+else
+    (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+    compdef _tl_keras tl_keras
+fi
 """
 
 
@@ -87,7 +99,7 @@ def completion(shell: str) -> str:
     if shell == "fish":
         return _complete_fish()
     fault = f"{shell!r} is not a known shell" if shell else "no shell is named"
-    raise UserError(f"completion: {fault}. Allowed: bash, zsh, fish.")
+    raise UserError(f"completion: {fault}. Allowed: {', '.join(_SHELLS)}.")
 
 
 def _complete_bash() -> str:
@@ -98,7 +110,15 @@ def _complete_bash() -> str:
         if field.metadata["choices"]
     )
     flags = "\n".join(f'        {mode}) words="{" ".join(_list_flags(mode))}" ;;' for mode in MODES)
-    return _BASH.format(modes=" ".join(MODES), choices=choices, flags=flags, general=" ".join(_list_general()))
+    paths = "|".join(["--flagfile=*", *(f"--{field.name}=*" for _, field in list_fields() if _takes_path(field))])
+    return _BASH.format(
+        modes=" ".join(MODES),
+        shells=" ".join(_SHELLS),
+        choices=choices,
+        paths=paths,
+        flags=flags,
+        general=" ".join(_list_general()),
+    )
 
 
 def _complete_zsh() -> str:
@@ -108,7 +128,9 @@ def _complete_zsh() -> str:
     for mode in MODES:
         own = " ".join(_specify(field) for _, field in list_fields(mode))
         flags.append(f"        {mode}) _arguments '*:word:' {own} {general} ;;")
-    return _ZSH.format(modes=modes, flags="\n".join(flags), general=general, names=" ".join(MODES))
+    return _ZSH.format(
+        modes=modes, flags="\n".join(flags), general=general, names=" ".join(MODES), shells=" ".join(_SHELLS)
+    )
 
 
 def _specify(field: dataclasses.Field[Any]) -> str:
@@ -117,7 +139,7 @@ def _specify(field: dataclasses.Field[Any]) -> str:
     if isinstance(field.default, bool):
         return shlex.quote(f"--{_name(field)}[{text}]")
     choices = field.metadata["choices"]
-    action = f"({' '.join(choices)})" if choices else "_files"
+    action = f"({' '.join(choices)})" if choices else "_files" if _takes_path(field) else " "
     return shlex.quote(f"--{field.name}=[{text}]:{field.name}:{action}")
 
 
@@ -131,8 +153,11 @@ def _complete_fish() -> str:
             f"complete -c tl_keras -n '__tl_keras_mode_is {modes}' -d {_quote_fish(_describe(field))} -l {_name(field)}"
         )
         if not isinstance(field.default, bool):
-            line += f" -r -f -a {_quote_fish(choices)}" if choices else " -r -F"
+            line += f" -r -f -a {_quote_fish(choices)}" if choices else " -r -F" if _takes_path(field) else " -x"
         lines.append(line)
+    lines.append(f"complete -c tl_keras -n '__fish_seen_subcommand_from completion' -a '{' '.join(_SHELLS)}'")
+    lines.append("complete -c tl_keras -l flagfile -d 'read flags from a file' -r -F")
+    lines.append("complete -c tl_keras -l help -d 'show the flags of a mode; --help=all shows all of them'")
     lines += [f"complete -c tl_keras -l {name} -d {_quote_fish(text)}" for name, text in GENERAL.items()]
     return "\n".join(lines) + "\n"
 
@@ -149,6 +174,10 @@ def _list_flags(mode: str) -> list[str]:
     fields = [field for _, field in list_fields(mode)]
     own = [f"--{_name(field)}" + ("" if isinstance(field.default, bool) else "=") for field in fields]
     return own + _list_general()
+
+
+def _takes_path(field: dataclasses.Field[Any]) -> bool:
+    return field.metadata["metavar"] in _PATHS
 
 
 def _name(field: dataclasses.Field[Any]) -> str:
