@@ -252,16 +252,23 @@ def elsewhere(tmp_path):
     return folder.path
 
 
-def test_a_run_that_another_machine_works_on_is_left_alone(elsewhere, monkeypatch):
-    monkeypatch.setattr(run.process, "_HEARTBEAT_SECONDS", 0.05)
-    run.process.start_heartbeat(elsewhere / "unfinished.json")
+def test_a_run_that_another_machine_works_on_is_left_alone(elsewhere):
+    ended = threading.Event()
+
+    def touch_like_the_other():
+        while not ended.wait(0.05):
+            os.utime(elsewhere / "unfinished.json")
+
+    other = threading.Thread(target=touch_like_the_other)
+    other.start()
     try:
         assert error_of(create, elsewhere, seed=1) == (
             f"the run in {elsewhere} is still running in a process on elsewhere. Wait until it ends, or give another "
             "--run_dir."
         )
     finally:
-        run.stop_heartbeats()
+        ended.set()
+        other.join(60)
 
 
 def test_a_run_that_another_machine_left_goes_on(elsewhere, monkeypatch):
@@ -272,6 +279,44 @@ def test_a_run_that_another_machine_left_goes_on(elsewhere, monkeypatch):
     monkeypatch.setattr(run.process, "_TIMEOUT_SECONDS", 60)
     os.utime(marker, (0, 0))  # no need to wait
     assert create(elsewhere, seed=1).resumed
+
+
+def test_a_process_that_was_suspended_while_another_continued_its_run_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.process, "_HEARTBEAT_SECONDS", 0.01)
+    folder = create(tmp_path / "run", seed=1)
+    marker = folder.path / "unfinished.json"
+    thread = [one for one in threading.enumerate() if one.name == "heartbeat"][-1]
+    content = read_json(marker)
+    folder.write_json("metrics.json", {})
+    other = {"process": content["process"] | {"id": 7, "host": "elsewhere", "machine": "another"}}
+    folder.write_json("unfinished.json", content | other)
+    text = f"process 7 on elsewhere has continued the run in {folder.path}, so this process stops. Nothing is lost."
+    for write in (
+        lambda: folder.write_json("metrics.json", {"accuracy": 1}),
+        lambda: folder.write_csv("history.csv", ["a"], [[1]]),
+        lambda: run.end_run(folder.path),
+    ):
+        assert error_of(write) == text
+    thread.join(60)
+    assert not thread.is_alive()
+    run.stop_heartbeats()
+    assert read_json(folder.path / "metrics.json") == {}
+    assert read_json(marker) == content | other
+
+
+def test_of_two_processes_that_continue_a_run_at_the_same_moment_one_stops(tmp_path, monkeypatch):
+    folder = create(tmp_path / "run", seed=1)
+    run.stop_heartbeats()
+    mark = run.RunFolder._mark_unfinished
+
+    def mark_as_both(self, replaces):
+        mark(self, replaces)
+        content = read_json(folder.path / "unfinished.json")
+        content["process"] |= {"id": 7, "host": "elsewhere", "machine": "another"}
+        self.write_json("unfinished.json", content)
+
+    monkeypatch.setattr(run.RunFolder, "_mark_unfinished", mark_as_both)
+    assert error_of(create, folder.path, seed=1).startswith("process 7 on elsewhere has continued the run")
 
 
 def test_a_heartbeat_ends_with_the_run(tmp_path, monkeypatch):

@@ -13,7 +13,14 @@ from typing import Any
 
 from tl_keras.errors import UserError
 from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
-from tl_keras.run.process import describe_process, find_process, is_running_here, may_run_elsewhere, start_heartbeat
+from tl_keras.run.process import (
+    check_owner,
+    describe_process,
+    find_process,
+    is_running_here,
+    may_run_elsewhere,
+    start_heartbeat,
+)
 
 INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
 UNFINISHED = "unfinished.json"  # in the folder of a run until it is complete
@@ -92,12 +99,17 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
         if not _is_run(folder):  # killed while the folder was created
             opened._write_settings(config, flags)
+        check_owner(folder / UNFINISHED)  # another process may have opened it at the same moment
         start_heartbeat(folder / UNFINISHED)
         return opened
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file, UTF-8."""
-        write_atomically(self.path / name, text.encode("utf-8", "surrogateescape"))
+        """Writes a text file, UTF-8.
+
+        Raises:
+            UserError: the folder can't be written, or another process has continued the run.
+        """
+        self._write(name, text.encode("utf-8", "surrogateescape"))
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file; keys keep their order, NaN is not allowed."""
@@ -105,7 +117,7 @@ class RunFolder:
 
     def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Writes a CSV file, UTF-8, one header line."""
-        write_atomically(self.path / name, csv_bytes(header, rows))
+        self._write(name, csv_bytes(header, rows))
 
     def write_broken(self, rows: Iterable[tuple[str, str]]) -> None:
         """Writes `broken.csv`: id and reason of each image that can't be read."""
@@ -118,6 +130,11 @@ class RunFolder:
     def _write_settings(self, config: dict[str, Any], flags: str) -> None:
         self.write_json(_CONFIG, config)
         self.write_text("run.flags", flags)
+
+    def _write(self, name: str, content: bytes) -> None:
+        if name != UNFINISHED:
+            check_owner(self.path / UNFINISHED)
+        write_atomically(self.path / name, content)
 
     def _mark_unfinished(self, replaces: Sequence[str]) -> None:
         self.write_json(UNFINISHED, self._describe(replaces))
@@ -152,8 +169,9 @@ def end_run(folder: Path, *, keep_replaced: bool = False) -> list[Path]:
         Earlier runs that are kept.
 
     Raises:
-        UserError: the folder can't be written.
+        UserError: the folder can't be written, or another process has continued the run.
     """
+    check_owner(folder / UNFINISHED)
     replaced = [Path(path) for path in _read_marker(folder).get("replaces") or []]
     with disk_errors(f"the run folder {folder}"):
         for path in () if keep_replaced else replaced:

@@ -43,7 +43,7 @@ def start_heartbeat(marker: Path) -> None:
     _beating.setdefault(threading.get_ident(), []).append((marker, stopped))
 
     def beat() -> None:
-        while not stopped.wait(_HEARTBEAT_SECONDS):
+        while not stopped.wait(_HEARTBEAT_SECONDS) and _find_other(marker) is None:
             with contextlib.suppress(OSError):  # a network disk may be away for a moment
                 os.utime(marker)
 
@@ -58,6 +58,26 @@ def stop_heartbeats() -> None:
             content = read_json(marker)
             if isinstance(content, dict) and content.get("process") == describe_process():
                 write_atomically(marker, json.dumps({**content, "process": None}).encode())
+
+
+def check_owner(marker: Path) -> None:
+    """Checks that no other process has continued a run of this process.
+
+    A process that was suspended for more than a minute looks dead to another machine, and two processes may continue
+    the same run at the same moment: the one that wrote the marker last has it.
+
+    Args:
+        marker: the file that marks the run as unfinished.
+
+    Raises:
+        UserError: another process works on the run.
+    """
+    other = _find_other(marker)
+    if other is not None:
+        raise UserError(
+            f"process {other.get('id')} on {other.get('host')} has continued the run in {marker.parent}, so this "
+            "process stops. Nothing is lost."
+        )
 
 
 def find_process(marker: Path, process: Any, show: Callable[[str], None]) -> str:
@@ -105,6 +125,19 @@ def may_run_elsewhere(marker: Path, process: Any) -> bool:
         return False
     last = _modified(marker)
     return last is not None and _now_on_disk(marker.parent) - last <= _TIMEOUT_SECONDS
+
+
+def _find_other(marker: Path) -> Mapping[str, Any] | None:
+    """Reads which other process works on the run; None if it is this one, or unknown."""
+    try:
+        content = read_json(marker)
+    except UserError:  # missing, or a network disk is away for a moment
+        return None
+    process = content.get("process") if isinstance(content, dict) else None
+    own = describe_process()
+    if not isinstance(process, Mapping) or all(process.get(key) == own[key] for key in ("id", "machine", "started")):
+        return None
+    return process
 
 
 def _identify_machine() -> str:

@@ -189,7 +189,9 @@ async def _run(
     show("shutting down: running requests will be answered")
     watching.cancel()
     rest.should_exit = True
-    await asyncio.gather(grpc_server.stop(drain_seconds), answering)
+    # gRPC must have stopped when the event loop ends, also if the REST server has failed
+    await asyncio.gather(grpc_server.stop(drain_seconds), answering, return_exceptions=True)
+    answering.result()
     with contextlib.suppress(asyncio.CancelledError):
         await watching
     await workers.load_models(models.close)
