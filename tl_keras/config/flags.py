@@ -48,6 +48,37 @@ _DEFINE: dict[type, Callable[..., Any]] = {
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_list,
 }
+# what other tools call a mode or a flag
+_OTHER_NAMES = {
+    "train": "finetune",
+    "fit": "finetune",
+    "test": "evaluate",
+    "eval": "evaluate",
+    "validate": "evaluate",
+    "infer": "predict",
+    "classify": "predict",
+    "embed": "extract",
+    "arch": "backbone",
+    "architecture": "backbone",
+    "model": "backbone",
+    "network": "backbone",
+    "base_model": "backbone",
+    "data": "dataset",
+    "data_path": "dataset",
+    "folder": "dataset",
+    "train_dir": "dataset",
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "img_size": "image_size",
+    "input_size": "image_size",
+    "num_epochs": "epochs",
+    "freeze": "trainable",
+    "unfreeze": "trainable",
+    "output_dir": "run_dir",
+    "logdir": "run_dir",
+    "checkpoint": "classifier",
+}
 _ILLEGAL = re.compile(r"flag --(\w+)=(.*?): ", re.DOTALL)
 
 
@@ -100,7 +131,9 @@ def check_mode(mode: str) -> None:
         UserError: there is no such mode.
     """
     if mode not in MODES:
-        raise UserError(f"{mode!r} is not a mode. {nearest(mode, MODES)}Allowed: {', '.join(MODES)}.")
+        meant = _OTHER_NAMES.get(mode)
+        tip = f"Did you mean: {meant}? " if meant in MODES else nearest(mode, MODES)
+        raise UserError(f"{mode!r} is not a mode. {tip}Allowed: {', '.join(MODES)}.")
 
 
 def read_flags(values: flags.FlagValues, *, find_earlier: FindEarlier | None = None) -> Config:
@@ -292,7 +325,8 @@ def _explain_unknown(name: str, values: flags.FlagValues) -> str:
 
 
 def _suggest_flag(name: str, values: flags.FlagValues) -> str:
-    found = difflib.get_close_matches(name, list(values), n=1, cutoff=0.6)
+    meant = _OTHER_NAMES.get(name, "")
+    found = [meant] if meant in values else difflib.get_close_matches(name, list(values), n=1, cutoff=0.6)
     return f"Did you mean --{found[0]}? " if found else ""
 
 
