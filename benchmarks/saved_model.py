@@ -83,7 +83,7 @@ def export(folder: str, network: str) -> dict[str, float]:
     write_inputs(Path(folder))
     return {
         "export, CPU s": seconds,
-        "export, peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "export, peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "model, MB": sum(path.stat().st_size for path in version.rglob("*") if path.is_file()) / 1e6,
     }
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import _thread
-import contextlib
 import errno
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tl_keras import config
 from tl_keras.api import find_resumed, is_finished, run_mode
 from tl_keras.config.completion import completion
 from tl_keras.config.help import find_help_request, overview
-from tl_keras.errors import UserError
-from tl_keras.run import INTERRUPTED, Screen
+from tl_keras.errors import LostRunError, UserError
+from tl_keras.run import INTERRUPTED, Interrupts, Screen
 from tl_keras.version import __version__
 
 _NOTHING_LOST = "nothing is lost: the same command with --resume continues the run"
@@ -44,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
-    _Interrupts.listen()
+    Interrupts.listen()
     try:
         status = _run(list(sys.argv if argv is None else argv))
         print(end="", flush=True)  # Python does it after us, where nothing is left to catch a closed pipe
         return status
-    except UserError as error:
+    except (UserError, LostRunError) as error:
         print(f"tl_keras: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -64,50 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_stdout()
         print("tl_keras: error: the disk is full. What is complete is kept: free space, run again.", file=sys.stderr)
         return 1
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM, which Slurm, Kubernetes and spot instances send before they kill: both end a run alike."""
-
-    arrived = False
-
-    @classmethod
-    def listen(cls) -> None:
-        """Installs the signal handlers."""
-        cls.arrived = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, cls._forward)
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                signal.signal(signal.SIGINT, cls._interrupt)
-
-    @classmethod
-    @contextlib.contextmanager
-    def restored(cls) -> Iterator[None]:
-        """Raises the interrupt again if it arrived while TensorFlow traced a function: then it is a RuntimeError.
-
-        Raises:
-            KeyboardInterrupt: an interrupt arrived, and an exception that is no user's mistake followed.
-        """
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            if cls.arrived:
-                raise KeyboardInterrupt from error
-            raise
-
-    @classmethod
-    def _forward(cls, number: int, frame: Any) -> None:
-        """Hands SIGTERM to the current handler of SIGINT; a shell starts background jobs with SIGINT ignored."""
-        handler = signal.getsignal(signal.SIGINT)
-        (handler if callable(handler) else cls._interrupt)(number, frame)
-
-    @classmethod
-    def _interrupt(cls, number: int, frame: Any) -> None:
-        del number, frame
-        cls.arrived = True
-        raise KeyboardInterrupt
 
 
 def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
@@ -159,7 +113,7 @@ def _run(argv: list[str]) -> int:
         return 0
     screen = Screen(shows="warnings" if values["quiet"].value else "all")
     try:
-        with _Interrupts.restored():
+        with Interrupts.restored():
             return run_mode(settings, screen).exit_status
     except KeyboardInterrupt:
         text = f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}"

@@ -206,9 +206,8 @@ def test_bash_offers_each_mode_its_flags_and_no_others():
     for mode in MODES:
         offered = set(complete(f"tl_keras {mode} --"))
         for _, field in list_fields():
-            flag = (
-                f"--{field.name}=" if not isinstance(field.default, bool) else f"--{'no' * field.default}{field.name}"
-            )
+            flag = f"--no{field.name}" if field.default is True else f"--{field.name}"
+            flag += "" if isinstance(field.default, bool) else "="
             assert (flag in offered) == (mode in field.metadata["modes"]), (mode, flag)
 
 

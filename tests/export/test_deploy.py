@@ -133,7 +133,7 @@ def test_compose_fits_its_schema(folder):
     (service,) = yaml.safe_load((folder / "compose.yaml").read_text())["services"].values()
     assert "./../models/My_Model.v2:/models/My_Model.v2:ro" in service["volumes"]
     assert "--mixed_precision=bfloat16" in service["command"]
-    assert service["deploy"]["resources"]["limits"]["memory"] == "2348M"
+    assert service["deploy"]["resources"]["limits"]["memory"] == "2648M"
 
 
 def test_kubernetes_manifests_fit_their_schema(folder):

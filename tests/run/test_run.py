@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tl_keras import run
-from tl_keras.errors import UserError
+from tl_keras.errors import LostRunError, UserError
 from tl_keras.jobs.result import Result
 from tl_keras.run import (
     History,
@@ -290,13 +290,18 @@ def test_a_process_that_was_suspended_while_another_continued_its_run_stops(tmp_
     folder.write_json("metrics.json", {})
     other = {"process": content["process"] | {"id": 7, "host": "elsewhere", "machine": "another"}}
     folder.write_json("unfinished.json", content | other)
-    text = f"process 7 on elsewhere has continued the run in {folder.path}, so this process stops. Nothing is lost."
+    text = (
+        f"process 7 on elsewhere has continued the run in {folder.path}, so this process stops. Its result will be in "
+        "the folder."
+    )
     for write in (
         lambda: folder.write_json("metrics.json", {"accuracy": 1}),
         lambda: folder.write_csv("history.csv", ["a"], [[1]]),
         lambda: run.end_run(folder.path),
     ):
-        assert error_of(write) == text
+        with pytest.raises(LostRunError) as error:
+            write()
+        assert str(error.value) == text
     thread.join(60)
     assert not thread.is_alive()
     run.stop_heartbeats()
@@ -316,7 +321,30 @@ def test_of_two_processes_that_continue_a_run_at_the_same_moment_one_stops(tmp_p
         self.write_json("unfinished.json", content)
 
     monkeypatch.setattr(run.RunFolder, "_mark_unfinished", mark_as_both)
-    assert error_of(create, folder.path, seed=1).startswith("process 7 on elsewhere has continued the run")
+    with pytest.raises(LostRunError, match="process 7 on elsewhere has continued the run"):
+        create(folder.path, seed=1)
+    run.stop_heartbeats()
+
+
+@pytest.mark.parametrize("left", ["complete", "interrupted"])
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_written_to(tmp_path, left):
+    folder = create(tmp_path / "run", seed=1)
+    marker = folder.path / "unfinished.json"
+    if left == "complete":
+        marker.unlink()
+    else:
+        marker.write_text(json.dumps(read_json(marker) | {"process": None}))
+    with pytest.raises(LostRunError, match="another process has continued the run"):
+        folder.write_json("metrics.json", {})
+    run.check_owner(tmp_path / "other")  # not in the run
+    run.stop_heartbeats()
+
+
+def test_a_machine_may_change_its_name_during_a_run(tmp_path, monkeypatch):
+    folder = create(tmp_path / "run", seed=1)
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    folder.write_json("metrics.json", {})
+    run.end_run(folder.path)
 
 
 def test_a_heartbeat_ends_with_the_run(tmp_path, monkeypatch):

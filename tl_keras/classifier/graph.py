@@ -20,7 +20,7 @@ class Servable(tf.Module):  # type: ignore[misc]
     """A classifier as a graph, with the signatures of the exported model.
 
     Large weights are variables that all signatures share. As constants they would be copied for each signature that a
-    session runs: a served ResNet50 would need three times its memory, and a graph could not be larger than 2 GB. Small
+    session runs: a served ResNet50 would need four times as much memory, and a graph can't be larger than 2 GB. Small
     weights are constants, which TensorFlow loads faster than variables and folds into other operations.
 
     The variables are the weights' own `tf.Variable`s. The Keras model itself must not be tracked: its variables would
@@ -29,6 +29,8 @@ class Servable(tf.Module):  # type: ignore[misc]
 
     def __init__(self, classifier: Classifier, *, max_pixels: int | None = None) -> None:
         """Makes the signatures; they are traced when they are first called or saved.
+
+        The large weights are read from the network itself: it must not be trained afterwards.
 
         Args:
             classifier: the trained classifier.

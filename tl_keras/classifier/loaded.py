@@ -15,6 +15,7 @@ from tl_keras.classifier.graph import Servable
 from tl_keras.data.formats import explain_unreadable
 from tl_keras.data.images import explain_broken
 from tl_keras.errors import UserError
+from tl_keras.run import Interrupts
 
 _PREDICT_BATCH = 32
 
@@ -134,7 +135,8 @@ def load(path: str) -> LoadedClassifier:
 def _load_exported(path: Path) -> LoadedClassifier:
     labels = read_labels(path)
     try:
-        model = tf.saved_model.load(str(path))
+        with Interrupts.restored():
+            model = tf.saved_model.load(str(path))
         serve = model.signatures["serving_default"]
         size = int(model.signatures["pixels"].structured_input_signature[1]["images"].shape[1])
     except Exception as error:  # TensorFlow raises several, none of its own for a damaged model

@@ -325,8 +325,9 @@ def _explain_unknown(name: str, values: flags.FlagValues) -> str:
 
 
 def _suggest_flag(name: str, values: flags.FlagValues) -> str:
-    meant = _OTHER_NAMES.get(name, "")
-    found = [meant] if meant in values else difflib.get_close_matches(name, list(values), n=1, cutoff=0.6)
+    meant, mode = _OTHER_NAMES.get(name, ""), values["mode"].value
+    known = {field.name for _, field in list_fields(mode if mode in MODES else None)}
+    found = [meant] if meant in known else difflib.get_close_matches(name, list(values), n=1, cutoff=0.6)
     return f"Did you mean --{found[0]}? " if found else ""
 
 

@@ -28,7 +28,7 @@ from tl_keras.jobs.inspection import examine_examples, fits_in_report, list_audi
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job
 from tl_keras.report.compose import Judged, compose_report, try_report
-from tl_keras.run import INTERRUPTED
+from tl_keras.run import INTERRUPTED, Interrupts, check_owner
 from tl_keras.statistics.calibration import calibrated_softmax, describe_calibration, fit_temperature, is_supported
 from tl_keras.statistics.intervals import with_interval
 
@@ -197,8 +197,9 @@ def export(job: Job, outcome: Outcome, parity: ParityProcess | None) -> Outcome:
         return outcome
     job.screen.line(_last_line(job, outcome))  # before the export, which may fail
     run = job.config.run
+    check_owner(job.folder.path)
     try:
-        with job.watch.stage("export"):
+        with job.watch.stage("export"), Interrupts.restored():
             exported = export_saved_model(
                 outcome.classifier,
                 export_dir=run.export_dir,

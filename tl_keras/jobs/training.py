@@ -16,7 +16,7 @@ from tl_keras.errors import UserError
 from tl_keras.evaluation.metrics import describe_spread, summarize
 from tl_keras.jobs.finish import Outcome, record
 from tl_keras.jobs.start import Job, load_backbone, wanted_views
-from tl_keras.run import INTERRUPTED
+from tl_keras.run import INTERRUPTED, Interrupts
 from tl_keras.training.fit import Progress
 from tl_keras.training.plan import Plan, plan_training
 from tl_keras.training.stages import Task
@@ -99,7 +99,8 @@ class _Repetition:
         count, interrupted = config.evaluation.seeds, False
         try:
             for seed in range(config.run.seed + 1, config.run.seed + count):
-                self._train(seed)
+                with Interrupts.restored():
+                    self._train(seed)
         except KeyboardInterrupt:
             interrupted, self.status = True, INTERRUPTED
             job.screen.warning(

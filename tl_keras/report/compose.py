@@ -16,14 +16,14 @@ from tl_keras.classifier import Classifier
 from tl_keras.data.examples import Examples
 from tl_keras.data.images import make_images
 from tl_keras.data.splits import SPLITS, evaluated_split
-from tl_keras.errors import UserError
+from tl_keras.errors import LostRunError, UserError
 from tl_keras.report.card import Card
 from tl_keras.report.contents import Near, Shown, ShownFinding, ShownPair
 from tl_keras.report.gradcam import choose_map, explain
 from tl_keras.report.page import REPORT, AuditShown, Report, write_audit_page, write_report
 from tl_keras.report.pictures import describe_heat, encode_thumb, light_up
 from tl_keras.report.selection import Selection, choose_shown
-from tl_keras.run import INTERRUPTED, RunFolder
+from tl_keras.run import INTERRUPTED, Interrupts, RunFolder
 
 _THUMB = 168  # longer side in pixels
 _NEAR = 3
@@ -72,13 +72,16 @@ def try_report(write: Callable[[], Path], show: Callable[[str], None], warn: Cal
         The exit status: 0, 1 if the report could not be written, 130 if the user interrupted it.
     """
     try:
-        show(f"report: {write()}")
+        with Interrupts.restored():
+            show(f"report: {write()}")
     except KeyboardInterrupt:
         warn("report: interrupted; the run is complete without it")
         return INTERRUPTED
     except UserError as error:
         warn(f"warning: the report could not be written: {_in_a_line(error)} The run is complete without it.")
         return 1
+    except LostRunError:
+        raise
     except Exception as error:  # a bug in the last step must not lose the run
         reason = f"{type(error).__name__}: {_in_a_line(error)}"
         warn(f"warning: the report could not be written: {reason}. The run is complete without it; please report this.")

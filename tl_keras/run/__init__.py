@@ -26,17 +26,20 @@ from tl_keras.run.folder import (
     name_run,
     read_run_config,
 )
+from tl_keras.run.interrupts import Interrupts
 from tl_keras.run.memory import free_memory_bytes
-from tl_keras.run.process import stop_heartbeats
+from tl_keras.run.process import check_owner, stop_heartbeats
 from tl_keras.run.threads import map_ahead
 
 __all__ = [
     "INTERRUPTED",
     "UNFINISHED",
     "History",
+    "Interrupts",
     "RunFolder",
     "Screen",
     "Stopwatch",
+    "check_owner",
     "check_writable",
     "csv_bytes",
     "csv_writer",

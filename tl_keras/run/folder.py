@@ -20,6 +20,7 @@ from tl_keras.run.process import (
     is_running_here,
     may_run_elsewhere,
     start_heartbeat,
+    stop_heartbeat,
 )
 
 INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
@@ -99,15 +100,16 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
         if not _is_run(folder):  # killed while the folder was created
             opened._write_settings(config, flags)
-        check_owner(folder / UNFINISHED)  # another process may have opened it at the same moment
         start_heartbeat(folder / UNFINISHED)
+        check_owner(folder)  # another process may have opened it at the same moment
         return opened
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, UTF-8.
 
         Raises:
-            UserError: the folder can't be written, or another process has continued the run.
+            UserError: the folder can't be written.
+        LostRunError: another process has continued the run.
         """
         self._write(name, text.encode("utf-8", "surrogateescape"))
 
@@ -133,7 +135,7 @@ class RunFolder:
 
     def _write(self, name: str, content: bytes) -> None:
         if name != UNFINISHED:
-            check_owner(self.path / UNFINISHED)
+            check_owner(self.path)
         write_atomically(self.path / name, content)
 
     def _mark_unfinished(self, replaces: Sequence[str]) -> None:
@@ -169,14 +171,16 @@ def end_run(folder: Path, *, keep_replaced: bool = False) -> list[Path]:
         Earlier runs that are kept.
 
     Raises:
-        UserError: the folder can't be written, or another process has continued the run.
+        UserError: the folder can't be written.
+        LostRunError: another process has continued the run.
     """
-    check_owner(folder / UNFINISHED)
+    check_owner(folder)
     replaced = [Path(path) for path in _read_marker(folder).get("replaces") or []]
     with disk_errors(f"the run folder {folder}"):
         for path in () if keep_replaced else replaced:
             if (path / _CONFIG).is_file():
                 shutil.rmtree(path)
+        stop_heartbeat(folder / UNFINISHED)
         (folder / UNFINISHED).unlink(missing_ok=True)
         sync_folder(folder)
     return [path for path in replaced if path.is_dir()]

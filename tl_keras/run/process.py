@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_keras.errors import UserError
+from tl_keras.errors import LostRunError, UserError
 from tl_keras.run.files import read_json, write_atomically
 
 _HEARTBEAT_SECONDS = 10.0
@@ -23,11 +24,16 @@ _beating: dict[int, list[tuple[Path, threading.Event]]] = {}  # thread → its r
 
 def describe_process() -> dict[str, Any]:
     """Describes this process, for the file that marks a run as unfinished."""
+    return dict(_describe(os.getpid()))
+
+
+@functools.cache  # the name of a machine may change during a run
+def _describe(process: int) -> Mapping[str, Any]:
     return {
-        "id": os.getpid(),
+        "id": process,
         "host": socket.gethostname(),
         "machine": _identify_machine(),
-        "started": _start_time(os.getpid()),
+        "started": _start_time(process),
     }
 
 
@@ -43,7 +49,7 @@ def start_heartbeat(marker: Path) -> None:
     _beating.setdefault(threading.get_ident(), []).append((marker, stopped))
 
     def beat() -> None:
-        while not stopped.wait(_HEARTBEAT_SECONDS) and _find_other(marker) is None:
+        while not stopped.wait(_HEARTBEAT_SECONDS) and not _find_other(marker):
             with contextlib.suppress(OSError):  # a network disk may be away for a moment
                 os.utime(marker)
 
@@ -60,24 +66,34 @@ def stop_heartbeats() -> None:
                 write_atomically(marker, json.dumps({**content, "process": None}).encode())
 
 
-def check_owner(marker: Path) -> None:
-    """Checks that no other process has continued a run of this process.
+def stop_heartbeat(marker: Path) -> None:
+    """Stops the heartbeat of a run that has ended."""
+    for runs in list(_beating.values()):
+        for run in [one for one in runs if one[0] == marker]:
+            run[1].set()
+            runs.remove(run)
+
+
+def check_owner(path: Path) -> None:
+    """Checks, before something is written to a run of this process, that no other process has continued the run.
 
     A process that was suspended for more than a minute looks dead to another machine, and two processes may continue
-    the same run at the same moment: the one that wrote the marker last has it.
+    the same run at the same moment: the one that wrote the marker last owns the run.
 
     Args:
-        marker: the file that marks the run as unfinished.
+        path: the run folder, or a file or folder in it. Paths outside of the runs of this process pass.
 
     Raises:
-        UserError: another process works on the run.
+        LostRunError: another process works on the run, or has ended it.
     """
-    other = _find_other(marker)
-    if other is not None:
-        raise UserError(
-            f"process {other.get('id')} on {other.get('host')} has continued the run in {marker.parent}, so this "
-            "process stops. Nothing is lost."
-        )
+    for marker in [marker for runs in list(_beating.values()) for marker, _ in runs]:
+        if marker.parent in {path, *path.parents}:
+            other = _find_other(marker)
+            if other:
+                raise LostRunError(
+                    f"{other} has continued the run in {marker.parent}, so this process stops. Its result will be in "
+                    "the folder."
+                )
 
 
 def find_process(marker: Path, process: Any, show: Callable[[str], None]) -> str:
@@ -127,17 +143,20 @@ def may_run_elsewhere(marker: Path, process: Any) -> bool:
     return last is not None and _now_on_disk(marker.parent) - last <= _TIMEOUT_SECONDS
 
 
-def _find_other(marker: Path) -> Mapping[str, Any] | None:
-    """Reads which other process works on the run; None if it is this one, or unknown."""
+def _find_other(marker: Path) -> str:
+    """Describes which other process works on a run of this process, or has; empty if none, or if it is unknown."""
     try:
-        content = read_json(marker)
-    except UserError:  # missing, or a network disk is away for a moment
-        return None
+        content = json.loads(marker.read_bytes())
+    except FileNotFoundError:
+        return "another process"  # and has completed it
+    except (OSError, ValueError):  # a network disk is away for a moment
+        return ""
     process = content.get("process") if isinstance(content, dict) else None
     own = describe_process()
-    if not isinstance(process, Mapping) or all(process.get(key) == own[key] for key in ("id", "machine", "started")):
-        return None
-    return process
+    if not isinstance(process, Mapping):
+        return "another process"  # and has left it
+    is_own = all(process.get(key) == own[key] for key in ("id", "machine", "started"))
+    return "" if is_own else f"process {process.get('id')} on {process.get('host')}"
 
 
 def _identify_machine() -> str:

@@ -191,11 +191,11 @@ async def _run(
     rest.should_exit = True
     # gRPC must have stopped when the event loop ends, also if the REST server has failed
     await asyncio.gather(grpc_server.stop(drain_seconds), answering, return_exceptions=True)
-    answering.result()
     with contextlib.suppress(asyncio.CancelledError):
         await watching
     await workers.load_models(models.close)
     workers.close()
+    answering.result()
     return interrupted
 
 
