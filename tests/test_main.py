@@ -71,7 +71,7 @@ def test_an_interruption_is_130_and_no_traceback(mode, capfd):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_that_tensorflow_turns_into_an_error_of_its_own_is_one_still(mode, capfd, number):
+def test_an_interruption_that_tensorflow_turns_into_another_error_ends_the_run_in_one_line(mode, capfd, number):
     def trace(settings, screen):
         try:
             signal.raise_signal(number)
@@ -86,7 +86,7 @@ def test_an_interruption_that_tensorflow_turns_into_an_error_of_its_own_is_one_s
         run_doctor()
 
 
-def test_a_mistake_after_an_interruption_that_was_handled_is_still_said(mode, capfd):
+def test_a_user_error_after_a_handled_interruption_is_shown(mode, capfd):
     def end(settings, screen):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)

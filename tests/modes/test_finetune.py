@@ -12,6 +12,7 @@ from tests.conftest import SMALL, run_main
 from tl_keras.classifier import load, load_trained
 from tl_keras.evaluation.metrics import measure
 from tl_keras.jobs import finish
+from tl_keras.run import History
 from tl_keras.training import stages, trainer
 
 
@@ -95,6 +96,28 @@ def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
     assert found["test"]["n"] > 0
     assert (tmp_path / "run" / "classifier").is_dir()
     assert list((tmp_path / "models").rglob("saved_model.pb"))
+
+
+def test_a_run_that_another_process_continues_stops_in_training(finetune_flags, tmp_path, capsys, monkeypatch):
+    folder, marker = tmp_path / "run", tmp_path / "run" / "unfinished.json"
+    keep = History.keep
+
+    def lose(self, *rows):
+        content = json.loads(marker.read_text())
+        content["process"] |= {"id": 7, "host": "elsewhere", "machine": "another"}
+        marker.write_text(json.dumps(content))
+        keep(self, *rows)
+
+    monkeypatch.setattr(History, "keep", lose)
+    assert run_main(*finetune_flags, "--epochs=3", f"--run_dir={folder}") == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        f"tl_keras: error: process 7 on elsewhere has continued the run in {folder}, so this process stops. Its result "
+        "will be in the folder."
+    )
+    assert "epoch 2/3" not in out
+    assert not (folder / "metrics.json").exists()
+    assert json.loads(marker.read_text())["process"]["id"] == 7
 
 
 def test_an_interrupted_export_is_made_up_for(finetune_flags, tmp_path, capsys, monkeypatch):
