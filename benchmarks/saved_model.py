@@ -95,17 +95,15 @@ def run_in_loader(folder: str) -> dict[str, float]:
     class Model(CppModel):  # type: ignore[misc]
         """A model whose other signatures can be run too."""
 
-        def __init__(self, library: Any, folder: str, feed: str, fetches: dict[str, str]) -> None:
-            super().__init__(library, folder, feed=feed, fetches=fetches)
-
         def select(self, feed: str, fetches: dict[str, str]) -> None:
             self._feed, self._fetches = self._find(feed), {key: self._find(one) for key, one in fetches.items()}
 
     images, examples = read_inputs(folder, "jpg"), read_inputs(folder, "example")
     signatures = json.loads((Path(folder) / "signatures.json").read_text())
     library = load_library(find_libraries())
+    feed, fetches = signatures["serving_default"]
     base, start = resident_mb(), time.process_time()
-    model = Model(library, f"{folder}/1", *signatures["serving_default"])
+    model = Model(library, f"{folder}/1", feed=feed, fetches=fetches)
     found = {"C++: loaded, CPU s": time.process_time() - start, "C++: loaded, MB": resident_mb() - base}
     for name in SIGNATURES:
         model.select(*signatures[name])

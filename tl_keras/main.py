@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import errno
 import io
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 
 from tl_keras import config
@@ -16,7 +13,7 @@ from tl_keras.api import find_resumed, is_finished, run_mode
 from tl_keras.config.completion import completion
 from tl_keras.config.help import find_help_request, overview
 from tl_keras.errors import LostRunError, UserError
-from tl_keras.run import INTERRUPTED, Interrupts, Screen
+from tl_keras.run import INTERRUPTED, Interrupts, Screen, repeat_interrupt
 from tl_keras.version import __version__
 
 _NOTHING_LOST = "nothing is lost: the same command with --resume continues the run"
@@ -28,7 +25,6 @@ _KEPT = {
     "evaluate": "no metrics were written",
     "export": "no version was exported",
 }
-_REPEAT_SECONDS = 0.05  # until what swallowed it has returned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,23 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_stdout()
         print("tl_keras: error: the disk is full. What is complete is kept: free space, run again.", file=sys.stderr)
         return 1
-
-
-def _repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
-    """Python drops a Ctrl-C that comes while a destructor or a callback runs, of which TensorFlow has many."""
-    if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
-    else:
-        sys.__unraisablehook__(unraisable)
-
-
-def _interrupt_main_thread() -> None:
-    """Ctrl-C once more, also for a system call that waits; Windows can't interrupt one."""
-    main_thread = threading.main_thread().ident
-    if hasattr(signal, "pthread_kill") and main_thread is not None:
-        signal.pthread_kill(main_thread, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
 
 
 def _silence_stdout() -> None:
@@ -124,7 +103,7 @@ def _run(argv: list[str]) -> int:
 
 def entry_point() -> None:
     """The installed command `tl_keras`."""
-    sys.unraisablehook = _repeat_interrupt
+    sys.unraisablehook = repeat_interrupt
     sys.exit(main())
 
 

@@ -151,19 +151,7 @@ def test_fish_completes_modes_flags_and_choices():
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
 def test_zsh_completes_modes_flags_and_choices(tmp_path):
     def ask(line: str, offer: str) -> None:
-        """Types a line and the tabulator key into a zsh, and waits until it shows the offer."""
-        process, terminal = pty.fork()
-        if process == 0:
-            os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "ZDOTDIR": str(tmp_path)})
-        try:
-            os.write(terminal, f"source {script} && echo rea''dy\n".encode())
-            wait_for(terminal, "ready")
-            os.write(terminal, f"{line}\t\t".encode())
-            wait_for(terminal, offer)
-        finally:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            os.close(terminal)
+        type_into_zsh(tmp_path, f"source {script}", f"{line}\t\t", offer)
 
     script = tmp_path / "tl_keras.zsh"
     script.write_text(completion("zsh"), encoding="utf-8")
@@ -178,15 +166,20 @@ def test_zsh_completes_modes_flags_and_choices(tmp_path):
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
 def test_zsh_loads_the_script_from_its_folder_of_completions(tmp_path):
     (tmp_path / "_tl_keras").write_text(completion("zsh"), encoding="utf-8")
-    start = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -D -u; echo rea''dy\n"
+    start = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -D -u"
+    type_into_zsh(tmp_path, start, "tl_keras fi\t", "tl_keras finetune ")
+
+
+def type_into_zsh(home: Path, start: str, keys: str, offer: str) -> None:
+    """Runs a command in a new zsh, types some keys, and waits until it shows the offer."""
     process, terminal = pty.fork()
     if process == 0:
-        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "ZDOTDIR": str(tmp_path)})
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "ZDOTDIR": str(home)})
     try:
-        os.write(terminal, start.encode())
+        os.write(terminal, f"{start} && echo rea''dy\n".encode())
         wait_for(terminal, "ready")
-        os.write(terminal, b"tl_keras fi\t")
-        wait_for(terminal, "tl_keras finetune ")
+        os.write(terminal, keys.encode())
+        wait_for(terminal, offer)
     finally:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -217,5 +210,7 @@ def test_bash_offers_each_mode_its_flags_and_no_others():
 def test_zsh_and_fish_know_each_flag(shell, pattern, capfd):
     assert run_main("completion", shell) == 0
     script = capfd.readouterr().out
+    for mode in MODES:
+        assert mode in script
     for _, field in list_fields():
         assert re.search(pattern.format(field.name), script), field.name

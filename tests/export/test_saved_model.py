@@ -116,9 +116,8 @@ def folder(classifier, tmp_path_factory) -> Path:
     """Seven classes in seven scripts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saved_model, "ParityProcess", Parity)
-        patch.setattr(
-            "tl_keras.classifier.graph._LARGEST_CONSTANT_BYTES", 100
-        )  # kernels are variables, as in real ones
+        # kernels are variables, as in real networks
+        patch.setattr("tl_keras.classifier.graph._LARGEST_CONSTANT_BYTES", 100)
         return export(tmp_path_factory.mktemp("models"), classifier=classifier).path
 
 

@@ -227,7 +227,7 @@ def test_a_run_that_is_still_going_on_is_left_alone(tmp_path):
     folder = create(tmp_path / "run", seed=1)
     marker = read_json(folder.path / "unfinished.json")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        marker["process"] |= {"id": other.pid, "started": run.process._start_time(other.pid)}
+        marker["process"] |= {"id": other.pid, "started": run.owner.start_time(other.pid)}
         folder.write_json("unfinished.json", marker)
         for overwrite in (False, True):
             assert error_of(create, folder.path, overwrite=overwrite, seed=1) == (
@@ -297,6 +297,8 @@ def test_a_process_that_was_suspended_while_another_continued_its_run_stops(tmp_
     for write in (
         lambda: folder.write_json("metrics.json", {"accuracy": 1}),
         lambda: folder.write_csv("history.csv", ["a"], [[1]]),
+        lambda: run.write_atomically(folder.path / "probabilities.npy", b""),
+        lambda: run.replace_folder(tmp_path / "new", folder.path / "classifier"),
         lambda: run.end_run(folder.path),
     ):
         with pytest.raises(LostRunError) as error:

@@ -18,7 +18,7 @@ from tl_keras.backbones import preprocessing  # noqa: F401 (registers its layer 
 from tl_keras.classifier import probe_layers  # noqa: F401 (likewise)
 from tl_keras.classifier.classifier import Classifier
 from tl_keras.errors import UserError
-from tl_keras.run import Interrupts, check_owner, disk_errors, read_json, replace_folder, write_atomically
+from tl_keras.run import Interrupts, disk_errors, read_json, replace_folder, write_atomically
 
 _FORMAT = 1
 _DECODING_FILE = "tl_keras.json"
@@ -38,7 +38,6 @@ def write_classifier(classifier: Classifier, folder: Path, *, samples: Sequence[
         UserError: the disk is full, or the folder can't be written.
         LostRunError: another process has continued the run.
     """
-    check_owner(folder)
     description = {
         "format": _FORMAT,
         "name": classifier.name,

@@ -38,6 +38,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         """
         super().__init__(name="classifier")
         self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
+        # the variables are an attribute, so that they are saved
         self._network, self._variables = _make_function(classifier.network, classifier.embedding_layer)
         self._labels = classifier.labels
         self.endpoints = self._make_endpoints()  # SavedModel reserves the name "signatures"

@@ -7,12 +7,11 @@ import shlex
 from typing import Any
 
 from tl_keras.config.flags import GENERAL
-from tl_keras.config.settings import MODES, list_fields
+from tl_keras.config.settings import MODES, PATHS_OR_SOURCES, list_fields
 from tl_keras.errors import UserError
 
 _COMPLETION = ("completion", "print the completion script of a shell")
 _SHELLS = ("bash", "zsh", "fish")
-_PATHS = ("DIR", "FILE", "PATHS", "RUNS", "SOURCE", "WEIGHTS")  # flags whose value may be a path
 _FISH = """\
 # tl_keras completion for fish: tl_keras completion fish | source
 function __tl_keras_mode_is
@@ -139,7 +138,8 @@ def _specify(field: dataclasses.Field[Any]) -> str:
     if isinstance(field.default, bool):
         return shlex.quote(f"--{_name(field)}[{text}]")
     choices = field.metadata["choices"]
-    action = f"({' '.join(choices)})" if choices else "_files" if _takes_path(field) else " "
+    words = f"({' '.join(choices)})" if choices else " "
+    action = "_files" if _takes_path(field) else words
     return shlex.quote(f"--{field.name}=[{text}]:{field.name}:{action}")
 
 
@@ -153,7 +153,8 @@ def _complete_fish() -> str:
             f"complete -c tl_keras -n '__tl_keras_mode_is {modes}' -d {_quote_fish(_describe(field))} -l {_name(field)}"
         )
         if not isinstance(field.default, bool):
-            line += f" -r -f -a {_quote_fish(choices)}" if choices else " -r -F" if _takes_path(field) else " -x"
+            words = f" -x -a {_quote_fish(choices)}" if choices else " -x"
+            line += " -r -F" if _takes_path(field) else words
         lines.append(line)
     lines.append(f"complete -c tl_keras -n '__fish_seen_subcommand_from completion' -a '{' '.join(_SHELLS)}'")
     lines.append("complete -c tl_keras -l flagfile -d 'read flags from a file' -r -F")
@@ -177,7 +178,7 @@ def _list_flags(mode: str) -> list[str]:
 
 
 def _takes_path(field: dataclasses.Field[Any]) -> bool:
-    return field.metadata["metavar"] in _PATHS
+    return field.name in PATHS_OR_SOURCES
 
 
 def _name(field: dataclasses.Field[Any]) -> str:

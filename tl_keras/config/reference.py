@@ -19,7 +19,7 @@ from tl_keras.config.settings import (
     EXTRACT,
     FINETUNE,
     MODES,
-    PATHS,
+    PATHS_OR_SOURCES,
     PREDICT,
     find_help,
     list_fields,
@@ -85,7 +85,7 @@ def flags_page() -> str:
 
 def _keyword_type(field: dataclasses.Field[typing.Any]) -> str:
     kind = value_types()[field.name]
-    text = "Path" if field.name in {*PATHS, "dataset"} else "str"
+    text = "Path" if field.name in PATHS_OR_SOURCES else "str"
     if field.metadata["choices"]:
         text = "Literal[" + ", ".join(f'"{choice}"' for choice in field.metadata["choices"]) + "]"
     if kind is tuple:

@@ -70,6 +70,7 @@ PATHS = (
     "models_config",
     "deploy",
 )
+PATHS_OR_SOURCES = (*PATHS, "dataset")  # folder:PATH and csv:PATH have a path too
 OUTPUTS = ("run_dir", "output", "embeddings_output", "write_clean_csv", "deploy")  # paths that a run writes to
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from tl_keras.config import nearest
 from tl_keras.data.splits import SPLIT_NAMES, UNUSED
 from tl_keras.errors import UserError
+from tl_keras.run import Interrupts
 
 _REACH_SECONDS = 10.0
 _SPLIT_NAMES = {**SPLIT_NAMES, "dev": 1}
@@ -146,7 +147,8 @@ def _prepare(tfds: Any, builder: Any) -> None:
     _check_reachable(builder.info.name, missing, manual)
     config = tfds.download.DownloadConfig(manual_dir=manual if os.path.isdir(manual) else None)
     try:
-        builder.download_and_prepare(download_config=config)
+        with Interrupts.restored():
+            builder.download_and_prepare(download_config=config)
     except Exception as error:  # TFDS raises the exceptions of every library it uses
         raise UserError(
             f"TFDS could not prepare {builder.info.name}: {type(error).__name__}: {_first_line(error)}. "

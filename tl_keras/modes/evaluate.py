@@ -37,7 +37,7 @@ from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import create_folder
 from tl_keras.report.card import Card, load_card
 from tl_keras.report.compose import Judged, compose_report, try_report
-from tl_keras.run import INTERRUPTED, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, Stopwatch, name_run, read_json
 from tl_keras.statistics.coverage import measure_threshold
 from tl_keras.statistics.intervals import with_interval
 
@@ -230,7 +230,8 @@ def _try_corruptions(
 ) -> tuple[dict[str, Any], int]:
     """Makes the entry `robustness` of `metrics.json`, empty if it fails or is interrupted; and the exit status."""
     try:
-        return {"robustness": _corrupt(classifier, examples, split, count, screen)}, 0
+        with Interrupts.restored():
+            return {"robustness": _corrupt(classifier, examples, split, count, screen)}, 0
     except KeyboardInterrupt:
         screen.warning("corruptions: interrupted; the evaluation is complete without them")
         return {}, INTERRUPTED

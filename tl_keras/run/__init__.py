@@ -26,9 +26,10 @@ from tl_keras.run.folder import (
     name_run,
     read_run_config,
 )
-from tl_keras.run.interrupts import Interrupts
+from tl_keras.run.interrupts import Interrupts, repeat_interrupt
 from tl_keras.run.memory import free_memory_bytes
-from tl_keras.run.process import check_owner, stop_heartbeats
+from tl_keras.run.owner import check_owner
+from tl_keras.run.process import stop_heartbeats
 from tl_keras.run.threads import map_ahead
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "read_csv",
     "read_json",
     "read_run_config",
+    "repeat_interrupt",
     "replace_folder",
     "stop_heartbeats",
     "sync_tree",

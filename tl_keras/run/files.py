@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from tl_keras.errors import UserError
+from tl_keras.run.owner import check_owner
 
 
 def existing_parent(path: str) -> Path:
@@ -59,6 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
+        LostRunError: another process has continued the run that the file belongs to.
     """
     with open_atomically(path) as file:
         file.write(content)
@@ -72,7 +74,9 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
+        LostRunError: another process has continued the run that the file belongs to.
     """
+    check_owner(path)
     if is_special(path):
         with disk_errors(str(path)), open(path, "ab") as file:
             yield file
@@ -115,7 +119,9 @@ def replace_folder(source: Path, target: Path) -> None:
 
     Raises:
         OSError: the disk is full, or the folders can't be written.
+        LostRunError: another process has continued the run that the folder belongs to.
     """
+    check_owner(target)
     sync_tree(source)
     before = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
     if target.is_dir():

@@ -13,15 +13,8 @@ from typing import Any
 
 from tl_keras.errors import UserError
 from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
-from tl_keras.run.process import (
-    check_owner,
-    describe_process,
-    find_process,
-    is_running_here,
-    may_run_elsewhere,
-    start_heartbeat,
-    stop_heartbeat,
-)
+from tl_keras.run.owner import check_owner, describe_process
+from tl_keras.run.process import find_process, is_running_here, may_run_elsewhere, start_heartbeat, stop_heartbeat
 
 INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
 UNFINISHED = "unfinished.json"  # in the folder of a run until it is complete
@@ -105,13 +98,8 @@ class RunFolder:
         return opened
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file, UTF-8.
-
-        Raises:
-            UserError: the folder can't be written.
-        LostRunError: another process has continued the run.
-        """
-        self._write(name, text.encode("utf-8", "surrogateescape"))
+        """Writes a text file, UTF-8."""
+        write_atomically(self.path / name, text.encode("utf-8", "surrogateescape"))
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file; keys keep their order, NaN is not allowed."""
@@ -119,7 +107,7 @@ class RunFolder:
 
     def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Writes a CSV file, UTF-8, one header line."""
-        self._write(name, csv_bytes(header, rows))
+        write_atomically(self.path / name, csv_bytes(header, rows))
 
     def write_broken(self, rows: Iterable[tuple[str, str]]) -> None:
         """Writes `broken.csv`: id and reason of each image that can't be read."""
@@ -132,11 +120,6 @@ class RunFolder:
     def _write_settings(self, config: dict[str, Any], flags: str) -> None:
         self.write_json(_CONFIG, config)
         self.write_text("run.flags", flags)
-
-    def _write(self, name: str, content: bytes) -> None:
-        if name != UNFINISHED:
-            check_owner(self.path)
-        write_atomically(self.path / name, content)
 
     def _mark_unfinished(self, replaces: Sequence[str]) -> None:
         self.write_json(UNFINISHED, self._describe(replaces))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from tl_keras.errors import LostRunError, UserError
+
+_REPEAT_SECONDS = 0.05  # until what swallowed it has returned
 
 
 class Interrupts:
@@ -40,16 +44,14 @@ class Interrupts:
         cls.arrived = False
         try:
             yield
-        except KeyboardInterrupt:
-            cls.arrived = False
-            raise
         except (UserError, LostRunError, OSError, MemoryError):
             raise
         except Exception as error:
             if cls.arrived:
-                cls.arrived = False
                 raise KeyboardInterrupt from error
             raise
+        finally:
+            cls.arrived = False
 
     @classmethod
     def _forward(cls, number: int, frame: Any) -> None:
@@ -62,3 +64,20 @@ class Interrupts:
         del number, frame
         cls.arrived = True
         raise KeyboardInterrupt
+
+
+def repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops a Ctrl-C that comes while a destructor or a callback runs, of which TensorFlow has many."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _interrupt_main_thread() -> None:
+    """Ctrl-C once more, also for a system call that waits; Windows can't interrupt one."""
+    main_thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main_thread is not None:
+        signal.pthread_kill(main_thread, signal.SIGINT)
+    else:
+        _thread.interrupt_main()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -14,27 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_keras.errors import LostRunError, UserError
+from tl_keras.errors import UserError
 from tl_keras.run.files import read_json, write_atomically
+from tl_keras.run.owner import beating, describe_process, find_other, start_time
 
 _HEARTBEAT_SECONDS = 10.0
 _TIMEOUT_SECONDS = 60.0  # a process on another machine without a heartbeat for so long is considered dead
-_beating: dict[int, list[tuple[Path, threading.Event]]] = {}  # thread → its runs: marker, and whether they have ended
-
-
-def describe_process() -> dict[str, Any]:
-    """Describes this process, for the file that marks a run as unfinished."""
-    return dict(_describe(os.getpid()))
-
-
-@functools.cache  # the name of a machine may change during a run
-def _describe(process: int) -> Mapping[str, Any]:
-    return {
-        "id": process,
-        "host": socket.gethostname(),
-        "machine": _identify_machine(),
-        "started": _start_time(process),
-    }
 
 
 def start_heartbeat(marker: Path) -> None:
@@ -46,10 +29,10 @@ def start_heartbeat(marker: Path) -> None:
         marker: the file that marks the run as unfinished.
     """
     stopped = threading.Event()
-    _beating.setdefault(threading.get_ident(), []).append((marker, stopped))
+    beating.setdefault(threading.get_ident(), []).append((marker, stopped))
 
     def beat() -> None:
-        while not stopped.wait(_HEARTBEAT_SECONDS) and not _find_other(marker):
+        while not stopped.wait(_HEARTBEAT_SECONDS) and not find_other(marker):
             with contextlib.suppress(OSError):  # a network disk may be away for a moment
                 os.utime(marker)
 
@@ -58,7 +41,7 @@ def start_heartbeat(marker: Path) -> None:
 
 def stop_heartbeats() -> None:
     """Stops the heartbeats of this thread's runs, and records in their markers that no process works on them."""
-    for marker, stopped in _beating.pop(threading.get_ident(), []):
+    for marker, stopped in beating.pop(threading.get_ident(), []):
         stopped.set()
         with contextlib.suppress(UserError, OSError):
             content = read_json(marker)
@@ -68,32 +51,10 @@ def stop_heartbeats() -> None:
 
 def stop_heartbeat(marker: Path) -> None:
     """Stops the heartbeat of a run that has ended."""
-    for runs in list(_beating.values()):
+    for runs in list(beating.values()):
         for run in [one for one in runs if one[0] == marker]:
             run[1].set()
             runs.remove(run)
-
-
-def check_owner(path: Path) -> None:
-    """Checks, before something is written to a run of this process, that no other process has continued the run.
-
-    A process that was suspended for more than a minute looks dead to another machine, and two processes may continue
-    the same run at the same moment: the one that wrote the marker last owns the run.
-
-    Args:
-        path: the run folder, or a file or folder in it. Paths outside of the runs of this process pass.
-
-    Raises:
-        LostRunError: another process works on the run, or has ended it.
-    """
-    for marker in [marker for runs in list(_beating.values()) for marker, _ in runs]:
-        if marker.parent in {path, *path.parents}:
-            other = _find_other(marker)
-            if other:
-                raise LostRunError(
-                    f"{other} has continued the run in {marker.parent}, so this process stops. Its result will be in "
-                    "the folder."
-                )
 
 
 def find_process(marker: Path, process: Any, show: Callable[[str], None]) -> str:
@@ -129,7 +90,7 @@ def is_running_here(process: Any) -> bool:
     own = describe_process()
     if not isinstance(process, Mapping) or process == own or process.get("machine") != own["machine"]:
         return False
-    return process.get("started") == _start_time(process.get("id")) is not None
+    return process.get("started") == start_time(process.get("id")) is not None
 
 
 def may_run_elsewhere(marker: Path, process: Any) -> bool:
@@ -141,31 +102,6 @@ def may_run_elsewhere(marker: Path, process: Any) -> bool:
         return False
     last = _modified(marker)
     return last is not None and _now_on_disk(marker.parent) - last <= _TIMEOUT_SECONDS
-
-
-def _find_other(marker: Path) -> str:
-    """Describes which other process works on a run of this process, or has; empty if none, or if it is unknown."""
-    try:
-        content = json.loads(marker.read_bytes())
-    except FileNotFoundError:
-        return "another process"  # and has completed it
-    except (OSError, ValueError):  # a network disk is away for a moment
-        return ""
-    process = content.get("process") if isinstance(content, dict) else None
-    own = describe_process()
-    if not isinstance(process, Mapping):
-        return "another process"  # and has left it
-    is_own = all(process.get(key) == own[key] for key in ("id", "machine", "started"))
-    return "" if is_own else f"process {process.get('id')} on {process.get('host')}"
-
-
-def _identify_machine() -> str:
-    """Identifies the boot of this machine and its namespace of processes: two containers may have one hostname."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
 
 
 def _modified(path: Path) -> float | None:
@@ -184,14 +120,3 @@ def _now_on_disk(folder: Path) -> float:
             return os.fstat(file.fileno()).st_mtime
     except OSError:
         return time.time()
-
-
-def _start_time(process: Any) -> str | None:
-    """Start time of a process, in clock ticks since boot; None if there is no such process, or no /proc.
-
-    It distinguishes a process from a later one with the same id.
-    """
-    try:
-        return Path(f"/proc/{int(process)}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, ValueError, TypeError, IndexError):
-        return None

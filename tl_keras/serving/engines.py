@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from tl_keras.backbones.engines import freeze_function, has_openvino
 from tl_keras.classifier import EXAMPLE_FEATURE, TOP_K, read_decoding
 from tl_keras.data.images import decode
+from tl_keras.run import Interrupts
 from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings, time_run
 
 _PART = 4  # images per batch of one core (benchmarks/extract.py: faster than 32 on five networks)
@@ -206,9 +207,10 @@ def build_serving_engine(
             continue
         tried = None
         try:
-            tried = _load(choice, graph, path, labels)
-            difference = _check_answers(tried, choice, images, expected)
-            found[choice] = tried, clock(tried)
+            with Interrupts.restored():
+                tried = _load(choice, graph, path, labels)
+                difference = _check_answers(tried, choice, images, expected)
+                found[choice] = tried, clock(tried)
             if choice.precision == "bfloat16":
                 show(_describe_rounding(choice, difference, len(images) - 1))
         except Exception as error:  # OpenVINO raises plain RuntimeErrors, TensorFlow its own exceptions

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tl_keras.run import check_owner, open_atomically
+from tl_keras.run import open_atomically
 
 _FORMAT = 1
 _ARRAYS = ("best", "model", "optimizer", "metrics")
@@ -64,7 +64,6 @@ def write_state(path: Path, state: StageState) -> None:
         UserError: the disk is full, or the folder can't be written.
         LostRunError: another process has continued the run.
     """
-    check_owner(path)
     header = {
         field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in _ARRAYS
     }
