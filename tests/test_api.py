@@ -212,7 +212,7 @@ def test_images_that_are_left_out_are_a_warning_in_every_mode(colour_folder, tra
         run = tmp_path / mode
         arguments = [data, *flags, "--quiet", "--noreport", "--max_broken_fraction=0.1", f"--run_dir={run}"]
         assert run_main(mode, *arguments) == 0
-        assert f"broken: 1 images are left out, listed in {run}/broken.csv" in capfd.readouterr().out.splitlines()
+        assert f"broken: 1 image left out, listed in {run}/broken.csv" in capfd.readouterr().out.splitlines()
 
 
 # types

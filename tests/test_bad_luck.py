@@ -96,7 +96,7 @@ def test_a_broken_photograph_among_many_is_left_out_and_listed(tmp_path, capsys)
     path = tmp_path / "data" / "red" / "007.jpg"
     path.write_bytes(path.read_bytes()[:400])
     finetune(tmp_path, f"folder:{tmp_path / 'data'}", "--noexport")
-    assert "broken: 1 images are left out" in capsys.readouterr().out
+    assert "broken: 1 image left out" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "run" / "broken.csv").open()))
     assert [row["id"] for row in rows] == ["red/007.jpg"]
     assert rows[0]["reason"].startswith("can't be decoded: ")

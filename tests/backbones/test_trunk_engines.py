@@ -355,3 +355,13 @@ def test_a_cpu_without_bfloat16_is_told_by_its_flags(tmp_path, monkeypatch, flag
     if not expected:
         reason = "this CPU has no bfloat16 instructions"
         assert choose(tmp_path, engine="tensorflow") == (EngineChoice("tensorflow", "float32", reason), None)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_trunk_that_is_too_large_for_a_graph_is_refused_in_one_line(name, trunk, monkeypatch):
+    size = sum(int(np.prod(weight.shape)) for weight in trunk.weights) * 4
+    monkeypatch.setattr(engines, "_LARGEST_GRAPH_BYTES", size)
+    build_engine(EngineChoice(name, "float32", ""), trunk, batch_size=4)
+    monkeypatch.setattr(engines, "_LARGEST_GRAPH_BYTES", size - 1)
+    with pytest.raises(UserError, match=r"^the frozen part of .+ has 0\.0 GB of weights, .+ smaller --backbone\.$"):
+        build_engine(EngineChoice(name, "float32", ""), trunk, batch_size=4)

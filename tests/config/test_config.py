@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pwd
+import shlex
 import typing
 from pathlib import Path
 
@@ -239,6 +240,22 @@ def test_flags_that_were_written_give_the_same_config(settings, tmp_path):
     assert parse(*text.splitlines()) == settings
     assert parse_file(tmp_path / "run.flags", text) == settings
     assert parse_file(tmp_path / "run.flags", text).as_flags() == text
+
+
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+def test_the_command_of_a_report_gives_the_same_settings_for_a_new_run_folder(settings):
+    program, mode, *flags = shlex.split(settings.as_command())
+    assert (program, mode) == ("tl_keras", settings.mode)
+    defaults = {flag.split("=")[0] for flag in flags} & {"--run_dir", "--overwrite", "--resume"}
+    assert not defaults
+    again = parse(f"--mode={mode}", *flags)
+    kept = {name: getattr(settings.run, name) for name in ("run_dir", "overwrite", "resume")}
+    assert dataclasses.replace(again, run=dataclasses.replace(again.run, **kept)) == settings
+
+
+def test_the_command_of_a_report_names_what_differs_from_the_defaults():
+    settings = parse("--mode=finetune", "--dataset=folder:my photos/it's", "--noreport", "--run_dir=runs/x")
+    assert settings.as_command() == """tl_keras finetune '--dataset=folder:my photos/it'"'"'s' --noreport"""
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)

@@ -116,7 +116,7 @@ def test_files_with_other_suffixes_are_counted(tmp_path):
     for number in range(3):
         (tmp_path / "red" / f"{number}.PPM").write_text("P3")
     (tmp_path / "blue" / "notes").write_text("")
-    assert load(tmp_path).notes == ("note: 4 files with other suffixes are left out: .ppm (3), no suffix (1)",)
+    assert load(tmp_path).notes == ("note: 4 files with other suffixes left out: .ppm (3), no suffix (1)",)
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_broken_images_are_left_out_with_their_reasons(score, fresh, capsys):
         "red/102.jpg": "can't be decoded",
         "red/empty.jpg": "empty or unreadable file",
     }
-    assert f"broken: 4 images are left out, listed in {found.path}/broken.csv" in capsys.readouterr().out
+    assert f"broken: 4 images left out, listed in {found.path}/broken.csv" in capsys.readouterr().out
     ids = ["blue/101.jpg", "blue/102.jpg", *(f"green/{number}.jpg" for number in (100, 101, 102))]
     assert found.ids("test") == [*ids, "red/100.jpg", "red/101.jpg"]
     assert [row["id"] for row in found.table("splits.csv")] == found.ids("test")

@@ -214,6 +214,16 @@ def test_a_file_that_is_gone_when_its_turn_comes_is_a_broken_one(trained, put, t
     assert [(row["predicted"], row["error"]) for row in rows] == [("", "empty or unreadable file"), ("red", "")]
 
 
+def test_without_a_single_classified_image_the_status_is_1(trained, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"no image")
+    assert run(trained, tmp_path / "in") == 1
+    told = capsys.readouterr()
+    assert [bool(row["error"]) for row in rows_of(told.out)] == [True, True]
+    assert told.err == "0 images classified, 2 broken (see the column error)\n"
+
+
 # where it is written
 
 
@@ -223,7 +233,7 @@ def test_standard_output_is_the_csv_and_nothing_else(trained, put, capfd):
     out, error = capfd.readouterr()
     assert out.splitlines()[0] == HEADER
     assert len(out.splitlines()) == 2
-    assert error == "1 images classified\n"
+    assert error == "1 image classified\n"
 
 
 def test_a_name_that_is_no_utf8_is_written_as_it_is(trained, put, tmp_path, capfdbinary):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-
 import numpy as np
 import pytest
 
 from tl_keras.evaluation.metrics import measure_classes
-from tl_keras.report.contents import FULL_MATRIX, describe_run, make_classes, make_command, make_matrix
+from tl_keras.report.contents import FULL_MATRIX, describe_run, make_classes, make_matrix
 
 
 def fill(cells: dict[tuple[int, int], int]) -> tuple[np.ndarray, np.ndarray]:
@@ -49,17 +47,6 @@ def test_the_worst_class_comes_first():
     rows = make_classes(classes, ["a", "b", "c"])
     assert [row["name"] for row in rows] == ["c", "a", "b"]  # of b there is no image
     assert (rows[0]["support"], rows[0]["recall"]["value"]) == (2, 0.5)
-
-
-def test_the_command_can_be_pasted():
-    command = make_command("--mode=finetune\n--dataset=folder:my photos/it's\n")
-    assert shlex.split(command) == [
-        "python",
-        "-m",
-        "tl_keras.main",
-        "--mode=finetune",
-        "--dataset=folder:my photos/it's",
-    ]
 
 
 FIGURES = {"accuracy": 0.9, "accuracy_ci95": [0.8, 0.95], "n": 50}

@@ -79,7 +79,7 @@ def make_report(classes: int, count: int = 400) -> Report:
         dataset="data",
         backbone="Net",
         config=config,
-        flags="--mode=finetune\n",
+        command="tl_keras finetune",
         metrics=metrics,
         counts={"train": 100, "val": 50, "test": count},
         class_names=names,

@@ -20,7 +20,7 @@ from tl_keras.audit.files import look_at
 from tl_keras.audit.findings import Finding, sort
 from tl_keras.audit.labels import build_surrogate, cross_validate, find_label_issues, too_many
 from tl_keras.audit.neighbors import find_neighbors
-from tl_keras.run import map_ahead
+from tl_keras.run import count_of, map_ahead
 from tl_keras.statistics.intervals import auroc_interval
 
 _SMALLEST_CLASS = 10  # evaluated images: with fewer, metrics of a class are unreliable
@@ -217,12 +217,10 @@ def _describe_classes(images: Images) -> list[str]:
         return []
     counts = np.bincount(images.labels, minlength=len(images.names))
     largest, smallest = int(counts.argmax()), int(counts.argmin())
-    lines = [
-        f"classes: smallest {images.names[smallest]} ({counts[smallest]:,} images), largest {images.names[largest]} "
-        f"({counts[largest]:,} images)"
-    ]
+    fewest, most = count_of(counts[smallest], "image"), count_of(counts[largest], "image")
+    lines = [f"classes: smallest {images.names[smallest]} ({fewest}), largest {images.names[largest]} ({most})"]
     if counts[smallest] == counts[largest]:
-        lines = [f"classes: {len(counts):,}, with {counts[smallest]:,} images each"]
+        lines = [f"classes: {len(counts):,}, with {fewest} each"]
     if len(counts) < 2:
         lines = [f"classes: only {images.names[0]}; a classifier needs at least two"]
     split = images.evaluated

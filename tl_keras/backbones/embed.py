@@ -23,6 +23,7 @@ from tl_keras.backbones.engines import (
 )
 from tl_keras.backbones.store import EmbeddingStore, check_space, make_folder
 from tl_keras.errors import UserError
+from tl_keras.run import count_of
 
 VIEWS = ("", "flip")  # original, mirrored
 _ROUGH = ("bfloat16", "float16")
@@ -165,8 +166,8 @@ def embed(
     layers = ", ".join(one["cut"] for one in addresses)
     mixed = "; val and test in float32" if precise else ""
     show(
-        f"embeddings of {layers}: {total:,} images to compute, {cached:,} cached, {megabytes:,.0f} MB to write; engine "
-        f"{choice.engine}, {choice.precision} ({choice.reason}{mixed})"
+        f"embeddings of {layers}: {count_of(total, 'image')} to compute, {cached:,} cached, {megabytes:,.0f} MB to "
+        f"write; engine {choice.engine}, {choice.precision} ({choice.reason}{mixed})"
     )
     done, computing_since = 0, time.perf_counter()
     for one in passes:

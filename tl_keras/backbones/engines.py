@@ -32,6 +32,7 @@ _OPENVINO_BATCH = 4  # two in parallel; faster than 32 on five networks (benchma
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _GREW = 10  # factor of the number of images beyond which the benchmark is repeated
 _TIMED_RUNS = 2
+_LARGEST_GRAPH_BYTES = 2_100_000_000  # protobuf's limit is 2**31 bytes; the graph itself takes a few MB
 _SLOW_SECONDS = 1.0  # longer batches are timed once, because noise matters less
 _OPENVINO_SAMPLE = 8  # images of the benchmark of OpenVINO: two batches of four
 
@@ -261,7 +262,16 @@ def freeze(trunk: keras.Model, *, batch_size: int, dtype: Any) -> Any:
 
     Returns:
         A concrete function with the outputs of the trunk, in order.
+
+    Raises:
+        UserError: its weights are larger than a graph can be.
     """
+    size = sum(int(np.prod(weight.shape)) for weight in trunk.weights) * np.dtype(np.float32).itemsize
+    if size > _LARGEST_GRAPH_BYTES:
+        raise UserError(
+            f"the frozen part of {trunk.name} has {size / 1e9:.1f} GB of weights, but TensorFlow can't freeze more than "
+            f"{_LARGEST_GRAPH_BYTES / 1e9:.1f} GB. Give smaller --backbone_kwargs, or choose a smaller --backbone."
+        )
     shape = (batch_size, *trunk.input_shape[1:])
 
     @tf.function(input_signature=(tf.TensorSpec(shape, dtype),), autograph=False)

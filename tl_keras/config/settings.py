@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import os
+import shlex
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -562,6 +563,7 @@ class ServeConfig:
     )
 
 
+_OWN_TO_A_RUN = {"run_dir", "overwrite", "resume"}
 GROUPS: dict[str, type[Any]] = {
     "read": ReadConfig,
     "data": DataConfig,
@@ -600,6 +602,19 @@ class Settings:
             if value not in {None, ()} and field.name != "resume":
                 lines.append(_as_flag(field.name, value))
         return "\n".join(lines) + "\n"
+
+    def as_command(self) -> str:
+        """The command with the settings that differ from the mode's defaults, quoted for a shell.
+
+        The run folder is left out: that of this run exists.
+        """
+        words = ["tl_keras", self.mode]
+        for group, field in list_fields(self.mode):
+            value = getattr(getattr(self, group), field.name)
+            is_default = value in {None, (), find_default(field, self.mode)}
+            if not is_default and field.name not in _OWN_TO_A_RUN:
+                words.append(shlex.quote(_as_flag(field.name, value)))
+        return " ".join(words)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as nested dictionaries, for `config.json`."""

@@ -14,7 +14,7 @@ from tl_keras.config import nearest
 from tl_keras.data.manifests import Table, has_control, one_spelling, read_table
 from tl_keras.data.splits import SPLIT_NAMES
 from tl_keras.errors import UserError
-from tl_keras.run import map_ahead
+from tl_keras.run import count_of, map_ahead
 
 _SUFFIXES = frozenset(
     f".{suffix}"
@@ -274,7 +274,7 @@ def _describe_skipped(skipped: Mapping[str, int]) -> tuple[str, ...]:
     if not skipped:
         return ()
     shown = ", ".join(f"{suffix} ({count:,})" for suffix, count in Counter(skipped).most_common(_NAMED))
-    return (f"note: {sum(skipped.values()):,} files with other suffixes are left out: {shown}",)
+    return (f"note: {count_of(sum(skipped.values()), 'file')} with other suffixes left out: {shown}",)
 
 
 def _describe_labels(source: Source) -> tuple[str, ...]:

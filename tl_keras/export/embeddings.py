@@ -14,7 +14,7 @@ import numpy as np
 from tl_keras.backbones.embed import ReadEmbeddings
 from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
-from tl_keras.run import check_writable, disk_errors
+from tl_keras.run import check_writable, count_of, disk_errors
 
 _ROWS = 1000  # rows per chunk
 
@@ -60,7 +60,7 @@ def write_embeddings(path: str, examples: Examples, read: ReadEmbeddings) -> str
             unfinished = Path(folder) / Path(path).name
             write(unfinished, examples, positions, read, dim)
             os.replace(unfinished, path)
-    return f"embeddings: {len(positions):,} images, {dim:,} dimensions · {path}"
+    return f"embeddings: {count_of(len(positions), 'image')}, {dim:,} dimensions · {path}"
 
 
 def _columns(examples: Examples) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from tl_keras.data.images import explain_broken
 from tl_keras.errors import UserError
 from tl_keras.export.parity import Agreement, ParityProcess
 from tl_keras.export.warmup import write_warmup
-from tl_keras.run import disk_errors, sync_tree
+from tl_keras.run import count_of, disk_errors, sync_tree
 
 AGREE_AT_LEAST = 0.99
 _DIFFERENCE_AT_MOST = {"float32": 1e-3, "TensorFloat-32": 2e-2, "bfloat16": 0.5, "float16": 0.5}
@@ -109,9 +109,10 @@ def export_saved_model(
             write_version(classifier, unfinished, name=parent.name, max_pixels=max_pixels, run_id=run_id)
             with contextlib.nullcontext(parity) if not known else ParityProcess() as fresh:
                 agreement = fresh.compare(unfinished, samples, expected)
+            checked, largest = count_of(agreement.count, "image"), agreement.largest_difference
             show(
-                f"export: exported model checked on {agreement.count} images in a new process: decisions agree in "
-                f"{agreement.decisions:.3f}, largest difference of a probability {agreement.largest_difference:.1e}"
+                f"export: exported model checked on {checked} in a new process: decisions agree in "
+                f"{agreement.decisions:.3f}, largest difference of a probability {largest:.1e}"
             )
             check_agreement(agreement, precision, has_votes=has_votes(classifier.network))
             unfinished.chmod(0o755)

@@ -313,7 +313,7 @@ def _write_report(job: Job, outcome: Outcome, views: Views, auditor: _AuditForRe
         judged,
         {**outcome.entries, **auditor.entries},
         config=config.as_dict(),
-        flags=config.as_flags(),
+        command=config.as_command(),
         card=job.card,
         notes=job.warnings,
         audit=audit,

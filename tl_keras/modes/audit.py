@@ -27,7 +27,7 @@ from tl_keras.jobs.lineage import load_run_config
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, load_network, start
 from tl_keras.report.compose import compose_audit_report, try_report
-from tl_keras.run import UNFINISHED, Screen, Stopwatch, check_writable, csv_bytes, read_csv, write_atomically
+from tl_keras.run import UNFINISHED, Screen, Stopwatch, check_writable, count_of, csv_bytes, read_csv, write_atomically
 
 _ESTIMATED = {"label", "outlier"}  # kinds that are estimates of a model, not properties of the file
 _MANY = 300_000  # images; fewer take minutes
@@ -87,7 +87,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
             lines=lines,
             image_size=network.image_size,
             resize=config.backbone.resize,
-            flags=asked.as_flags(),
+            command=asked.as_command(),
             notes=job.warnings,
             environment=environment,
         )
@@ -102,7 +102,8 @@ def run(config: Config, screen: Screen | None = None) -> Result:
         "timing": {"seconds": dict(watch.seconds)},
     }
     job.folder.write_json("metrics.json", metrics)
-    screen.result(f"{len(audit.findings):,} findings on {len(rows):,} images · {job.folder.path}/audit.csv")
+    found = f"{count_of(len(audit.findings), 'finding')} on {count_of(len(rows), 'image')}"
+    screen.result(f"{found} · {job.folder.path}/audit.csv")
     return Result(job.folder.path, None, metrics, status, is_complete=not status)
 
 

@@ -188,7 +188,7 @@ def _write_report(task: _Task, probabilities: dict[str, np.ndarray], metrics: di
         _judge(task.classifier, task.path, task.examples, probabilities),
         metrics,
         config=task.config.as_dict(),
-        flags=task.config.as_flags(),
+        command=task.config.as_command(),
         card=task.card,
         notes=[*task.notes, *task.warnings],
     )

@@ -35,7 +35,7 @@ from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_probe_memory
 from tl_keras.probes.search import Labeled, Search, choose_parameter
-from tl_keras.run import Screen, Stopwatch, read_json, write_atomically
+from tl_keras.run import Screen, Stopwatch, count_of, read_json, write_atomically
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
 from tl_keras.training.batches import predict_logits
 from tl_keras.training.heads import attach
@@ -365,5 +365,6 @@ def _repeat(job: Job, winner: _Candidate, first: Fitted) -> dict[str, Any]:
         accuracies.append(float((logits.argmax(1) == drawn.examples.labels(split)).mean()))
         job.screen.progress(f"draw {repeat + 1}/{config.probe.repeats}: {split} accuracy {accuracies[-1]:.3f}")
     summary, shots = summarize(accuracies), config.data.shots
-    job.screen.line(f"{shots} images per class, {len(accuracies)} draws: {split} accuracy {describe_spread(summary)}")
+    drawn = f"{count_of(shots, 'image')} per class, {len(accuracies)} draws"
+    job.screen.line(f"{drawn}: {split} accuracy {describe_spread(summary)}")
     return {"few_shot": {"shots": shots, "split": split, **summary}}

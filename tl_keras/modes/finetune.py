@@ -15,7 +15,7 @@ from tl_keras.jobs.finish import Views, close, export, judge, keep_classifier
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, Network, load_network, start
 from tl_keras.jobs.training import check_training_memory, embed_plan, list_evaluated, make_plan, repeat
-from tl_keras.run import History, Screen, Stopwatch
+from tl_keras.run import History, Screen, Stopwatch, count_of
 from tl_keras.training.callbacks import HISTORY_HEADER
 from tl_keras.training.fit import Progress
 from tl_keras.training.heads import attach
@@ -75,11 +75,11 @@ def _keep(job: Job, plan: Plan, head: keras.Model, logits: np.ndarray) -> None:
 def _introduce(network: Network, plan: Plan) -> None:
     """Shows what will be trained."""
     config, name, layers = network.config, network.preset.name, len(plan.part.layers)
-    trained = f"the head, then {layers} layers with weights of {name}" if layers else "the head only"
+    trained = f"the head, then {count_of(layers, 'layer')} with weights of {name}" if layers else "the head only"
     if layers and not plan.pretrained:
-        trained = f"the head and {layers} layers with weights of {name}, from scratch"
+        trained = f"the head and {count_of(layers, 'layer')} with weights of {name}, from scratch"
     weights, epochs = config.backbone.weights, config.training.epochs
-    network.screen.line(f"training: {trained}; weights: {weights}; {epochs} epochs")
+    network.screen.line(f"training: {trained}; weights: {weights}; {count_of(epochs, 'epoch')}")
     if plan.trunk is None:
         flag = "--augment=crop" if plan.crop else f"--trainable={config.training.trainable}"
         network.screen.line(f"{flag} bypasses the embedding cache: every epoch runs the full network")

@@ -15,13 +15,16 @@ from tl_keras.config import Config
 from tl_keras.data.sources import list_image_files, read_files
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
-from tl_keras.run import Screen, csv_writer, disk_errors, is_special
+from tl_keras.run import Screen, count_of, csv_writer, disk_errors, is_special
 
 _DIGITS = 6
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
-    """Classifies files, folders and glob patterns; the reason for a broken image is in the column `error`."""
+    """Classifies files, folders and glob patterns; the reason for a broken image is in the column `error`.
+
+    The exit status is 1 if no image could be classified.
+    """
     screen = Screen(sys.stderr, shows=screen.shows if screen else "all")  # standard output may be the CSV
     paths = _find(config.read.images)
     classifier = load(str(config.read.classifier))
@@ -40,8 +43,8 @@ def run(config: Config, screen: Screen | None = None) -> Result:
             screen.progress(f"predicting {done:,}/{len(paths):,}")
     note = f", {broken:,} broken (see the column error)" if broken else ""
     where = f" · {config.read.output}" if config.read.output else ""
-    screen.result(f"{done - broken:,} images classified{note}{where}")
-    return Result()
+    screen.result(f"{count_of(done - broken, 'image')} classified{note}{where}")
+    return Result(exit_status=int(bool(done) and broken == done))
 
 
 def _row(path: str, prediction: dict[str, Any], ranks: Sequence[int]) -> list[Any]:
@@ -88,7 +91,7 @@ def _open(output: str | None) -> Iterator[TextIO]:
             yield file
         return
     output = os.path.realpath(output)  # a link keeps leading to the file
-    with disk_errors(output):
+    with disk_errors(output):  # unlike `open_atomically`, the rows so far can be read, and are kept on an interruption
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(output + ".unfinished")
         with unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:

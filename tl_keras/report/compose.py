@@ -99,7 +99,7 @@ def compose_report(
     metrics: Mapping[str, Any],
     *,
     config: Mapping[str, Any],
-    flags: str,
+    command: str,
     card: Card,
     notes: Sequence[str] = (),
     audit: Audit | None = None,
@@ -112,7 +112,7 @@ def compose_report(
         judged: the classifier and its predictions.
         metrics: contents of `metrics.json`.
         config: contents of `config.json`.
-        flags: a flag file that reproduces the run.
+        command: the command that reproduces the run.
         card: the user's entries of the model card.
         notes: warnings of the run.
         audit: findings of the audit; None without an audit.
@@ -142,7 +142,7 @@ def compose_report(
             dataset=examples.source.name,
             backbone=judged.backbone,
             config=config,
-            flags=flags,
+            command=command,
             metrics=metrics,
             counts={split: len(examples.positions(split)) for split in SPLITS},
             class_names=examples.class_names,
@@ -169,7 +169,7 @@ def compose_audit_report(
     lines: Sequence[str],
     image_size: int,
     resize: str,
-    flags: str,
+    command: str,
     notes: Sequence[str],
     environment: Mapping[str, Any],
 ) -> Path:
@@ -182,7 +182,7 @@ def compose_audit_report(
         lines: lines of the audit on the screen.
         image_size: height and width of the network's input, in pixels.
         resize: how images are resized, see `--resize`.
-        flags: a flag file that reproduces the audit.
+        command: the command that reproduces the audit.
         notes: warnings of the audit.
         environment: versions, device, engine.
     """
@@ -197,7 +197,7 @@ def compose_audit_report(
         shown,
         dataset=examples.source.name,
         counts=counts,
-        flags=flags,
+        command=command,
         notes=notes,
         environment=environment,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tl_keras.evaluation.metrics import count_pairs
+from tl_keras.run import count_of
 
 FULL_MATRIX = 30  # up to this number of classes the table shows the whole confusion matrix
 _PART_OF_MATRIX = 16
@@ -248,14 +248,9 @@ def _describe_training(
 ) -> str:
     part, epochs = config["training"]["trainable"], config["training"]["epochs"]
     trained = "A new head was" if part == "head" else f"A new head and layers of the backbone (--trainable={part}) were"
-    weights = Path(config["backbone"]["weights"]).name
+    weights, images = Path(config["backbone"]["weights"]).name, count_of(counts["train"], "image")
     end = " Training was interrupted." if metrics.get("interrupted") else ""
     return (
-        f"{trained} trained on {backbone} (weights: {weights}) with {counts['train']:,} images, for at most {epochs} "
+        f"{trained} trained on {backbone} (weights: {weights}) with {images}, for at most {epochs} "
         f"epochs per stage.{end}"
     )
-
-
-def make_command(flags: str) -> str:
-    """Makes the command that reproduces a run from the lines of a flag file."""
-    return " ".join(["python -m tl_keras.main", *(shlex.quote(line) for line in flags.rstrip("\n").split("\n"))])

@@ -24,7 +24,6 @@ from tl_keras.report.contents import (
     ShownPair,
     describe_run,
     make_classes,
-    make_command,
     make_matrix,
 )
 from tl_keras.run import RunFolder, read_csv
@@ -56,7 +55,7 @@ class Report:
         dataset: name of the data set.
         backbone: name of the network.
         config: contents of `config.json`.
-        flags: a flag file that reproduces the run.
+        command: the command that reproduces the run.
         metrics: contents of `metrics.json`.
         counts: split → number of images.
         class_names: names of the classes.
@@ -76,7 +75,7 @@ class Report:
     dataset: str
     backbone: str
     config: Mapping[str, Any]
-    flags: str
+    command: str
     metrics: Mapping[str, Any]
     counts: Mapping[str, int]
     class_names: Sequence[str]
@@ -128,8 +127,8 @@ def write_report(folder: RunFolder, report: Report) -> None:
         "seeds": describe_spread(report.metrics["seeds"]) if "seeds" in report.metrics else "",
         "few_shot": describe_spread(report.metrics["few_shot"]) if "few_shot" in report.metrics else "",
         "candidates": _read_table(folder, "candidates.csv"),
-        "command": make_command(report.flags),
-        "fence": "`" * (3 + max(map(len, re.findall("`+", report.flags)), default=0)),
+        "command": report.command,
+        "fence": "`" * (3 + max(map(len, re.findall("`+", report.command)), default=0)),
         "fields": FIELDS,
         "titles": TITLES,
         "has_near": any(one.near for one in [*report.worst, *report.least_sure, *_images(report.pairs)]),
@@ -152,7 +151,7 @@ def write_audit_page(
     *,
     dataset: str,
     counts: Mapping[str, int],
-    flags: str,
+    command: str,
     notes: Sequence[str],
     environment: Mapping[str, Any],
 ) -> None:
@@ -163,7 +162,7 @@ def write_audit_page(
         audit: the findings.
         dataset: name of the data set.
         counts: split → number of images.
-        flags: a flag file that reproduces the audit.
+        command: the command that reproduces the audit.
         notes: warnings of the audit.
         environment: versions, device, engine.
     """
@@ -172,7 +171,7 @@ def write_audit_page(
         "total": sum(count for _, _, count in audit.counts),
         "dataset": dataset,
         "counts": counts,
-        "command": make_command(flags),
+        "command": command,
         "notes": notes,
         "environment": environment,
     }
@@ -190,7 +189,8 @@ def _write(folder: RunFolder, file: str, template: str, values: Mapping[str, Any
 
 def escape_markdown(text: str) -> str:
     """Escapes text for Markdown: a class may be named `__pos__` or `<img>`."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&-])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d*)([#+.)-])", r"\1\\\2", text)  # a heading or a list
 
 
 def _as_sentence(note: str) -> str:

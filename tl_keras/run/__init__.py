@@ -1,6 +1,6 @@
 """A run: its folder, files, screen output and threads."""
 
-from tl_keras.run.console import Screen, Stopwatch
+from tl_keras.run.console import Screen, Stopwatch, count_of
 from tl_keras.run.files import (
     check_writable,
     csv_bytes,
@@ -42,6 +42,7 @@ __all__ = [
     "Stopwatch",
     "check_owner",
     "check_writable",
+    "count_of",
     "csv_bytes",
     "csv_writer",
     "disk_errors",

@@ -95,6 +95,11 @@ class Screen:
             self._progress_length = 0
 
 
+def count_of(count: int, noun: str) -> str:
+    """A number with its noun: `1 image`, `2,000 images`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 class Stopwatch:
     """Seconds by stage."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_keras.errors import UserError
+from tl_keras.run.console import count_of
 from tl_keras.run.files import csv_bytes, disk_errors, read_json, sync_folder, write_atomically
 from tl_keras.run.owner import check_owner, describe_process
 from tl_keras.run.process import find_process, is_running_here, may_run_elsewhere, start_heartbeat, stop_heartbeat
@@ -115,7 +116,7 @@ class RunFolder:
 
     def describe_broken(self, count: int) -> str:
         """Describes how many images are left out, for the screen."""
-        return f"broken: {count} images are left out, listed in {self.path}/broken.csv"
+        return f"broken: {count_of(count, 'image')} left out, listed in {self.path}/broken.csv"
 
     def _write_settings(self, config: dict[str, Any], flags: str) -> None:
         self.write_json(_CONFIG, config)
