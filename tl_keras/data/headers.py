@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 EXIF_SEARCH_BYTES = 1 << 18  # the orientation is not searched after 256 KiB of other metadata
@@ -13,9 +15,67 @@ _SCANS = 32  # number of scans of a JPEG that count as one
 _GIF_WINDOW = 1 << 14  # bytes per step
 _GIF_STEPS = 13  # doublings per window: the smallest sub-block has two bytes
 _PADDING = b"\0" * 64  # allows reading headers beyond the end of short files
+_SCALAR_STRING = tf.TensorSpec((), tf.string)
 
 
-@tf.autograph.experimental.do_not_convert
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """Where a format has its width and height, in its first 32 bytes.
+
+    Attributes:
+        signature: position → bytes that identify the format.
+        sides: position of the first byte of each number, and its bytes from the lowest on (negative: big-endian).
+        shifts: lowest bit of width and height.
+        bits: number of bits of width and height.
+        offset: what is added to width and height.
+    """
+
+    signature: Mapping[int, bytes]
+    sides: tuple[tuple[int, int], tuple[int, int]]
+    shifts: tuple[int, int] = (0, 0)
+    bits: int = 32
+    offset: int = 0
+
+    def bytes_of_signature(self) -> list[int]:
+        """The expected value of each of the 32 bytes; -1 for any."""
+        found = [-1] * 32
+        for start, content in self.signature.items():
+            found[start : start + len(content)] = content
+        return found
+
+    def weights(self) -> list[list[int]]:
+        """The weight of each of the 32 bytes in width and height."""
+        rows = []
+        for start, count in self.sides:
+            row = [0] * 32
+            for place in range(abs(count)):
+                row[start + (place if count > 0 else -count - 1 - place)] = 256**place
+            rows.append(row)
+        return rows
+
+
+_WEBP = {0: b"RIFF", 8: b"WEBP"}
+_FORMATS = (
+    # the first chunk must have the size, although libpng would accept it later
+    _Format({0: b"\x89PNG\r\n\x1a\n", 12: b"IHDR"}, ((16, -4), (20, -4))),
+    _Format({0: b"BM"}, ((18, 4), (22, 4))),
+    _Format({**_WEBP, 12: b"VP8X"}, ((24, 3), (27, 3)), offset=1),
+    _Format({**_WEBP, 12: b"VP8L", 20: b"\x2f"}, ((21, 4), (21, 4)), shifts=(0, 14), bits=14, offset=1),
+    _Format({**_WEBP, 12: b"VP8 ", 23: b"\x9d\x01\x2a"}, ((26, 2), (28, 2)), bits=14),
+)
+_SIGNATURES = np.array([one.bytes_of_signature() for one in _FORMATS], np.int32)
+_SIDES = np.array([row for one in _FORMATS for row in one.weights()], np.int64)
+_SHIFTS = np.array([shift for one in _FORMATS for shift in one.shifts], np.int64)
+_SIDE_LIMITS = np.array([2**one.bits for one in _FORMATS for _ in range(2)], np.int64)
+_OFFSETS = np.array([one.offset for one in _FORMATS for _ in range(2)], np.int64)
+
+
+def traced_once(*signature: tf.TensorSpec) -> Callable[[Callable[..., Any]], Any]:
+    """Traces a function once per process: it is the same function in every graph that calls it."""
+    return lambda function: tf.function(function, input_signature=signature, autograph=False)
+
+
+@traced_once(_SCALAR_STRING)
 def read_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
     """Reads EXIF tag 0x0112 (CIPA DC-008, Exif 2.32, section 4.6.4).
 
@@ -42,7 +102,7 @@ def read_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.cond(start >= 0, lambda: _orientation_of_tiff(head, start), lambda: tf.constant(1))
 
 
-@tf.autograph.experimental.do_not_convert
+@traced_once(_SCALAR_STRING)
 def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     """Reads the number of pixels from the header, because a few bytes may decode to gigabytes.
 
@@ -58,35 +118,10 @@ def count_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: the header of a JPEG is damaged.
     """
-    head = tf.strings.join([tf.strings.substr(image_bytes, 0, 32), _PADDING])
-    is_jpeg = tf.strings.substr(head, 0, 3) == b"\xff\xd8\xff"
-
-    def of_jpeg(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-        del head
-        # each scan of a progressive JPEG decodes the whole image again; cameras and editors write about ten
-        scans = tf.size(tf.strings.split(image_bytes, b"\xff\xda")) - 1
-        area = _area(*tf.unstack(tf.io.extract_jpeg_shape(image_bytes)[:2]))
-        return area * (1 + tf.cast(scans // _SCANS, tf.int64))
-
-    def of_gif(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-        del head
-        frame = _find_gif_frame(image_bytes)
-        block = _bytes_at(_pad(image_bytes), frame, 10)
-        area = _area(_little_endian(block[5:7]), _little_endian(block[7:9]))
-        return tf.where(frame > 0, area, tf.int64.max)
-
-    def of_other(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-        del image_bytes
-        return _count_other_pixels(_bytes_at(head, 0, 32))
-
-    def of_no_jpeg(image_bytes: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-        is_gif = tf.strings.substr(head, 0, 4) == b"GIF8"
-        return run_one(is_gif, of_gif, of_other, (image_bytes, head), tf.TensorSpec((), tf.int64))
-
-    return run_one(is_jpeg, of_jpeg, of_no_jpeg, (image_bytes, head), tf.TensorSpec((), tf.int64))
+    is_jpeg = tf.strings.substr(image_bytes, 0, 3) == b"\xff\xd8\xff"
+    return run_one(is_jpeg, _count_jpeg, _count_no_jpeg, (image_bytes,), tf.TensorSpec((), tf.int64))
 
 
-@tf.autograph.experimental.do_not_convert
 def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
     """Removes all frames of a GIF after the first, and makes it opaque; other files are not changed.
 
@@ -99,18 +134,8 @@ def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
     Returns:
         Scalar string.
     """
-
-    def cut(image_bytes: tf.Tensor) -> tf.Tensor:
-        image_bytes = _make_opaque(image_bytes)
-        frame = _find_gif_frame(image_bytes)
-        flags = _bytes_at(_pad(image_bytes), frame, 10)[9]
-        end = _skip_sub_blocks(image_bytes, frame + 11 + _colour_table_bytes(flags))  # one byte for the LZW code size
-        is_whole = (frame > 0) & (end < tf.strings.length(image_bytes))
-        first = tf.strings.join([tf.strings.substr(image_bytes, 0, tf.where(is_whole, end, 0)), b";"])
-        return tf.where(is_whole, first, image_bytes)
-
     is_gif = tf.strings.substr(image_bytes, 0, 4) == b"GIF8"
-    return run_one(is_gif, cut, tf.identity, (image_bytes,), tf.TensorSpec((), tf.string))
+    return run_one(is_gif, _cut, _keep, (image_bytes,), _SCALAR_STRING)
 
 
 def run_one(
@@ -126,7 +151,7 @@ def run_one(
 
     Args:
         condition: bool scalar.
-        then: inputs → output; stateless, and without captured tensors.
+        then: inputs → output; stateless, and without captured tensors; a plain function or a `tf.function`.
         otherwise: the same for False.
         inputs: inputs of both branches.
         output: type of the output of both branches.
@@ -136,7 +161,7 @@ def run_one(
     """
     signature = tuple(tf.TensorSpec(value.shape, value.dtype) for value in inputs)
     branches = [
-        tf.function(branch, input_signature=signature, autograph=False).get_concrete_function()
+        (branch if hasattr(branch, "get_concrete_function") else traced_once(*signature)(branch)).get_concrete_function()
         for branch in (then, otherwise)
     ]
     (result,) = tf.raw_ops.StatelessIf(
@@ -150,24 +175,38 @@ def run_one(
     return tf.ensure_shape(result, output.shape)
 
 
-def _count_other_pixels(header: tf.Tensor) -> tf.Tensor:
-    """Reads the number of pixels of PNG, BMP and WebP from the first 32 bytes, int32."""
-    # the first chunk must have the size, although libpng would accept it later
-    is_png = _equals(header[:8], b"\x89PNG\r\n\x1a\n") & _equals(header[12:16], b"IHDR")
-    is_bmp, is_webp = _equals(header[:2], b"BM"), _is_webp(header)
-    png = _area(_big_endian(header[16:20]), _big_endian(header[20:24]))
-    bmp = _area(_little_endian(header[18:22]), _little_endian(header[22:26]))
-    extended = _area(_little_endian(header[24:27]) + 1, _little_endian(header[27:30]) + 1)
-    bits = _little_endian(header[21:25])
-    lossless = _area((bits & 0x3FFF) + 1, (bits // 0x4000 & 0x3FFF) + 1)
-    lossy = _area(_little_endian(header[26:28]) & 0x3FFF, _little_endian(header[28:30]) & 0x3FFF)
-    is_extended = is_webp & _equals(header[12:16], b"VP8X")
-    is_lossless = is_webp & _equals(header[12:16], b"VP8L") & (header[20] == 0x2F)
-    is_lossy = is_webp & _equals(header[12:16], b"VP8 ") & _equals(header[23:26], b"\x9d\x01\x2a")
-    kinds = ((is_png, png), (is_bmp, bmp), (is_extended, extended), (is_lossless, lossless), (is_lossy, lossy))
-    found = tf.constant(0, tf.int64)
-    for is_kind, area in kinds:
-        found = tf.where(is_kind, area, found)
+@traced_once(_SCALAR_STRING)
+def _count_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    # each scan of a progressive JPEG decodes the whole image again; cameras and editors write about ten
+    scans = tf.size(tf.strings.split(image_bytes, b"\xff\xda")) - 1
+    area = _area(*tf.unstack(tf.io.extract_jpeg_shape(image_bytes)[:2]))
+    return area * (1 + tf.cast(scans // _SCANS, tf.int64))
+
+
+@traced_once(_SCALAR_STRING)
+def _count_no_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    is_gif = tf.strings.substr(image_bytes, 0, 4) == b"GIF8"
+    return run_one(is_gif, _count_gif, _count_other, (image_bytes,), tf.TensorSpec((), tf.int64))
+
+
+@traced_once(_SCALAR_STRING)
+def _count_gif(image_bytes: tf.Tensor) -> tf.Tensor:
+    frame = _walk_gif(image_bytes)[0]
+    block = _bytes_at(_pad(image_bytes), frame, 10)
+    area = _area(_little_endian(block[5:7]), _little_endian(block[7:9]))
+    return tf.where(frame > 0, area, tf.int64.max)
+
+
+@traced_once(_SCALAR_STRING)
+def _count_other(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Reads the number of pixels of PNG, BMP and WebP from the first 32 bytes, for all formats at once."""
+    header = _bytes_at(_pad(tf.strings.substr(image_bytes, 0, 32)), 0, 32)
+    is_format = tf.reduce_all((header == _SIGNATURES) | (_SIGNATURES < 0), axis=1)
+    numbers = tf.linalg.matvec(_SIDES, tf.cast(header, tf.int64))
+    numbers = tf.minimum(numbers, 2**32 - numbers)  # a negative height is a BMP stored top-down
+    sides = tf.bitwise.right_shift(numbers, _SHIFTS) % _SIDE_LIMITS + _OFFSETS
+    areas = tf.reduce_prod(tf.reshape(sides, (-1, 2)), axis=1)
+    found = tf.reduce_max(tf.where(is_format, areas, 0))
     return tf.where(found > 0, found, tf.int64.max)
 
 
@@ -180,14 +219,30 @@ def _pad(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.strings.join([image_bytes, _PADDING])
 
 
+@traced_once(_SCALAR_STRING)
+def _keep(image_bytes: tf.Tensor) -> tf.Tensor:
+    return tf.identity(image_bytes)
+
+
+@traced_once(_SCALAR_STRING)
+def _cut(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Cuts a GIF behind its first frame, and makes it opaque."""
+    frame, control = _walk_gif(image_bytes)
+    image_bytes = _make_opaque(image_bytes, control)
+    flags = _bytes_at(_pad(image_bytes), frame, 10)[9]
+    end = _skip_sub_blocks(image_bytes, frame + 11 + _colour_table_bytes(flags))  # one byte for the LZW code size
+    is_whole = (frame > 0) & (end < tf.strings.length(image_bytes))
+    first = tf.strings.join([tf.strings.substr(image_bytes, 0, tf.where(is_whole, end, 0)), b";"])
+    return tf.where(is_whole, first, image_bytes)
+
+
 def _colour_table_bytes(flags: tf.Tensor) -> tf.Tensor:
     """Size of the global or local color table of a GIF (GIF89a, sections 18 and 20)."""
     return tf.where(flags & 0x80 > 0, 3 * tf.bitwise.left_shift(2, flags & 7), 0)
 
 
-def _make_opaque(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Clears the transparency flag in the graphic control extension of the first frame (GIF89a, section 23)."""
-    control = _walk_gif(image_bytes)[1]
+def _make_opaque(image_bytes: tf.Tensor, control: tf.Tensor) -> tf.Tensor:
+    """Clears the transparency flag in the graphic control extension at `control` (GIF89a, section 23)."""
     flags = _bytes_at(_pad(image_bytes), control, 4)[3]
     every_byte = tf.constant([bytes([value]) for value in range(256)])
     flag = tf.gather(every_byte, tf.bitwise.bitwise_and(flags, 0xFE))
@@ -198,11 +253,7 @@ def _make_opaque(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.where(is_inside, opaque, image_bytes)
 
 
-def _find_gif_frame(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Finds the position of the first image descriptor of a GIF, int32; -1 if there is none."""
-    return _walk_gif(image_bytes)[0]
-
-
+@traced_once(_SCALAR_STRING)
 def _walk_gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Finds the first image descriptor of a GIF and its graphic control extension: positions, int32; -1 for none."""
     padded = _pad(image_bytes)
@@ -223,6 +274,7 @@ def _walk_gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.where(is_frame, position, -1), tf.where(is_frame, control, -1)
 
 
+@traced_once(_SCALAR_STRING, tf.TensorSpec((), tf.int32))
 def _skip_sub_blocks(image_bytes: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
     """Finds the end of the data sub-blocks that start at `start` (GIF89a, section 15), after their terminator.
 
@@ -248,13 +300,13 @@ def _skip_sub_blocks(image_bytes: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
         ended = last < _GIF_WINDOW
         return position + tf.where(ended, last + 1, last), ended
 
-    start = tf.minimum(tf.cast(start, tf.int32), length)
+    start = tf.minimum(start, length)
     return tf.while_loop(go_on, follow, (start, tf.constant(False)))[0]
 
 
 def is_webp_with_alpha(image_bytes: tf.Tensor) -> tf.Tensor:
     """Reads the alpha bit of an extended or a lossless WebP (RFC 9649, sections 2.7 and 3.4)."""
-    header = _bytes_at(tf.strings.join([tf.strings.substr(image_bytes, 0, 32), _PADDING]), 0, 25)
+    header = _bytes_at(_pad(tf.strings.substr(image_bytes, 0, 32)), 0, 25)
     is_extended, is_lossless = _equals(header[12:16], b"VP8X"), _equals(header[12:16], b"VP8L")
     has_bit = tf.where(is_extended, header[20], tf.where(is_lossless, header[24], 0)) & 0x10 > 0
     return _is_webp(header) & has_bit
@@ -281,7 +333,7 @@ def _big_endian(values: tf.Tensor) -> tf.Tensor:
 
 
 def _little_endian(values: tf.Tensor) -> tf.Tensor:
-    return _big_endian(tf.reverse(values, [0]))
+    return tf.reduce_sum(values * tf.constant([256**power for power in range(values.shape[0])], tf.int32))
 
 
 def _walk(

@@ -24,6 +24,7 @@ from tl_keras.data.headers import (
     is_webp_with_alpha,
     read_orientation,
     run_one,
+    traced_once,
 )
 
 DECODER_VERSION = 4  # part of the address of every embedding: increment it if any pixel changes
@@ -33,9 +34,10 @@ _READ_CHUNK = 64
 _DECODERS = 16  # maximum number of images decoded in parallel
 _WIDE = 4  # width / height
 _ENLARGED_AT_MOST = 4  # times the target size: beyond that most of the enlarged image would be cropped away
+_SCALAR_STRING, _PIXELS = tf.TensorSpec((), tf.string), tf.TensorSpec((None, None, 3), tf.uint8)
+Decoder = Callable[[tf.Tensor], tf.Tensor]
 
 
-@tf.autograph.experimental.do_not_convert
 def decode(image_bytes: tf.Tensor, *, image_size: int, resize: str, max_pixels: int | None = None) -> tf.Tensor:
     """Decodes one image, applies its EXIF orientation, and resizes it to the network's size.
 
@@ -54,28 +56,34 @@ def decode(image_bytes: tf.Tensor, *, image_size: int, resize: str, max_pixels: 
     Raises:
         tf.errors.InvalidArgumentError: the bytes are not an image, or the image is broken or too large.
     """
-    if tf.executing_eagerly():
-        return _compile_decoder(image_size, resize, max_pixels)(image_bytes)
-    image_bytes = cut_gif(image_bytes)
-    if max_pixels is not None:
-        image_bytes = _refuse_above(max_pixels, image_bytes)
-    pixels = _decode_pixels(image_bytes, image_size=image_size, resize=resize)
-    pixels = _stand_upright(pixels, image_bytes)
-    return _resize(pixels, image_size=image_size, resize=resize)
+    return _make_decoder(image_size, resize, max_pixels)(image_bytes)
+
+
+def _make_decoder(image_size: int, resize: str, max_pixels: int | None) -> Decoder:
+    decode_up_to = _compile_decoder(image_size, resize)
+    limit = tf.int64.max if max_pixels is None else max_pixels
+    return lambda image_bytes: decode_up_to(image_bytes, tf.constant(limit, tf.int64))
 
 
 @functools.cache
-def _compile_decoder(image_size: int, resize: str, max_pixels: int | None) -> Callable[[tf.Tensor], tf.Tensor]:
+def _compile_decoder(image_size: int, resize: str) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """Compiles the decoder to a graph, because eager nested branches deadlock: each one blocks a TensorFlow thread.
 
     With two cores there are two such threads, but a photograph with EXIF needs three (TF 2.21).
+
+    Returns:
+        Bytes of an image, scalar string, and the limit of pixels, int64 → pixels, uint8 `(image_size, image_size, 3)`.
+        It is cached, because tracing it takes longer than decoding a hundred images.
     """
-    function: Callable[[tf.Tensor], tf.Tensor] = tf.function(
-        functools.partial(decode, image_size=image_size, resize=resize, max_pixels=max_pixels),
-        input_signature=(tf.TensorSpec((), tf.string),),
-        autograph=False,
-    )
-    return function
+
+    @traced_once(_SCALAR_STRING, tf.TensorSpec((), tf.int64))
+    def decode_up_to(image_bytes: tf.Tensor, max_pixels: tf.Tensor) -> tf.Tensor:
+        image_bytes = _refuse_above(max_pixels, cut_gif(image_bytes))
+        pixels = _decode_pixels(image_bytes, image_size=image_size, resize=resize)
+        return _resize(_stand_upright(pixels, image_bytes), image_size=image_size, resize=resize)
+
+    compiled: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = decode_up_to
+    return compiled
 
 
 @tf.autograph.experimental.do_not_convert
@@ -104,7 +112,7 @@ def decode_batch(
     """
     count = tf.shape(image_bytes, out_type=tf.int64)[0]
     shape = (image_size, image_size, 3)
-    decoder = _compile_decoder(image_size, resize, max_pixels)  # a single function in the graph
+    decoder = _make_decoder(image_size, resize, max_pixels)  # a single function in the graph
 
     def decode_one(index: tf.Tensor, one: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return index, decoder(one if read is None else read(one))
@@ -153,9 +161,7 @@ def make_images(
         Exception: the exception of `read`, after all images that it returned before.
     """
     failed: list[Exception] = []
-    decoder = _compile_decoder(
-        image_size, resize, None
-    )  # cached: building it takes longer than decoding a hundred images
+    decoder = _make_decoder(image_size, resize, None)
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         found: list[tuple[int, bytes]] = []
@@ -184,12 +190,14 @@ def make_images(
 
 
 def without_autotune() -> tf.data.Options:
-    """Makes options for short pipelines: with autotuning, their end waits for a thread that sleeps for seconds.
+    """Makes options for short pipelines.
 
-    The sleep doubles up to a minute (`Model::OptimizeLoop`, TF 2.21).
+    With autotuning, their end waits for a thread that sleeps for seconds; the sleep doubles up to a minute
+    (`Model::OptimizeLoop`, TF 2.21). Rewriting the pipeline would prepare its functions twice.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
     return options
 
 
@@ -211,9 +219,16 @@ def explain_broken(image_bytes: bytes, *, image_size: int, resize: str, max_pixe
     return ""
 
 
-def _refuse_above(max_pixels: int, image_bytes: tf.Tensor) -> tf.Tensor:
+@traced_once(_SCALAR_STRING)
+def _count_nothing(image_bytes: tf.Tensor) -> tf.Tensor:
+    del image_bytes
+    return tf.constant(0, tf.int64)
+
+
+def _refuse_above(max_pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
     """Returns the bytes unchanged; fails before decoding if the image is too large."""
-    count = count_pixels(image_bytes)
+    is_limited = max_pixels < tf.int64.max
+    count = run_one(is_limited, count_pixels, _count_nothing, (image_bytes,), tf.TensorSpec((), tf.int64))
     check = tf.debugging.Assert(count <= max_pixels, [_TOO_LARGE, count])
     with tf.control_dependencies([check]):
         return tf.identity(image_bytes)
@@ -224,8 +239,15 @@ def _as_arrays(found: list[tuple[int, bytes]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decode_pixels(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> tf.Tensor:
-    is_jpeg = tf.strings.substr(image_bytes, 0, 3) == b"\xff\xd8\xff"
+    def decode_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+        return _decode_jpeg(image_bytes, image_size, resize)
 
+    is_jpeg = tf.strings.substr(image_bytes, 0, 3) == b"\xff\xd8\xff"
+    return run_one(is_jpeg, decode_jpeg, _decode_no_jpeg, (image_bytes,), _PIXELS)
+
+
+@traced_once(_SCALAR_STRING)
+def _decode_no_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
     # never channels=0, with which an animated WebP corrupts the heap (TF 2.21)
     def decode_channels(channels: int) -> tf.Tensor:
         return tf.io.decode_image(image_bytes, channels=channels, expand_animations=False)[:, :, :3]
@@ -234,12 +256,8 @@ def _decode_pixels(image_bytes: tf.Tensor, *, image_size: int, resize: str) -> t
         # only for WebP, TensorFlow needs the exact number of channels
         return tf.cond(is_webp_with_alpha(image_bytes), lambda: decode_channels(4), lambda: decode_channels(3))
 
-    def decode_other() -> tf.Tensor:
-        is_bmp = tf.strings.substr(image_bytes, 0, 2) == b"BM"
-        return tf.cond(is_bmp, lambda: decode_bmp(image_bytes), decode_by_tensorflow)
-
-    pixels = tf.cond(is_jpeg, lambda: _decode_jpeg(image_bytes, image_size, resize), decode_other)
-    return tf.ensure_shape(pixels, (None, None, 3))
+    is_bmp = tf.strings.substr(image_bytes, 0, 2) == b"BM"
+    return tf.cond(is_bmp, lambda: decode_bmp(image_bytes), decode_by_tensorflow)
 
 
 def _decode_jpeg(image_bytes: tf.Tensor, image_size: int, resize: str) -> tf.Tensor:
@@ -258,16 +276,19 @@ def _stand_upright(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
     """Applies the EXIF orientation; a fast search avoids reading the blocks of images without EXIF."""
     head = tf.strings.substr(image_bytes, 0, EXIF_SEARCH_BYTES)
     without = tf.strings.regex_replace(head, "Exif\\x00|eXIf|EXIF", "", replace_global=False)
-
-    def turn(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
-        return _orient(pixels, read_orientation(image_bytes))
-
-    def keep(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
-        del image_bytes
-        return tf.identity(pixels)
-
     has_exif = tf.strings.length(without) < tf.strings.length(head)
-    return run_one(has_exif, turn, keep, (pixels, image_bytes), tf.TensorSpec((None, None, 3), tf.uint8))
+    return run_one(has_exif, _turn, _keep, (pixels, image_bytes), _PIXELS)
+
+
+@traced_once(_PIXELS, _SCALAR_STRING)
+def _turn(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
+    return _orient(pixels, read_orientation(image_bytes))
+
+
+@traced_once(_PIXELS, _SCALAR_STRING)
+def _keep(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
+    del image_bytes
+    return tf.identity(pixels)
 
 
 def _orient(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
