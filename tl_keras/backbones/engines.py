@@ -269,8 +269,8 @@ def freeze(trunk: keras.Model, *, batch_size: int, dtype: Any) -> Any:
     size = sum(int(np.prod(weight.shape)) for weight in trunk.weights) * np.dtype(np.float32).itemsize
     if size > _LARGEST_GRAPH_BYTES:
         raise UserError(
-            f"the frozen part of {trunk.name} has {size / 1e9:.1f} GB of weights, but TensorFlow can't freeze more than "
-            f"{_LARGEST_GRAPH_BYTES / 1e9:.1f} GB. Give smaller --backbone_kwargs, or choose a smaller --backbone."
+            f"the frozen part of {trunk.name} has {size / 1e9:.1f} GB of weights, but TensorFlow can't freeze more "
+            f"than {_LARGEST_GRAPH_BYTES / 1e9:.1f} GB. Give smaller --backbone_kwargs, or choose a smaller --backbone."
         )
     shape = (batch_size, *trunk.input_shape[1:])
 

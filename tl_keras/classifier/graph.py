@@ -38,6 +38,9 @@ class Servable(tf.Module):  # type: ignore[misc]
         """
         super().__init__(name="classifier")
         self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
+        self._decode_images = tf.function(
+            self._decode, input_signature=(tf.TensorSpec((None,), tf.string),), autograph=False
+        )
         # the variables are an attribute, so that they are saved
         self._network, self._variables = _make_function(classifier.network, classifier.embedding_layer)
         self._labels = classifier.labels
@@ -51,7 +54,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         @tf.function(input_signature=(image_bytes,), autograph=False)
         def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self._classify(image_bytes)
+            return self._classify(*self._decode_images(image_bytes))
 
         @tf.function(input_signature=(pixels,), autograph=False)
         def serve_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -61,13 +64,13 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         @tf.function(input_signature=(image_bytes,), autograph=False)
         def serve_embeddings(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-            images, valid = self._decode(image_bytes)
+            images, valid = self._decode_images(image_bytes)
             embeddings = self._run(tf.cast(images, tf.float32))[0]
             return {"embeddings": tf.where(valid[:, tf.newaxis], embeddings, 0.0)}
 
         @tf.function(input_signature=(examples,), autograph=False)
         def serve_examples(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-            answer = self._classify(inputs, read=_read_example)
+            answer = self._classify(*self._decode(inputs, read=_read_example))
             return {"classes": answer["labels"], "scores": answer["scores"]}
 
         return {
@@ -83,8 +86,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         )
         return decoded
 
-    def _classify(self, image_bytes: tf.Tensor, read: Any = None) -> dict[str, tf.Tensor]:
-        images, valid = self._decode(image_bytes, read)
+    def _classify(self, images: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
         return self._answer(self._run(tf.cast(images, tf.float32))[1], valid)
 
     def _run(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

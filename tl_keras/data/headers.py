@@ -161,7 +161,9 @@ def run_one(
     """
     signature = tuple(tf.TensorSpec(value.shape, value.dtype) for value in inputs)
     branches = [
-        (branch if hasattr(branch, "get_concrete_function") else traced_once(*signature)(branch)).get_concrete_function()
+        (
+            branch if hasattr(branch, "get_concrete_function") else traced_once(*signature)(branch)
+        ).get_concrete_function()
         for branch in (then, otherwise)
     ]
     (result,) = tf.raw_ops.StatelessIf(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -232,6 +233,7 @@ def _read_table(folder: RunFolder, name: str) -> list[dict[str, str]]:
     return read_csv(folder.path / name) if (folder.path / name).is_file() else []
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tl_keras.report", ""),

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from tl_keras.backbones.engines import freeze_function, has_openvino
 from tl_keras.classifier import EXAMPLE_FEATURE, TOP_K, read_decoding
-from tl_keras.data.images import decode
+from tl_keras.data.images import open_decoder
 from tl_keras.run import Interrupts
 from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings, time_run
 
@@ -27,7 +27,6 @@ _TYPES = {"float32": "f32", "bfloat16": "bf16"}
 DIFFERENCE_AT_MOST = 1e-3  # largest change of a probability; the export has the same limit
 _COMPARED = 8
 _TIMED_SECONDS = 0.5  # at least
-_CALLERS_THREAD = -1  # tf.ConfigProto: no threads of the session's own
 
 
 class OpenVinoGraph:
@@ -55,7 +54,7 @@ class OpenVinoGraph:
         self._labels = as_strings([label.encode() for label in labels])
         model = tf.saved_model.load(str(path))
         shape = model.signatures["pixels"].structured_input_signature[1]["images"].shape
-        self._session, self._decode_one = _make_decoder(image_size=int(shape[1]), **read_decoding(path))
+        self._decode_one = open_decoder(image_size=int(shape[1]), **read_decoding(path))
         self._decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
         core = openvino.Core()
         with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +88,6 @@ class OpenVinoGraph:
     def close_own(self) -> None:
         """Releases everything except the graph."""
         self._decoders.shutdown(wait=True)
-        self._session.close()
         self._own, self._compiled = threading.local(), {}
 
     def keeps(self, graph: Graph) -> bool:
@@ -276,26 +274,6 @@ def _check_answers(tried: Any, choice: ServingEngine, images: np.ndarray, expect
     if (answers["labels"][is_clear, 0] != expected["labels"][is_clear, 0]).any():
         raise RuntimeError("its labels are not the graph's")
     return difference
-
-
-def _make_decoder(**decoding: Any) -> tuple[tf.compat.v1.Session, Callable[[bytes], np.ndarray]]:
-    """Builds a decoder that several threads can call, each of which does its own work.
-
-    A session needs a quarter less CPU time than a `tf.function`, which hands each call to other threads (2 cores, TF
-    2.21: 2.5 ms of CPU time per image instead of 3.2 ms).
-
-    Returns:
-        The session, and a function from encoded bytes to uint8 `(size, size, 3)`, which raises `tf.errors.OpError` for
-        invalid images.
-    """
-    as_function = tf.function(functools.partial(decode, **decoding), autograph=False)
-    traced = as_function.get_concrete_function(tf.TensorSpec((), tf.string))
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.graph_util.import_graph_def(traced.graph.as_graph_def(), name="decoder")
-        tensors = [graph.get_tensor_by_name(f"decoder/{one[0].name}") for one in (traced.inputs, traced.outputs)]
-        session = tf.compat.v1.Session(config=tf.compat.v1.ConfigProto(inter_op_parallelism_threads=_CALLERS_THREAD))
-        return session, session.make_callable(tensors[1], feed_list=tensors[:1])
 
 
 def _extract_network(pixels: Any) -> bytes:
