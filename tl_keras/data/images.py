@@ -239,14 +239,12 @@ def _open_session(image_size: int, resize: str) -> Callable[[bytes, np.int64], n
 
 
 def without_autotune() -> tf.data.Options:
-    """Makes options for short pipelines.
+    """Makes options for short pipelines: with autotuning, their end waits for a thread that sleeps for seconds.
 
-    With autotuning, their end waits for a thread that sleeps for seconds; the sleep doubles up to a minute
-    (`Model::OptimizeLoop`, TF 2.21). Rewriting the pipeline would prepare its functions twice.
+    The sleep doubles up to a minute (`Model::OptimizeLoop`, TF 2.21).
     """
     options = tf.data.Options()
     options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
     return options
 
 
