@@ -175,13 +175,10 @@ import json, sys, time
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tl_keras.classifier import read_labels
-from tl_keras.serving.engines import OpenVinoGraph
 from tl_keras.serving.graphs import Graph
+from tl_keras.serving.openvino_graph import OpenVinoGraph
 path, (name, precision) = Path({str(version)!r}), {engine!r}.split()
-graph = Graph(path, precision="float32" if name == "openvino" else precision)
-if name == "openvino":
-    graph = OpenVinoGraph(graph, path, read_labels(path), precision=precision)
+graph = (OpenVinoGraph if name == "openvino" else Graph)(path, precision=precision)
 images = {{"images": np.random.default_rng(0).uniform(0, 255, (32, 224, 224, 3)).astype(np.float32)}}
 speeds = []
 with ThreadPoolExecutor(2) as pool:

@@ -21,8 +21,8 @@ from tl_keras.export.cpp_loader import find_libraries
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import write_version
 from tl_keras.report.gradcam import choose_map
-from tl_keras.serving.engines import OpenVinoGraph
-from tl_keras.serving.graphs import Graph, as_strings
+from tl_keras.serving.graphs import as_strings
+from tl_keras.serving.openvino_graph import OpenVinoGraph
 from tl_keras.training.heads import attach, build_head
 
 # One of each family; the others are the same code with other numbers.
@@ -223,7 +223,7 @@ def test_tensorflows_own_loader_gives_the_probabilities_of_keras(built, exported
 @pytest.mark.parametrize("built", SERVED, indirect=True)
 def test_openvino_serves_the_probabilities_of_keras(built, exported):
     folder, images, expected = exported
-    served = OpenVinoGraph(Graph(folder, precision="float32"), folder, LABELS, precision="float32")
+    served = OpenVinoGraph(folder, precision="float32")
     answer = served.run("serving_default", {"image_bytes": as_strings([*images, b"no image"])})
     served.close()
     np.testing.assert_allclose(answer["probabilities"][:2], expected, atol=1e-3, equal_nan=False)

@@ -102,7 +102,7 @@ def test_the_findings_are_shown_with_their_pictures(audited):
         assert row["id"] in plain
         assert row["evidence"] in html.unescape(plain)
     assert "test accuracy of a logistic regression on these embeddings: " in html.unescape(plain)
-    assert "--mode=audit" in plain
+    assert "tl_keras audit " in plain
 
 
 def test_the_screen_counts_each_kind_and_tells_what_leaks_do(audited):

@@ -34,7 +34,7 @@ def test_a_finetune_run_has_all_of_it(trained):
         assert f">{heading}</" in text
     assert "evidence in " in text  # heat maps
     assert "nearest training images" in text
-    assert "--mode=finetune" in text
+    assert "tl_keras finetune " in text
     assert metrics["timing"]["seconds"]["report"] > 0
     assert set(metrics["audit"]) == {"findings", "leaks", "shift"}
     names = {path.name for path in run.iterdir()}

@@ -20,6 +20,7 @@ from tensorflow.python.framework.convert_to_constants import (  # documented, bu
     convert_variables_to_constants_v2,
 )
 
+from tl_keras.backbones.openvino_requests import Requests
 from tl_keras.errors import UserError
 from tl_keras.run import write_atomically
 
@@ -141,24 +142,15 @@ class OpenVinoEngine:
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """Embeds images; see `TensorFlowEngine.run`."""
         outputs = [np.empty((len(images), *shape), np.float32) for shape in self._shapes]
-
-        def keep(request: Any, start: int) -> None:
-            for output, position in zip(outputs, self._order, strict=True):
-                part = output[start : start + self._part]
-                part[:] = request.get_output_tensor(position).data[: len(part)]
-
         with _openvino_errors(self._name):
-            self._queue.set_callback(keep)
-            for start in range(0, len(images), self._part):
-                self._queue.start_async({0: _pad(images[start : start + self._part], self._part)}, start)
-            self._queue.wait_all()
+            self._requests.run(images, size=self._part, outputs=outputs, places=self._order)
         return outputs
 
     def _compile(self, precision: str) -> None:
         import openvino
 
         hints = {"INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision], "PERFORMANCE_HINT": "THROUGHPUT"}
-        self._queue = openvino.AsyncInferQueue(openvino.Core().compile_model(self._model, "CPU", hints))
+        self._requests = Requests(openvino.Core().compile_model(self._model, "CPU", hints))
 
 
 class PixelEngine:

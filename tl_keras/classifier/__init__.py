@@ -12,11 +12,12 @@ from tl_keras.classifier.files import (
     write_classifier,
     write_decoding,
 )
-from tl_keras.classifier.graph import EXAMPLE_FEATURE, TOP_K, Servable
+from tl_keras.classifier.graph import EXAMPLE_FEATURE, NETWORK_FUNCTION, TOP_K, Servable
 from tl_keras.classifier.loaded import LoadedClassifier, load
 
 __all__ = [
     "EXAMPLE_FEATURE",
+    "NETWORK_FUNCTION",
     "TOP_K",
     "Classifier",
     "LoadedClassifier",

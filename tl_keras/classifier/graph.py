@@ -12,6 +12,7 @@ from tl_keras.classifier.classifier import Classifier
 from tl_keras.data.images import decode_batch
 
 TOP_K = 5
+NETWORK_FUNCTION = "tl_keras_network"  # part of its name in the graph, by which the local server finds it
 EXAMPLE_FEATURE = "image_bytes"  # feature of tf.train.Example in the signature `classify`
 _LARGEST_CONSTANT_BYTES = 1 << 16  # vectors and small kernels: a few MB in all, even in networks of hundreds of layers
 
@@ -123,12 +124,14 @@ def _make_function(network: keras.Model, embedding_layer: str) -> tuple[Any, lis
         [_as_value(one) for one in group] for group in (both.trainable_variables, both.non_trainable_variables)
     ]
 
-    @tf.function(input_signature=(tf.TensorSpec((None, *network.input_shape[1:]), tf.float32),), autograph=False)
-    def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def compute(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         weights = [[tf.convert_to_tensor(one) for one in group] for group in (trainable, other)]
         (embeddings, logits), _ = both.stateless_call(*weights, images, training=False)
         return embeddings, tf.cast(tf.nn.softmax(logits), tf.float32)  # a probe's logits are float64
 
+    compute.__name__ = NETWORK_FUNCTION
+    signature = (tf.TensorSpec((None, *network.input_shape[1:]), tf.float32),)
+    run = tf.function(compute, input_signature=signature, autograph=False)
     return run, [one for one in trainable + other if isinstance(one, tf.Variable)]
 
 

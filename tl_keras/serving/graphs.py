@@ -41,8 +41,7 @@ class Graph:
         self._session = tf.compat.v1.Session(graph=self._graph, config=session_config(precision))
         with self._graph.as_default():
             meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
-        self.signatures = {name: meta.signature_def[name] for name in meta.signature_def if name != _INIT_OP}
-        self.internal_signatures = {name: meta.signature_def[name] for name in meta.signature_def if name == _INIT_OP}
+        self.signatures, self.internal_signatures = divide_signatures(meta)
         self._runners = {name: self._make_runner(signature) for name, signature in self.signatures.items()}
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,18 +70,19 @@ class Graph:
         """Releases the memory of the session."""
         self._session.close()
 
-    close_own = close
-
-    def keeps(self, graph: Graph) -> bool:
-        """Whether it uses another graph (never)."""
-        return graph is self
-
     def _make_runner(self, signature: Any) -> Any:
         """Makes a callable of the session that does not parse names in each call."""
         fetches = [signature.outputs[key].name for key in sorted(signature.outputs)]
         feeds = [signature.inputs[key].name for key in sorted(signature.inputs)]
         with self._graph.as_default():
             return self._session.make_callable(fetches, feed_list=feeds)
+
+
+def divide_signatures(meta: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies the signatures of a `MetaGraphDef`: those that clients can run, and internal ones."""
+    found = {name: type(one).FromString(one.SerializeToString()) for name, one in meta.signature_def.items()}
+    internal = {name: found.pop(name) for name in [_INIT_OP] if name in found}
+    return found, internal
 
 
 def find_signature(graph: Graph, name: str) -> tuple[str, Any]:

@@ -20,6 +20,7 @@ from tl_keras.training.losses import balance_classes, build_loss
 
 _EVALUATE_BATCH = 256
 _HEAD_STEPS = 8  # steps per call for a linear head, because the overhead of Keras is larger than a step
+_FEW_STEPS = 200  # such a call takes half a second longer to trace, which fewer steps do not save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +69,17 @@ def fit_head(task: Task, embedded: Embedded) -> tuple[keras.Model, Stage]:
         UserError: see `fit_stage`.
     """
     head = new_head(task, embedded)
+    epochs = _epochs(task, embedded, seed=task.seed, crop=False)
     return head, fit_stage(
         head,
-        _epochs(task, embedded, seed=task.seed, crop=False),
+        epochs,
         _val_batches(task, embedded),
         name="head",
         loss=_loss(task),
         learning_rate=task.training.learning_rate,
         training=task.training,
         progress=task.progress,
-        steps_per_execution=_HEAD_STEPS,
+        steps_per_execution=_HEAD_STEPS if epochs.steps * task.training.epochs > _FEW_STEPS else 1,
         identity=_identify(task, embedded),
     )
 

@@ -1,0 +1,63 @@
+"""Requests of a compiled OpenVINO model that run in parallel."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Requests:
+    """As many parallel requests as OpenVINO recommends for a compiled model; for one thread at a time.
+
+    `openvino.AsyncInferQueue` is not used: its callbacks run in threads of OpenVINO and need Python's lock. If the
+    queue is freed while the last callback returns, both wait forever (OpenVINO 2026.4).
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        """Args: compiled: an `openvino.CompiledModel`."""
+        count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self._idle = collections.deque(compiled.create_infer_request() for _ in range(count))
+
+    def run(self, images: np.ndarray, *, size: int, outputs: Sequence[np.ndarray], places: Sequence[int]) -> None:
+        """Runs the model on images, in batches of a fixed size.
+
+        Args:
+            images: `(n, ...)`.
+            size: batch size of the model; the last batch is padded with zeros.
+            outputs: arrays `(n, ...)` that are filled.
+            places: for each of these arrays the number of the model's output.
+        """
+        running = collections.deque[tuple[int, Any]]()
+
+        def keep_first() -> None:
+            start, request = running.popleft()
+            self._idle.append(request)
+            request.wait()
+            for output, place in zip(outputs, places, strict=True):
+                part = output[start : start + size]
+                part[:] = request.get_output_tensor(place).data[: len(part)]
+
+        try:
+            for start, part in _divide(images, size):
+                if not self._idle:
+                    keep_first()
+                request = self._idle.popleft()
+                running.append((start, request))
+                request.start_async({0: part})
+            while running:
+                keep_first()
+        finally:
+            for _, request in running:  # after an error or an interrupt
+                request.wait()
+                self._idle.append(request)
+
+
+def _divide(images: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the first row of each batch, and the batch."""
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        missing = size - len(part)
+        yield start, np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part
