@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torch", default="", help="extract: a Python that has torch and torchvision")
     parser.add_argument("--networks", default="ResNet50,VGG16,MobileNetV2,EfficientNetB0,ConvNeXtTiny", help="extract")
     parser.add_argument("--engine", default="auto", help="extract's memory")
-    parser.add_argument("--other", default="", help="saved_model: another checkout of this repository")
+    parser.add_argument("--other", default="", help="saved_model, whole_job: another checkout of this repository")
     arguments = parser.parse_args()
     arguments.data = arguments.data.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -63,14 +63,14 @@ def clock(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def run_process(arguments: Sequence[str], **environment: str) -> tuple[float, str]:
-    """Runs a process; returns its duration in seconds, including its start, and its output."""
+def run_process(arguments: Sequence[str], *, root: Path = ROOT, **environment: str) -> tuple[float, str]:
+    """Runs a process in a checkout; returns its duration in seconds, including its start, and its output."""
     start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=root,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **environment},
         check=False,
     )

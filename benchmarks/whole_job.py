@@ -1,69 +1,90 @@
-"""Whole jobs of 10 epochs on flowers, including the process start, compared with plain Keras.
+"""Whole jobs of the default command on flowers and hymenoptera, report included, compared with plain Keras.
 
-python -m benchmarks.whole_job --only=mobilenet
+python -m benchmarks.whole_job --only=small,resnet [--other=/path/to/another/checkout]
 
-Parts for `--only`: mobilenet, resnet. With ResNet50, plain Keras runs two epochs, and the duration of the second is
-used for the remaining ones: ten epochs take half an hour.
+Parts for `--only`: small (MobileNetV2 alpha=0.35 on flowers and hymenoptera), resnet (ResNet50 on flowers). A job is
+timed from the start of its process to its end; CPU seconds are those of the process and its children. With `--other`
+each run is repeated with another checkout in alternation. Plain Keras trains ten epochs, as the default command; with
+ResNet50 two, and the duration of the second is used for the others: ten epochs take half an hour.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
+from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import MOBILENET_WEIGHTS, parse, run_process, spread, write_results
+from benchmarks.measure import MOBILENET_WEIGHTS, ROOT, parse, run_process, spread, write_results
 
 EPOCHS = 10
 
 
 def main() -> None:
     arguments = parse()
-    parts = arguments.only.split(",") if arguments.only else ["mobilenet", "resnet"]
-    results: dict[str, Any] = {}
-    if "mobilenet" in parts:
-        weights = str(arguments.data / MOBILENET_WEIGHTS)
-        ours = ["--backbone=MobileNetV2", "--backbone_kwargs=alpha=0.35", f"--weights={weights}"]
-        results["MobileNetV2 alpha=0.35"] = compare(arguments, "MobileNetV2", weights, ours, peer_epochs=EPOCHS)
+    parts = arguments.only.split(",") if arguments.only else ["small", "resnet"]
+    weights, results = str(arguments.data / MOBILENET_WEIGHTS), dict[str, Any]()
+    if "small" in parts:
+        small = ["--backbone=MobileNetV2", "--backbone_kwargs=alpha=0.35", f"--weights={weights}"]
+        peer = ["MobileNetV2", weights, str(EPOCHS)]
+        results["flowers, MobileNetV2 alpha=0.35"] = compare(arguments, "flowers", small, peer)
+        results["hymenoptera, MobileNetV2 alpha=0.35"] = compare(arguments, "hymenoptera", small, [])
     if "resnet" in parts:
-        ours = ["--backbone=ResNet50", "--weights=none"]
-        results["ResNet50"] = compare(arguments, "ResNet50", "none", ours, peer_epochs=2)
+        network = ["--backbone=ResNet50", "--weights=none"]
+        results["flowers, ResNet50"] = compare(arguments, "flowers", network, ["ResNet50", "none", "2"])
     write_results("whole_job", results)
 
 
-def compare(arguments: Any, backbone: str, weights: str, flags: list[str], *, peer_epochs: int) -> dict[str, Any]:
-    flowers, store, seconds = str(arguments.data / "flowers"), arguments.work / "store", {}
-    for name in ("cold", "warm", "plain Keras"):
-        seconds[name] = []
+def compare(arguments: Any, data: str, network: list[str], peer: list[str]) -> dict[str, Any]:
+    """Times cold and warm jobs, and plain Keras if `peer` names its network, weights and epochs."""
+    folder, measured = arguments.data / data, dict[str, list[dict[str, Any]]]()
+    checkouts = {"": ROOT, **({"earlier, ": Path(arguments.other)} if arguments.other else {})}
     for _ in range(arguments.runs):
-        shutil.rmtree(store, ignore_errors=True)
-        for name in ("cold", "warm"):
-            command = ["-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{flowers}", *flags]
-            places = [f"--run_dir={arguments.work / 'run'}", "--overwrite", f"--store_dir={store}"]
-            export = [
-                f"--export_dir={arguments.work / 'models'}",
-                "--val_fraction=0.1",
-                f"--epochs={EPOCHS}",
-                "--noreport",
-            ]
-            seconds[name].append(run_process([*command, *places, *export])[0])
-        whole, output = run_process(["-m", "benchmarks.plain_keras", flowers, backbone, weights, str(peer_epochs)])
-        last = json.loads(output.splitlines()[-1])["epoch_seconds"][-1]
-        seconds["plain Keras"].append(whole + last * (EPOCHS - peer_epochs))
-        print(backbone, {name: round(values[-1], 1) for name, values in seconds.items()}, flush=True)
-    ratios = {
-        name: spread([peer / own for peer, own in zip(seconds["plain Keras"], seconds[name], strict=True)])
-        for name in ("cold", "warm")
-    }
-    return {
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "times faster": ratios,
-        "median times faster": {
-            name: statistics.median(seconds["plain Keras"]) / statistics.median(seconds[name]) for name in ratios
-        },
-        "plain Keras's epochs measured": peer_epochs,
-    }
+        for checkout, root in checkouts.items():
+            store = arguments.work / "store"
+            shutil.rmtree(store, ignore_errors=True)
+            for name in ("cold", "warm"):
+                job = run_job(arguments.work, root, folder, [*network, f"--store_dir={store}"])
+                measured.setdefault(f"{checkout}{name}", []).append(job)
+                print(data, checkout, name, job, flush=True)
+        if peer:
+            start = sum(os.times()[2:4])
+            seconds, output = run_process(["-m", "benchmarks.plain_keras", str(folder), *peer])
+            last, left = json.loads(output.splitlines()[-1])["epoch_seconds"][-1], EPOCHS - int(peer[2])
+            job = {"seconds": seconds + last * left, "CPU seconds": sum(os.times()[2:4]) - start}
+            measured.setdefault("plain Keras", []).append(job)
+            print(data, "plain Keras", job, flush=True)
+    return summarize(measured)
+
+
+def run_job(work: Path, root: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
+    """Runs the default command of a checkout; its seconds, its CPU seconds, and its seconds by stage."""
+    places = [f"--run_dir={work / 'run'}", "--overwrite", f"--export_dir={work / 'models'}"]
+    shutil.rmtree(work / "models", ignore_errors=True)
+    command = ["-m", "tl_keras.main", "--mode=finetune", f"--dataset=folder:{folder}", *flags, *places]
+    start = sum(os.times()[2:4])
+    seconds, _ = run_process(command, root=root)
+    stages = json.loads((work / "run" / "metrics.json").read_text())["timing"]["seconds"]
+    return {"seconds": seconds, "CPU seconds": sum(os.times()[2:4]) - start, "stages": stages}
+
+
+def summarize(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, jobs in measured.items():
+        results[name] = {key: spread([job[key] for job in jobs]) for key in ("seconds", "CPU seconds")}
+        if "stages" in jobs[0]:
+            results[name]["seconds by stage"] = {
+                stage: spread([job["stages"][stage] for job in jobs]) for stage in jobs[0]["stages"]
+            }
+    if "plain Keras" in measured:
+        peers = [job["seconds"] for job in measured["plain Keras"]]
+        results["median times faster"] = {
+            name: statistics.median(peers) / statistics.median([job["seconds"] for job in measured[name]])
+            for name in ("cold", "warm")
+        }
+    return results
 
 
 if __name__ == "__main__":

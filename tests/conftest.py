@@ -125,12 +125,13 @@ def colour_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
+def store_dir(trained: tuple[Path, Path]) -> Path:
+    """A store that has the embeddings of the colours."""
+    return trained[0].parent / "store"
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, colour_folder: Path, store_dir: Path) -> tuple[Path, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, colour_folder: Path) -> tuple[Path, Path]:
     """A run on three colours, and its exported model."""
     root = tmp_path_factory.mktemp("trained")
     status = run_main(
@@ -140,7 +141,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, colour_folder: Path, store
         "--epochs=6",
         "--learning_rate=0.05",
         f"--run_dir={root / 'run'}",
-        f"--store_dir={store_dir}",
+        f"--store_dir={root / 'store'}",
         f"--export_dir={root / 'models'}",
     )
     assert status == 0

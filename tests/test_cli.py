@@ -56,6 +56,8 @@ def test_metrics_predictions_and_probabilities_agree(trained):
         assert set(metrics[split]) >= {"mean_per_class_accuracy", "top5_accuracy", "nll", "ece"}
     assert metrics["test"]["accuracy"] > 0.9  # three plain colours
     assert metrics["timing"]["trunk_images"] == 90
+    stages = ["imports", "backbone", "data", "trunk", "training", "evaluation", "export", "report"]
+    assert list(metrics["timing"]["seconds"]) == stages
     assert set(metrics["environment"]) >= {"tensorflow", "keras", "device", "engine", "precision"}
 
 

@@ -143,7 +143,7 @@ def run_mode(config: Config, screen: Screen) -> Result:
     Raises:
         UserError: see `finetune`; the log of the run has its text too.
     """
-    with quiet_tensorflow(level="2" if config.mode == "doctor" else "3"):
+    with screen.watch.stage("imports"), quiet_tensorflow(level="2" if config.mode == "doctor" else "3"):
         mode = importlib.import_module(f"tl_keras.modes.{config.mode}")
     try:
         result: Result = mode.run(config, screen)

@@ -17,7 +17,7 @@ EXAMPLE_FEATURE = "image_bytes"  # feature of tf.train.Example in the signature 
 _LARGEST_CONSTANT_BYTES = 1 << 16  # vectors and small kernels: a few MB in all, even in networks of hundreds of layers
 
 
-class Servable(tf.Module):  # type: ignore[misc]
+class Servable:
     """A classifier as a graph, with the signatures of the exported model.
 
     Large weights are variables that all signatures share. As constants they would be copied for each signature that a
@@ -26,6 +26,10 @@ class Servable(tf.Module):  # type: ignore[misc]
 
     The variables are the weights' own `tf.Variable`s. The Keras model itself must not be tracked: its variables would
     be saved as copies, and a TensorFlow 1 session, as in TF Serving, would not find them.
+
+    Attributes:
+        endpoints: name of the signature → `tf.function`.
+        module: what is saved with the signatures: the variables only, as TensorFlow would trace functions again.
     """
 
     def __init__(self, classifier: Classifier, *, max_pixels: int | None = None) -> None:
@@ -37,15 +41,15 @@ class Servable(tf.Module):  # type: ignore[misc]
             classifier: the trained classifier.
             max_pixels: pixel limit; larger images are invalid. None for no limit.
         """
-        super().__init__(name="classifier")
         self._image_size, self._resize, self._max_pixels = classifier.image_size, classifier.resize, max_pixels
         self._decode_images = tf.function(
             self._decode, input_signature=(tf.TensorSpec((None,), tf.string),), autograph=False
         )
-        # the variables are an attribute, so that they are saved
-        self._network, self._variables = _make_function(classifier.network, classifier.embedding_layer)
+        self._network, variables = _make_function(classifier.network, classifier.embedding_layer)
+        self.module = tf.Module(name="classifier")
+        self.module.shared_variables = variables
         self._labels = classifier.labels
-        self.endpoints = self._make_endpoints()  # SavedModel reserves the name "signatures"
+        self.endpoints = self._make_endpoints()
 
     def _make_endpoints(self) -> dict[str, Any]:
         image_bytes = tf.TensorSpec((None,), tf.string, name="image_bytes")

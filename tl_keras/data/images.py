@@ -79,8 +79,9 @@ def _compile_decoder(image_size: int, resize: str) -> Any:
     With two cores there are two such threads, but a photograph with EXIF needs three (TF 2.21).
 
     Returns:
-        A `tf.function`: bytes of an image, scalar string, and the limit of pixels, int64 → uint8 `(image_size,
-        image_size, 3)`. It is cached, because tracing it takes longer than decoding a hundred images.
+        A concrete function: bytes of an image, scalar string, and the limit of pixels, int64 → uint8 `(image_size,
+        image_size, 3)`. It is cached, because tracing it takes longer than decoding a hundred images; a `tf.function`
+        would be traced once for eager calls, once for graphs, and once more while a model is saved.
     """
 
     @traced_once(_SCALAR_STRING, tf.TensorSpec((), tf.int64))
@@ -89,7 +90,8 @@ def _compile_decoder(image_size: int, resize: str) -> Any:
         pixels = _decode_pixels(image_bytes, image_size=image_size, resize=resize)
         return _resize(_stand_upright(pixels, image_bytes), image_size=image_size, resize=resize)
 
-    return decode_up_to
+    with tf.init_scope():
+        return decode_up_to.get_concrete_function()
 
 
 @tf.autograph.experimental.do_not_convert
@@ -227,7 +229,7 @@ def _open_session(image_size: int, resize: str) -> Callable[[bytes, np.int64], n
     Every `tf.data` pipeline prepares its functions again (half a second to a second), and a `tf.function` hands each
     call to other threads (2 cores, TF 2.21: 3.2 ms of CPU time per image, a session 2.5 ms).
     """
-    traced = _compile_decoder(image_size, resize).get_concrete_function()
+    traced = _compile_decoder(image_size, resize)
     graph = tf.Graph()
     with graph.as_default():
         tf.graph_util.import_graph_def(traced.graph.as_graph_def(), name="decoder")

@@ -205,8 +205,10 @@ def write_version(classifier: Classifier, folder: Path, *, name: str, max_pixels
     servable = Servable(classifier, max_pixels=max_pixels)
     # A served model computes no gradients, and TensorFlow 2.21 fails to trace the custom gradient of `silu`.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    # traced here: in `save`, TensorFlow would trace the decoder again, which it has traced before
+    signatures = {name: function.get_concrete_function() for name, function in servable.endpoints.items()}
     try:
-        tf.saved_model.save(servable, str(folder), signatures=servable.endpoints, options=options)
+        tf.saved_model.save(servable.module, str(folder), signatures=signatures, options=options)
     except tf.errors.OpError as error:
         raise OSError(None, error.message) from error
     assets = folder / "assets"

@@ -38,14 +38,12 @@ class Network:
     Attributes:
         config: all settings.
         screen: what the user sees.
-        watch: seconds by stage.
         preset: entry of the model zoo.
         backbone: images `(b, h, w, 3)` → embeddings `(b, dim)`, one flat graph.
     """
 
     config: Config
     screen: Screen
-    watch: Stopwatch
     preset: Preset
     backbone: keras.Model
 
@@ -94,7 +92,7 @@ class Job:
     @property
     def watch(self) -> Stopwatch:
         """Seconds by stage."""
-        return self.network.watch
+        return self.network.screen.watch
 
     def embed(self, trunks: Sequence[keras.Model], *, mirrored: bool = False) -> list[Embedded]:
         """Computes the embeddings that the store lacks; removes the images that can't be decoded.
@@ -175,13 +173,12 @@ class Job:
                 self.warn(warning)
 
 
-def load_network(config: Config, screen: Screen, watch: Stopwatch, *, with_top: bool = False) -> Network:
+def load_network(config: Config, screen: Screen, *, with_top: bool = False) -> Network:
     """Loads the backbone of a job, after setting the random seed.
 
     Args:
         config: all settings.
         screen: what the user sees.
-        watch: seconds by stage.
         with_top: see `load_backbone`.
 
     Raises:
@@ -189,9 +186,9 @@ def load_network(config: Config, screen: Screen, watch: Stopwatch, *, with_top: 
     """
     check_path(config.data.dataset or "")
     keras.utils.set_random_seed(config.run.seed)
-    with watch.stage("backbone"):
+    with screen.watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone, with_top=with_top)
-    return Network(config, screen, watch, preset, backbone)
+    return Network(config, screen, preset, backbone)
 
 
 def load_backbone(config: BackboneConfig, *, with_top: bool = False) -> tuple[Preset, keras.Model]:
@@ -235,7 +232,7 @@ def start(network: Network, *, asked: Config | None = None) -> Job:
     """
     config, screen, data = network.config, network.screen, network.config.data
     card = load_card(config.evaluation.card)
-    with network.watch.stage("data"):
+    with network.screen.watch.stage("data"):
         is_audit = config.mode == "audit"
         source = load_source(
             data.dataset or "",

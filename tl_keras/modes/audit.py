@@ -27,7 +27,7 @@ from tl_keras.jobs.lineage import load_run_config
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, load_network, start
 from tl_keras.report.compose import compose_audit_report, try_report
-from tl_keras.run import UNFINISHED, Screen, Stopwatch, check_writable, count_of, csv_bytes, read_csv, write_atomically
+from tl_keras.run import UNFINISHED, Screen, check_writable, count_of, csv_bytes, read_csv, write_atomically
 
 _ESTIMATED = {"label", "outlier"}  # kinds that are estimates of a model, not properties of the file
 _MANY = 300_000  # images; fewer take minutes
@@ -46,13 +46,14 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     findings are written to a manifest. With --classifier the data of that run is audited, with its network and its
     predictions.
     """
-    screen, watch = screen or Screen(), Stopwatch()
+    screen = screen or Screen()
+    watch = screen.watch
     asked, config = config, _follow_classifier(config, screen)
     if config.audit.write_clean_csv:
         _check_clean_path(config)
     if config.backbone.weights == "none" and not asked.read.classifier:
         screen.line(_UNTRAINED)
-    network = load_network(config, screen, watch)
+    network = load_network(config, screen)
     backbone = network.backbone
     check_network(backbone, batch_size=BATCH_SIZE, exported=False)
     job = start(network, asked=asked)

@@ -37,7 +37,7 @@ from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import create_folder
 from tl_keras.report.card import Card, load_card
 from tl_keras.report.compose import Judged, compose_report, try_report
-from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, name_run, read_json
 from tl_keras.statistics.coverage import measure_threshold
 from tl_keras.statistics.intervals import with_interval
 
@@ -50,18 +50,18 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     if config.evaluation.compare:
         return compare_runs(config, screen)
     task = _start(config, screen)
-    with task.watch.stage("prediction"):
+    with task.screen.watch.stage("prediction"):
         probabilities, broken = _predict(task.classifier, task.examples, screen)
-    with task.watch.stage("evaluation"):
+    with task.screen.watch.stage("evaluation"):
         probabilities = task.remove_broken(probabilities, broken)
         metrics, status = _measure(task, probabilities)
     task.folder.write_json("metrics.json", metrics)
     for line in [*task.warnings, *describe_evaluation(metrics)]:
         screen.line(line)
     if config.evaluation.report:
-        with task.watch.stage("report"):
+        with task.screen.watch.stage("report"):
             status = _try_report(task, probabilities, metrics) or status
-        metrics["timing"]["seconds"] = dict(task.watch.seconds)
+        metrics["timing"]["seconds"] = dict(task.screen.watch.seconds)
         task.folder.write_json("metrics.json", metrics)
     split = evaluated_split(metrics)
     own = split == "val" and config.data.dataset is None
@@ -77,7 +77,6 @@ class _Task:
     Attributes:
         config: all settings.
         screen: what the user sees.
-        watch: seconds by stage.
         path: the run folder or the exported version folder.
         classifier: the classifier in it.
         folder: the folder of the evaluation.
@@ -91,7 +90,6 @@ class _Task:
 
     config: Config
     screen: Screen
-    watch: Stopwatch
     path: Path
     classifier: LoadedClassifier
     folder: RunFolder
@@ -123,7 +121,7 @@ class _Task:
 
 def _start(config: Config, screen: Screen) -> _Task:
     """Loads the classifier and its data, and creates the folder of the evaluation."""
-    path, card, watch = Path(str(config.read.classifier)), load_card(config.evaluation.card), Stopwatch()
+    path, card, watch = Path(str(config.read.classifier)), load_card(config.evaluation.card), screen.watch
     with watch.stage("classifier"):
         classifier = load(str(path))
     with watch.stage("data"):
@@ -139,7 +137,7 @@ def _start(config: Config, screen: Screen) -> _Task:
             show_progress=screen.progress,
             report=folder.write_broken,
         )
-    task = _Task(config, screen, watch, path, classifier, folder, examples, attributes, card)
+    task = _Task(config, screen, path, classifier, folder, examples, attributes, card)
     counts = ", ".join(f"{split} {len(examples.positions(split)):,}" for split in SPLITS[1:])
     screen.line(f"device: {describe_device()}, engine: tensorflow")
     screen.line(f"data: {source.name}: {counts}; {len(classifier.labels):,} classes")
@@ -170,9 +168,9 @@ def _measure(task: _Task, probabilities: dict[str, np.ndarray]) -> tuple[dict[st
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
     metrics["timing"] = {
-        "seconds": dict(task.watch.seconds),
+        "seconds": dict(task.screen.watch.seconds),
         "trunk_images": count,
-        "trunk_images_per_second": round(count / task.watch.seconds["prediction"], 1),
+        "trunk_images_per_second": round(count / task.screen.watch.seconds["prediction"], 1),
     }
     return metrics, status
 

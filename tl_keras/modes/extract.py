@@ -35,7 +35,7 @@ from tl_keras.probes.estimators import PROBES, Fitted, Recipe, check_probe, fit_
 from tl_keras.probes.fold import fold
 from tl_keras.probes.memory import check_probe_memory
 from tl_keras.probes.search import Labeled, Search, choose_parameter
-from tl_keras.run import Screen, Stopwatch, count_of, read_json, write_atomically
+from tl_keras.run import Screen, count_of, read_json, write_atomically
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
 from tl_keras.training.batches import predict_logits
 from tl_keras.training.heads import attach
@@ -53,7 +53,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     """
     if config.probe.embeddings_output:
         check_output(config.probe.embeddings_output)
-    network = load_network(config, screen or Screen(), Stopwatch(), with_top=_wants_top(config))
+    network = load_network(config, screen or Screen(), with_top=_wants_top(config))
     trunks = _cut_trunks(network)
     check_network(network.backbone, batch_size=BATCH_SIZE, exported=config.run.export)
     job = start(network)

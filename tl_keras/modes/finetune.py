@@ -15,7 +15,7 @@ from tl_keras.jobs.finish import Views, close, export, judge, keep_classifier
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, Network, load_network, start
 from tl_keras.jobs.training import check_training_memory, embed_plan, list_evaluated, make_plan, repeat
-from tl_keras.run import History, Screen, Stopwatch, count_of
+from tl_keras.run import History, Screen, count_of
 from tl_keras.training.callbacks import HISTORY_HEADER
 from tl_keras.training.fit import Progress
 from tl_keras.training.heads import attach
@@ -29,7 +29,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
 
     Epochs are selected on val; test is evaluated once, at the end.
     """
-    network = load_network(config, screen or Screen(), Stopwatch())
+    network = load_network(config, screen or Screen())
     plan = make_plan(network.backbone, config)
     check_training_memory(plan, config)
     job = start(network)

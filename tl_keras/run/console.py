@@ -16,6 +16,10 @@ class Screen:
     """The lines that a run shows, and a progress line that is rewritten in place if the stream is a terminal.
 
     Lines are also written to the log of the run, as soon as it has a folder.
+
+    Attributes:
+        shows: which lines are shown.
+        watch: seconds by stage, from the imports on.
     """
 
     def __init__(self, stream: Any = None, *, shows: Verbosity = "all") -> None:
@@ -26,7 +30,7 @@ class Screen:
             shows: `all` lines, `warnings` and results only, or `nothing`.
         """
         self._stream = stream or sys.stdout
-        self.shows = shows
+        self.shows, self.watch = shows, Stopwatch()
         self._progress_length = 0
         self._last_progress = 0.0
         self._log: Path | None = None
