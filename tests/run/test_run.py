@@ -291,8 +291,8 @@ def test_a_process_that_was_suspended_while_another_continued_its_run_stops(tmp_
     other = {"process": content["process"] | {"id": 7, "host": "elsewhere", "machine": "another"}}
     folder.write_json("unfinished.json", content | other)
     text = (
-        f"process 7 on elsewhere has continued the run in {folder.path}, so this process stops. Its result will be in "
-        "the folder."
+        f"process 7 on elsewhere has continued the run in {folder.path}, so this process stops. If that one does not "
+        "complete it, run the same command again."
     )
     for write in (
         lambda: folder.write_json("metrics.json", {"accuracy": 1}),

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tl_keras.errors import UserError
+from tl_keras.run import Interrupts
 
 if TYPE_CHECKING:
     import h5py
@@ -346,7 +347,8 @@ def _explain_keras_errors(preset: Preset, image_size: int, kwargs: Mapping[str, 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_STALL_SECONDS)
     try:
-        yield
+        with Interrupts.restored():
+            yield
     except Exception as error:  # keras.utils.get_file raises a bare Exception
         reason = " ".join(str(error).split()).rstrip(".")
         download = _find_download(error)

@@ -52,8 +52,8 @@ def check_owner(path: Path) -> None:
             other = find_other(marker)
             if other:
                 raise LostRunError(
-                    f"{other} has continued the run in {marker.parent}, so this process stops. Its result will be in "
-                    "the folder."
+                    f"{other} has continued the run in {marker.parent}, so this process stops. If that one does not "
+                    "complete it, run the same command again."
                 )
 
 
