@@ -48,6 +48,7 @@ def build(monkeypatch, tmp_path, cache):
     def run(wanted: ServingEngine, fakes: dict[str, FakeGraph], *, has_openvino: bool = True, again: bool = False):
         if not again:
             shutil.rmtree(cache, ignore_errors=True)
+        (tmp_path / "model").mkdir(exist_ok=True)
         loaded, shown = {"tensorflow float32": FakeGraph()}, list[str]()
 
         def load(choice, *_):
@@ -58,7 +59,7 @@ def build(monkeypatch, tmp_path, cache):
         monkeypatch.setattr(engines, "_load", load)
         monkeypatch.setattr(engines, "has_openvino", lambda: has_openvino)
         monkeypatch.setattr(engines, "time_run", lambda graph, *_, **__: graph.seconds)
-        found, choice = build_serving_engine(tmp_path, wanted=wanted, samples=IMAGES, show=shown.append)
+        found, choice = build_serving_engine(tmp_path / "model", wanted=wanted, samples=IMAGES, show=shown.append)
         return found, str(choice), shown, loaded
 
     return run
@@ -151,7 +152,7 @@ def test_the_choice_is_remembered_with_its_lines_and_made_again_for_another_mode
     again = build(wanted, {"openvino bfloat16": rounded}, again=True)
     assert again[:3] == (rounded, choice, shown)
     assert not again[3]["tensorflow float32"].runs  # nothing was compared
-    (tmp_path / "saved_model.pb").write_bytes(b"another")
+    (tmp_path / "model" / "saved_model.pb").write_bytes(b"another")
     assert build(wanted, {"openvino bfloat16": rounded}, again=True)[3]["tensorflow float32"].runs
     monkeypatch.setattr(engines, "openvino_version", lambda: "another")
     assert build(wanted, {"openvino bfloat16": rounded}, again=True)[3]["tensorflow float32"].runs

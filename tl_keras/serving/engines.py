@@ -132,12 +132,15 @@ def _choose(
 def _find_note(path: Path, wanted: ServingEngine) -> Path:
     """The file of the choice for these contents of a model, this request, this CPU, and these versions.
 
-    The index of the variables has a checksum of each.
+    A copy of a model is another model until it was compared: it may be incomplete, which OpenVINO does not notice.
     """
     content = hashlib.sha256()
-    for name in ("saved_model.pb", "variables/variables.index"):
+    for file in sorted(one for one in path.rglob("*") if one.is_file()):
         with contextlib.suppress(OSError):
-            content.update((path / name).read_bytes())
+            found = file.stat()
+            content.update(repr((file.name, found.st_size, found.st_mtime_ns, found.st_ino)).encode())
+    with contextlib.suppress(OSError):
+        content.update((path / "saved_model.pb").read_bytes())
     machine = (tf.__version__, openvino_version(), os.cpu_count(), sorted(read_cpu_flags()))
     content.update(repr((wanted, machine)).encode())
     return Path(default_store_dir()) / "serving" / f"{content.hexdigest()[:32]}.json"
