@@ -11,10 +11,13 @@ Parts for `--only`:
     hostile: 20,000 requests to a classifier trained on hymenoptera; one in twenty is hostile.
     swaps: 50 new versions under load, alternating between two models.
     answers: hymenoptera's test split through both APIs, compared with predictions.csv of the run.
+    start: CPU seconds and memory of the server when it is ready and after requests, at its first start with a model and
+        at later ones; `--other` is another checkout, in alternation.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import os
@@ -75,11 +78,14 @@ def export_random(arguments: Any, name: str, *, prefix: str = "class", image_siz
 
 
 @contextmanager
-def serving(export_dir: Path, *flags: str) -> Iterator[tuple[str, str, subprocess.Popen, Path]]:
+def serving(
+    export_dir: Path, *flags: str, root: Path = ROOT, **environment: str
+) -> Iterator[tuple[str, str, subprocess.Popen, Path]]:
     log = export_dir.parent / "serve.log"
     command = [sys.executable, "-m", "tl_keras.main", "--mode=serve", f"--export_dir={export_dir}", "--port=0"]
     with log.open("w") as file:
-        process = subprocess.Popen([*command, "--grpc_port=0", *flags], cwd=ROOT, stdout=file, stderr=file)
+        own = {**os.environ, **environment}
+        process = subprocess.Popen([*command, "--grpc_port=0", *flags], cwd=root, stdout=file, stderr=file, env=own)
     try:
         while not (found := re.search(r"REST http://(\S+)/v1/models/NAME · gRPC (\S+) ", log.read_text())):
             if process.poll() is not None:
@@ -128,6 +134,48 @@ def measure_network(arguments: Any, name: str, photographs: Path) -> dict[str, A
         print(name, json.dumps(run), flush=True)
         runs.append(run)
     return summarise(runs)
+
+
+def measure_start(arguments: Any) -> dict[str, Any]:
+    from benchmarks.extract import write_photographs
+    from benchmarks.hostile import read_memory
+
+    content = sorted(write_photographs(arguments, 256).glob("*.jpg"))[0].read_bytes()
+    checkouts = {"": ROOT, **({"earlier, ": Path(arguments.other)} if arguments.other else {})}
+    results: dict[str, Any] = {}
+    for name in [one for one in NETWORKS if one in arguments.networks.split(",")]:
+        version, measured = export_random(arguments, name), dict[str, list[dict[str, float]]]()
+        for _ in range(arguments.runs):
+            for checkout, root in checkouts.items():
+                cache = arguments.work / "serving" / "cache"
+                shutil.rmtree(cache, ignore_errors=True)
+                for start in ("first start", "later start"):
+                    own = {"root": root, "XDG_CACHE_HOME": str(cache)}
+                    with serving(version.parent.parent, f"--classifier={version}", **own) as (rest, _, process, log):
+                        ready = {"CPU s": read_cpu_seconds(process.pid), "MB": read_memory(process.pid, "VmRSS")}
+                        for signature in ("serving_default", "embeddings", "serving_default"):
+                            for _ in range(4):
+                                ask(rest, name, content, signature)
+                        ready["MB after requests"] = read_memory(process.pid, "VmRSS")
+                        ready["MB at the peak"] = read_memory(process.pid, "VmHWM")
+                        print(name, checkout, start, ready, re.search(r"serving (\S+: .*), ready", log.read_text())[1])
+                    measured.setdefault(f"{checkout}{start}", []).append(ready)
+        results[name] = {
+            key: {one: spread([run[one] for run in runs]) for one in runs[0]} for key, runs in measured.items()
+        }
+    return results
+
+
+def ask(address: str, name: str, content: bytes, signature: str) -> None:
+    body = {"signature_name": signature, "instances": [{"b64": base64.b64encode(content).decode()}]}
+    url = f"http://{address}/v1/models/{name}:predict"
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())).read()
+
+
+def read_cpu_seconds(pid: int) -> float:
+    """User and system seconds of a process, with those of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -387,6 +435,7 @@ PARTS = {
     "hostile": measure_hostile,
     "swaps": measure_swaps,
     "answers": measure_answers,
+    "start": measure_start,
 }
 
 if __name__ == "__main__":
