@@ -85,7 +85,7 @@ def test_a_network_that_an_earlier_run_trained_is_never_tested_on_its_training_i
     assert "middle was trained on" not in out
 
 
-@pytest.mark.parametrize("fate", ["deleted", "replaced"])
+@pytest.mark.parametrize("fate", [pytest.param("deleted", marks=pytest.mark.slow), "replaced"])
 def test_the_images_of_an_earlier_run_stay_known_without_its_folder(finetune, tmp_path, capsys, fate):
     first = finetune("first", *NETWORK, *LEARN, "--epochs=1", "--test_fraction=0.05")
     middle = finetune("middle", f"--weights={first}", "--test_fraction=0.05", "--epochs=1")

@@ -305,7 +305,8 @@ def test_few_shots_are_drawn_several_times(tmp_path, capsys):
     assert alone["test"] == metrics_of(run)["test"]
 
 
-@pytest.mark.parametrize("probe", ["knn", "rbf_svm", "ridge"])  # a linear SVM becomes the layers that ridge does
+# a linear SVM becomes the layers that ridge does
+@pytest.mark.parametrize("probe", ["knn", "rbf_svm", pytest.param("ridge", marks=pytest.mark.slow)])
 def test_every_kind_of_head_is_exported_and_its_size_said(place, probe, capsys):
     run = place.run(f"--probe={probe}", "--shots=8", export=True)
     assert metrics_of(run)["export"]["decisions"] == 1

@@ -112,8 +112,8 @@ def test_a_run_that_another_process_continues_stops_in_training(finetune_flags, 
     assert run_main(*finetune_flags, "--epochs=3", f"--run_dir={folder}") == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (
-        f"tl_keras: error: process 7 on elsewhere has continued the run in {folder}, so this process stops. Its result "
-        "will be in the folder."
+        f"tl_keras: error: process 7 on elsewhere has continued the run in {folder}, so this process stops. If that "
+        "one does not complete it, run the same command again."
     )
     assert "epoch 2/3" not in out
     assert not (folder / "metrics.json").exists()

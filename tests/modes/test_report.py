@@ -58,7 +58,12 @@ def leaky(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("probe", "heat"),
-    [("logistic_regression", True), ("linear_svm", True), ("rbf_svm", True), ("ridge", True), ("knn", False)],
+    [
+        ("logistic_regression", True),
+        ("rbf_svm", True),
+        ("knn", False),
+        *(pytest.param(probe, True, marks=pytest.mark.slow) for probe in ("linear_svm", "ridge")),
+    ],
 )
 def test_each_probe_has_heat_maps_but_for_votes(probe, heat, leaky, store_dir, tmp_path, capsys):
     flags = (f"--dataset=folder:{leaky}", *SMALL_NETWORK, f"--store_dir={store_dir}", "--noexport")

@@ -44,7 +44,10 @@ def true_averages(chances: np.ndarray, support: np.ndarray) -> dict[str, float]:
 
 
 # classes, images of each, accuracy
-SHAPES = [(2, 50, 0.9), (3, 50, 0.9), (10, 30, 0.9), (10, 70, 0.8), (20, 10, 0.7), (120, 10, 0.9), (120, 70, 0.8)]
+SHAPES = [
+    *((2, 50, 0.9), (10, 30, 0.9), (20, 10, 0.7), (120, 10, 0.9)),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((3, 50, 0.9), (10, 70, 0.8), (120, 70, 0.8))),
+]
 
 
 @pytest.mark.parametrize("alike", [True, False], ids=["classes alike", "classes apart"])

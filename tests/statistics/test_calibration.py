@@ -140,6 +140,7 @@ SHAPES = {
     "too sure below 0.8": lambda confidence: np.where(confidence < 0.8, confidence - 0.2, confidence),
     "now this, now that": lambda confidence: np.where(confidence < 0.8, confidence + 0.1, confidence - 0.1),
 }
+FAST_SHAPES = {"calibrated", "too sure", "too sure below 0.8"}
 
 
 def draw_sure(random: np.random.Generator, count: int, shape: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,9 +153,7 @@ def draw_sure(random: np.random.Generator, count: int, shape: str) -> tuple[np.n
 @pytest.mark.parametrize(
     ("shape", "count"),
     [
-        pytest.param(
-            shape, count, marks=() if count == 50 or (shape, count) == ("calibrated", 200) else pytest.mark.slow
-        )
+        pytest.param(shape, count, marks=() if (count == 50 and shape in FAST_SHAPES) else pytest.mark.slow)
         for shape in SHAPES
         for count in (50, 200, 1000)
     ],
