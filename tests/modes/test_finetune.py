@@ -73,14 +73,14 @@ def test_other_seeds_tell_the_spread_and_leave_the_run_as_it_is(finetune, capsys
     assert (often / "history.csv").read_text().count("\n") == (once / "history.csv").read_text().count("\n")
 
 
-@pytest.mark.parametrize("trained", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("complete", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
-    finetune_flags, tmp_path, capsys, monkeypatch, trained
+    finetune_flags, tmp_path, capsys, monkeypatch, complete
 ):
     made = []
 
     def new_head(*args, **kwargs):
-        if len(made) == trained:
+        if len(made) == complete:
             raise KeyboardInterrupt
         made.append(None)
         return stages.new_head(*args, **kwargs)
@@ -89,10 +89,10 @@ def test_an_interruption_in_further_seeds_loses_nothing_of_the_run(
     arguments = [*finetune_flags, "--epochs=1", "--seeds=3", "--export", f"--export_dir={tmp_path / 'models'}"]
     assert run_main(*arguments, f"--run_dir={tmp_path / 'run'}") == 130
     out = capsys.readouterr().out
-    assert f"seeds: interrupted after {trained} of 3; the run is kept and will be completed" in out
+    assert f"seeds: interrupted after {complete} of 3; the run is kept and will be completed" in out
     assert "1 seeds" not in out
     found = read(tmp_path / "run")
-    assert ("seeds" in found) == (trained == 2)
+    assert ("seeds" in found) == (complete == 2)
     assert found["test"]["n"] > 0
     assert (tmp_path / "run" / "classifier").is_dir()
     assert list((tmp_path / "models").rglob("saved_model.pb"))
