@@ -24,7 +24,10 @@ class Graph:
     Attributes:
         signatures: name → `SignatureDef`.
         internal_signatures: signatures that clients cannot run but metadata shows.
+        warm_up_requests: number of warm-up requests that are worth their time; None: all.
     """
+
+    warm_up_requests: int | None = None
 
     def __init__(self, path: Path, *, precision: str) -> None:
         """Loads the model.

@@ -33,7 +33,10 @@ class OpenVinoGraph:
     Attributes:
         signatures: name → `SignatureDef`.
         internal_signatures: signatures that clients cannot run but metadata shows.
+        warm_up_requests: number of warm-up requests that are worth their time: every signature runs the same network.
     """
+
+    warm_up_requests: int | None = 1
 
     def __init__(self, path: Path, *, precision: str) -> None:
         """Converts and compiles the network.

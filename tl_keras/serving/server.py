@@ -226,8 +226,11 @@ def _end(ending: asyncio.Future[bool], interrupted: bool) -> None:
 
 
 def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -> None:
-    """Runs the warm-up requests of a model, like TF Serving before it serves a version."""
-    for log in requests:
+    """Runs the warm-up requests of a model, like TF Serving before it serves a version.
+
+    An engine that prepares nothing for a batch size or a signature needs only the first requests.
+    """
+    for log in requests[: graph.warm_up_requests]:
         if log.WhichOneof("log_type") == "predict_log":
             request = log.predict_log.request
             inputs = {name: tf.make_ndarray(request.inputs[name]) for name in request.inputs}
