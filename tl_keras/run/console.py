@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Verbosity = Literal["all", "warnings", "nothing"]
+_PROGRESS_SECONDS, _PROGRESS_LINE_SECONDS = 0.1, 10.0  # between two updates on a terminal, and in a file
 
 
 class Screen:
@@ -62,11 +63,13 @@ class Screen:
         if self.shows != "all":
             return
         now = time.monotonic()
-        if self._stream.isatty() and now - self._last_progress > 0.1:
+        if now - self._last_progress <= _PROGRESS_SECONDS:  # before `isatty`, which asks the system
+            return
+        if self._stream.isatty():
             self._clear()
             print(text, end="\r", file=self._stream, flush=True)
             self._progress_length, self._last_progress = len(text), now
-        elif not self._stream.isatty() and now - self._last_progress > 10:
+        elif now - self._last_progress > _PROGRESS_LINE_SECONDS:
             if self._last_progress:
                 print(text, file=self._stream, flush=True)
                 self.log(text)
