@@ -30,9 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torch", default="", help="extract: a Python that has torch and torchvision")
     parser.add_argument("--networks", default="ResNet50,VGG16,MobileNetV2,EfficientNetB0,ConvNeXtTiny", help="extract")
     parser.add_argument("--engine", default="auto", help="extract's memory")
-    parser.add_argument(
-        "--other", default="", help="another checkout of this repository, to compare with"
-    )
+    parser.add_argument("--other", default="", help="another checkout of this repository, to compare with")
     arguments = parser.parse_args()
     arguments.data = arguments.data.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
