@@ -91,7 +91,7 @@ def predict(*, verbose: bool = False, **settings: Unpack[PredictKeywords]) -> Re
         **settings: the settings of `tl_keras predict --help=all`, with the same defaults.
 
     Returns:
-        The exit status, 0.
+        The exit status: 0, or 1 if no image could be classified.
 
     Raises:
         UserError: see `finetune`.

@@ -592,3 +592,19 @@ def test_what_fails_ahead_is_told_where_it_stands():
     assert next(found) == ("a", 1)
     with pytest.raises(ZeroDivisionError):
         next(found)
+
+
+def test_a_consumer_that_stops_early_does_not_wait_for_what_has_not_begun():
+    begun, may_end = [], threading.Event()
+
+    def work(value: int) -> int:
+        begun.append(value)
+        if value:
+            may_end.wait(60)
+        return value
+
+    found = map_ahead(work, ((number, number) for number in range(100)), threads=1, ahead=50)
+    assert next(found) == (0, 0)
+    threading.Timer(0.5, may_end.set).start()  # the second one ends while the generator is being closed
+    found.close()
+    assert begun == [0, 1]

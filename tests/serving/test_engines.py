@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tl_keras.backbones.engines import has_openvino
+from tl_keras.classifier import NETWORK_FUNCTION
 from tl_keras.serving import engines
 from tl_keras.serving.engines import ServingEngine, build_serving_engine
 from tl_keras.serving.graphs import Graph, as_strings
@@ -169,10 +170,33 @@ def test_a_damaged_note_is_written_again(build, cache, damage):
     assert note.read_text() == content
 
 
-def test_a_remembered_engine_that_fails_is_replaced(build):
+def test_a_remembered_engine_that_fails_is_replaced_and_tried_again(build):
     wanted, fast = ServingEngine("auto", "auto"), FakeGraph(seconds=0.5)
     build(wanted, {"openvino float32": fast})
-    assert build(wanted, {}, again=True)[1] == "tensorflow float32"
+    _, choice, shown, _ = build(wanted, {}, again=True)
+    assert choice == "tensorflow float32"
+    assert shown[0].endswith("; the engines are compared again")
+
+
+def test_an_engine_that_fails_once_is_tried_at_the_next_start(build, cache):
+    wanted, fast = ServingEngine("auto", "auto"), FakeGraph(seconds=0.5)
+    assert build(wanted, {})[1] == "tensorflow float32"
+    assert not list(cache.rglob("*.json"))
+    assert build(wanted, {"openvino float32": fast}, again=True)[1] == "openvino float32"
+
+
+@pytest.mark.skipif(not has_openvino(), reason="OpenVINO is not installed")
+def test_a_model_of_an_earlier_version_is_refused_by_openvino_and_served_by_tensorflow(trained, tmp_path):
+    """Its network is no function of its own."""
+    path, shown = tmp_path / "1", list[str]()
+    shutil.copytree(trained[1], path)
+    content = (path / "saved_model.pb").read_bytes()
+    (path / "saved_model.pb").write_bytes(content.replace(NETWORK_FUNCTION.encode(), b"x" * len(NETWORK_FUNCTION)))
+    graph, choice = build_serving_engine(path, wanted=ServingEngine("auto", "auto"), samples=[], show=shown.append)
+    graph.close()
+    assert str(choice) == "tensorflow float32"
+    assert len(shown) == 1
+    assert shown[0].endswith("it was not exported by this version of tl_keras; export it again")
 
 
 def test_without_a_cache_the_choice_is_made_each_time(build, monkeypatch, tmp_path):

@@ -270,12 +270,7 @@ def freeze(trunk: keras.Model, *, batch_size: int, dtype: Any) -> Any:
     def run_trunk(images: tf.Tensor) -> tf.Tensor:
         return trunk(tf.cast(images, tf.float32), training=False)
 
-    return freeze_function(run_trunk.get_concrete_function())
-
-
-def freeze_function(function: Any) -> Any:
-    """Converts the variables of a concrete function to constants, and inlines its calls."""
-    return convert_variables_to_constants_v2(function)
+    return convert_variables_to_constants_v2(run_trunk.get_concrete_function())
 
 
 def has_bfloat16() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,9 +34,11 @@ class Requests:
         running = collections.deque[tuple[int, Any]]()
 
         def keep_first() -> None:
-            start, request = running.popleft()
-            self._idle.append(request)
-            request.wait()
+            start, request = running[0]
+            try:
+                request.wait()
+            finally:
+                self._idle.append(running.popleft()[1])
             for output, place in zip(outputs, places, strict=True):
                 part = output[start : start + size]
                 part[:] = request.get_output_tensor(place).data[: len(part)]
@@ -44,15 +47,16 @@ class Requests:
             for start, part in _divide(images, size):
                 if not self._idle:
                     keep_first()
-                request = self._idle.popleft()
-                running.append((start, request))
-                request.start_async({0: part})
+                running.append((start, self._idle.popleft()))
+                running[-1][1].start_async({0: part})
             while running:
                 keep_first()
         finally:
-            for _, request in running:  # after an error or an interrupt
-                request.wait()
+            while running:  # after an error or an interrupt
+                request = running.popleft()[1]
                 self._idle.append(request)
+                with contextlib.suppress(RuntimeError):  # the first error is raised
+                    request.wait()
 
 
 def _divide(images: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:

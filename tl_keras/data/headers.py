@@ -71,7 +71,7 @@ _OFFSETS = np.array([one.offset for one in _FORMATS for _ in range(2)], np.int64
 
 
 def traced_once(*signature: tf.TensorSpec) -> Callable[[Callable[..., Any]], Any]:
-    """Traces a function once per process: it is the same function in every graph that calls it."""
+    """Makes a `tf.function` that all graphs share: it is traced for the first of them."""
     return lambda function: tf.function(function, input_signature=signature, autograph=False)
 
 
@@ -151,7 +151,8 @@ def run_one(
 
     Args:
         condition: bool scalar.
-        then: inputs → output; stateless, and without captured tensors; a plain function or a `tf.function`.
+        then: inputs → output, a plain function or a `tf.function`; without captured tensors, and stateless but for
+            assertions that its output depends on.
         otherwise: the same for False.
         inputs: inputs of both branches.
         output: type of the output of both branches.

@@ -249,8 +249,6 @@ def _describe_training(
     part, epochs = config["training"]["trainable"], config["training"]["epochs"]
     trained = "A new head was" if part == "head" else f"A new head and layers of the backbone (--trainable={part}) were"
     weights, images = Path(config["backbone"]["weights"]).name, count_of(counts["train"], "image")
+    limit = count_of(epochs, "epoch")
     end = " Training was interrupted." if metrics.get("interrupted") else ""
-    return (
-        f"{trained} trained on {backbone} (weights: {weights}) with {images}, for at most {epochs} "
-        f"epochs per stage.{end}"
-    )
+    return f"{trained} trained on {backbone} (weights: {weights}) with {images}, for at most {limit} per stage.{end}"

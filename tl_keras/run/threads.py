@@ -23,7 +23,8 @@ def map_ahead(
         threads: maximum number of threads; None for the default of the executor.
         ahead: number of items that are processed ahead of the consumer.
     """
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         waiting = collections.deque[tuple[Key, Future[Found]]]()
         for key, value in items:
             waiting.append((key, pool.submit(work, value)))
@@ -32,3 +33,5 @@ def map_ahead(
                 yield first, future.result()
         for first, future in waiting:
             yield first, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # the consumer may have stopped early

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from tl_keras.errors import UserError
 from tl_keras.run import Interrupts, read_json, write_atomically
 from tl_keras.serving.graphs import IMAGE_INPUT, Graph, as_strings, time_run
 from tl_keras.serving.openvino_graph import OpenVinoGraph
+from tl_keras.version import __version__
 
 DIFFERENCE_AT_MOST = 1e-3  # largest change of a probability; the export has the same limit
 _COMPARED = 8
 _TIMED_SECONDS = 0.5  # at least
+_KEPT_NOTES = 200
+_ENGINES = {f"{engine} {precision}" for engine in ("tensorflow", "openvino") for precision in ("float32", "bfloat16")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,34 +78,36 @@ def build_serving_engine(
     note = _find_note(path, wanted)
     remembered = _read_note(note)
     if remembered:
-        with contextlib.suppress(Exception), Interrupts.restored():
-            loaded = _load(remembered.choice, path)
+        try:
+            with Interrupts.restored():
+                loaded = _load(remembered.choice, path)
+        except Exception as error:  # see `_choose`
+            show(f"{_describe_failure(remembered.choice, path, error)}; the engines are compared again")
+        else:
             for line in remembered.lines:
                 show(line)
             return loaded, remembered.choice
-    lines = list[str]()
-
-    def tell(line: str) -> None:
-        lines.append(line)
-        show(line)
-
-    chosen, choice = _choose(path, wanted, samples, tell)
-    with contextlib.suppress(UserError):  # no cache, or a full disk: the choice is made again the next time
-        write_atomically(note, json.dumps(dataclasses.asdict(_Remembered(choice, lines))).encode())
+    chosen, choice, lines = _choose(path, wanted, samples, show)
+    if lines is not None:
+        _write_note(note, _Remembered(choice, lines))
     return chosen, choice
 
 
 def _choose(
     path: Path, wanted: ServingEngine, samples: Sequence[bytes], show: Callable[[str], None]
-) -> tuple[Any, ServingEngine]:
-    """Loads, compares and times the engines; see `build_serving_engine`."""
+) -> tuple[Any, ServingEngine, list[str] | None]:
+    """Loads, compares and times the engines; see `build_serving_engine`.
+
+    Returns:
+        The engine, its description, and the lines about it; None if an engine failed, perhaps for this time only.
+    """
     graph = Graph(path, precision="float32")
     images = as_strings([*(list(samples) * _COMPARED)[: _COMPARED - 1], b"no image"])
     expected = graph.run("serving_default", {IMAGE_INPUT: images})
     clock = functools.partial(time_run, images=images, seconds=_TIMED_SECONDS)
     plain = ServingEngine("tensorflow", "float32")
     found: dict[ServingEngine, tuple[Any, float]] = {plain: (graph, clock(graph))} if plain in _list(wanted) else {}
-    reason = ""
+    lines, reason = list[str](), ""
     for choice in _list(wanted):
         if choice == plain:
             continue
@@ -112,9 +118,10 @@ def _choose(
                 difference = _check_answers(tried, choice, images, expected)
                 found[choice] = tried, clock(tried)
             if choice.precision == "bfloat16":
-                show(_describe_rounding(choice, difference, len(images) - 1))
+                lines.append(_describe_rounding(choice, difference, len(images) - 1))
+                show(lines[-1])
         except Exception as error:  # OpenVINO raises plain RuntimeErrors, TensorFlow its own exceptions
-            reason = f"{choice} does not run {path}: {(str(error).strip().splitlines() or ['unknown'])[0][:200]}"
+            reason = _describe_failure(choice, path, error)
             show(reason)
             if tried is not None:
                 tried.close()
@@ -126,31 +133,46 @@ def _choose(
     for other in {id(one): one for one in (graph, *(one for one, _ in found.values()))}.values():
         if other is not chosen:
             other.close()
-    return chosen, best
+    return chosen, best, None if reason else lines
+
+
+def _describe_failure(choice: ServingEngine, path: Path, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["unknown"])[0]
+    return f"{choice} does not run {path}: {first[:200]}"
 
 
 def _find_note(path: Path, wanted: ServingEngine) -> Path:
-    """The file of the choice for these contents of a model, this request, this CPU, and these versions.
+    """The file of the choice for these files of a model, this request, this machine, and these versions.
 
-    A copy of a model is another model until it was compared: it may be incomplete, which OpenVINO does not notice.
+    A copy of a model has a choice of its own: it may be incomplete, which OpenVINO does not notice.
     """
     content = hashlib.sha256()
     for file in sorted(one for one in path.rglob("*") if one.is_file()):
         with contextlib.suppress(OSError):
             found = file.stat()
-            content.update(repr((file.name, found.st_size, found.st_mtime_ns, found.st_ino)).encode())
-    with contextlib.suppress(OSError):
-        content.update((path / "saved_model.pb").read_bytes())
-    machine = (tf.__version__, openvino_version(), os.cpu_count(), sorted(read_cpu_flags()))
-    content.update(repr((wanted, machine)).encode())
+            content.update(repr((str(file.relative_to(path)), found.st_size, found.st_mtime_ns, found.st_ino)).encode())
+    versions = (__version__, tf.__version__, openvino_version())
+    devices = [device.name for device in tf.config.list_logical_devices()]
+    machine = (platform.node(), platform.machine(), os.cpu_count(), sorted(read_cpu_flags()), devices)
+    content.update(repr((str(path.resolve()), wanted, versions, machine)).encode())
     return Path(default_store_dir()) / "serving" / f"{content.hexdigest()[:32]}.json"
 
 
 def _read_note(note: Path) -> _Remembered | None:
     with contextlib.suppress(UserError, TypeError, KeyError):
         content = read_json(note)
-        return _Remembered(ServingEngine(**content["choice"]), content["lines"])
+        choice, lines = ServingEngine(**content["choice"]), content["lines"]
+        if isinstance(lines, list) and str(choice) in _ENGINES:
+            return _Remembered(choice, [str(line) for line in lines])
     return None
+
+
+def _write_note(note: Path, remembered: _Remembered) -> None:
+    """Saves a choice, and deletes the oldest; without a cache, or on a full disk, it is made again the next time."""
+    with contextlib.suppress(UserError, OSError):
+        write_atomically(note, json.dumps(dataclasses.asdict(remembered)).encode())
+        for old in sorted(note.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-_KEPT_NOTES]:
+            old.unlink(missing_ok=True)
 
 
 def _describe_rounding(choice: ServingEngine, difference: float, count: int) -> str:

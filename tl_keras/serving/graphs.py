@@ -24,7 +24,7 @@ class Graph:
     Attributes:
         signatures: name → `SignatureDef`.
         internal_signatures: signatures that clients cannot run but metadata shows.
-        warm_up_requests: number of warm-up requests that are worth their time; None: all.
+        warm_up_requests: number of warm-up requests to run before the model is served; None for all.
     """
 
     warm_up_requests: int | None = None

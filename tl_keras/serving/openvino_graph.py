@@ -33,7 +33,8 @@ class OpenVinoGraph:
     Attributes:
         signatures: name → `SignatureDef`.
         internal_signatures: signatures that clients cannot run but metadata shows.
-        warm_up_requests: number of warm-up requests that are worth their time: every signature runs the same network.
+        warm_up_requests: number of warm-up requests to run: one, because all signatures share the compiled networks,
+            which have run before.
     """
 
     warm_up_requests: int | None = 1
@@ -46,7 +47,7 @@ class OpenVinoGraph:
             precision: `float32` or `bfloat16`.
 
         Raises:
-            RuntimeError: OpenVINO can't convert it, or the model was exported by another program.
+            RuntimeError: OpenVINO can't convert it, or the model was exported by another version or program.
             OSError: there is no model at `path`.
         """
         import openvino
@@ -61,12 +62,14 @@ class OpenVinoGraph:
         self._decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
         self._compiled = {}
         for size, hint in ((1, "LATENCY"), (_PART, "THROUGHPUT")):
-            network.reshape([size, *shape])
+            network.reshape([size, *shape])  # the same weights, prepared for another batch size
             hints = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": hint}
             self._compiled[size] = core.compile_model(network, "CPU", hints)
         self._order = [_find_output(network, name) for name in _OUTPUTS]
         self._shapes = [tuple(network.outputs[place].shape[1:]) for place in self._order]
         self._own = threading.local()
+        for size in self._compiled:  # the first request of a compiled network takes longest
+            self._run(np.zeros((size + (size == _PART), *shape), np.float32))
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs a signature: see `Graph.run`."""
@@ -173,7 +176,7 @@ def _read_network(core: Any, meta: Any, path: Path) -> Any:
         default.outputs[name].dtype = tf.float32.as_datatype_enum
     for name in [name for name in meta.signature_def if name != DEFAULT_SIGNATURE]:
         del meta.signature_def[name]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are mapped
         model = saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[meta])
         (Path(folder) / "saved_model.pb").write_bytes(model.SerializeToString())
         _link(path / "variables", Path(folder) / "variables")
@@ -196,17 +199,22 @@ def _find_network(graph: Any, signature: Any) -> Any:
     functions = {function.signature.name: function for function in graph.library.function}
     node_name = next(iter(signature.outputs.values())).name.split(":")[0]
     call = next(node for node in graph.node if node.name == node_name)
-    inputs = list(call.input)
-    while call.op in _CALLS and call.attr["f"].func.name in functions:
+    inputs = _list_data(call)
+    while call is not None and call.attr["f"].func.name in functions:
         function = functions[call.attr["f"].func.name]
         if NETWORK_FUNCTION in function.signature.name:
             found = tf.compat.v1.NodeDef(name=NETWORK_FUNCTION, op=call.op, attr=call.attr)
             found.input.extend([signature.inputs["images"].name.split(":")[0], *inputs[1:]])
             return found
         passed = dict(zip([one.name for one in function.signature.input_arg], inputs, strict=True))
-        call = next((node for node in function.node_def if node.op in _CALLS), call)
-        inputs = [passed.get(name, "") for name in call.input if not name.startswith("^")]
-    raise RuntimeError("it was exported by an earlier version of tl_keras; export it again")
+        call = next((node for node in function.node_def if node.op in _CALLS), None)
+        inputs = [passed.get(name, "") for name in _list_data(call)] if call is not None else []
+    raise RuntimeError("its network was not found: it was not exported by this version of tl_keras; export it again")
+
+
+def _list_data(node: Any) -> list[str]:
+    """The inputs of a node, without those that only determine the order."""
+    return [name for name in node.input if not name.startswith("^")]
 
 
 def _find_output(network: Any, name: str) -> int:

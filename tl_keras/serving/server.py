@@ -228,7 +228,7 @@ def _end(ending: asyncio.Future[bool], interrupted: bool) -> None:
 def _warm_up(graph: Any, requests: Sequence[prediction_log_pb2.PredictionLog]) -> None:
     """Runs the warm-up requests of a model, like TF Serving before it serves a version.
 
-    An engine that prepares nothing for a batch size or a signature needs only the first requests.
+    An engine that prepares nothing per batch size and signature runs only the first ones.
     """
     for log in requests[: graph.warm_up_requests]:
         if log.WhichOneof("log_type") == "predict_log":
