@@ -53,10 +53,9 @@ class Requests:
                 keep_first()
         finally:
             while running:  # after an error or an interrupt
-                request = running.popleft()[1]
-                self._idle.append(request)
                 with contextlib.suppress(RuntimeError):  # the first error is raised
-                    request.wait()
+                    running[0][1].wait()
+                self._idle.append(running.popleft()[1])
 
 
 def _divide(images: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -151,7 +151,7 @@ def run_one(
 
     Args:
         condition: bool scalar.
-        then: inputs → output, a plain function or a `tf.function`; without captured tensors, and stateless but for
+        then: inputs → output, a plain function or a `tf.function`; without captured tensors, and stateless, except for
             assertions that its output depends on.
         otherwise: the same for False.
         inputs: inputs of both branches.

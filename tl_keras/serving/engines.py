@@ -147,13 +147,13 @@ def _find_note(path: Path, wanted: ServingEngine) -> Path:
     A copy of a model has a choice of its own: it may be incomplete, which OpenVINO does not notice.
     """
     content = hashlib.sha256()
-    for file in sorted(one for one in path.rglob("*") if one.is_file()):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # files that can't be read are reported when the model is loaded
+        for file in sorted(one for one in path.rglob("*") if one.is_file()):
             found = file.stat()
             content.update(repr((str(file.relative_to(path)), found.st_size, found.st_mtime_ns, found.st_ino)).encode())
     versions = (__version__, tf.__version__, openvino_version())
     devices = [device.name for device in tf.config.list_logical_devices()]
-    machine = (platform.node(), platform.machine(), os.cpu_count(), sorted(read_cpu_flags()), devices)
+    machine = (platform.machine(), platform.processor(), os.cpu_count(), sorted(read_cpu_flags()), devices)
     content.update(repr((str(path.resolve()), wanted, versions, machine)).encode())
     return Path(default_store_dir()) / "serving" / f"{content.hexdigest()[:32]}.json"
 

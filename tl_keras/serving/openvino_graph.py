@@ -68,8 +68,8 @@ class OpenVinoGraph:
         self._order = [_find_output(network, name) for name in _OUTPUTS]
         self._shapes = [tuple(network.outputs[place].shape[1:]) for place in self._order]
         self._own = threading.local()
-        for size in self._compiled:  # the first request of a compiled network takes longest
-            self._run(np.zeros((size + (size == _PART), *shape), np.float32))
+        for count in (1, _PART + 1):  # the first request of a compiled network takes longest
+            self._run(np.zeros((count, *shape), np.float32))
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs a signature: see `Graph.run`."""

@@ -99,6 +99,7 @@ def serve(
 
     def load(name: str, number: int, path: Path) -> calls.Served:
         del number
+        labels = tuple(read_labels(path))  # before anything is loaded: another program's model has none
         # later versions use the engine of the first, because a benchmark would compete with running requests
         asked_for = ServingEngine(engine, precision)
         build = functools.partial(build_serving_engine, path, samples=samples, show=show)
@@ -108,11 +109,15 @@ def serve(
             if chosen.get(name, asked_for) == asked_for:
                 raise
             graph, chosen[name] = build(wanted=asked_for)
-        _warm_up(graph, read_warmup(path))
+        try:
+            _warm_up(graph, read_warmup(path))
+        except BaseException:
+            graph.close()
+            raise
         trim_memory()  # of the engines that were tried
         workers = max(1, (os.cpu_count() or 1) // _CORES_A_BATCH)
         batcher = Batcher(graph.run, sizes=batch_sizes, max_queued=max_queued, workers=workers)
-        return calls.Served(graph, batcher, tuple(read_labels(path)), str(chosen[name]))
+        return calls.Served(graph, batcher, labels, str(chosen[name]))
 
     def close(served: calls.Served) -> None:
         served.batcher.close()
