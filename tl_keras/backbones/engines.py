@@ -20,7 +20,7 @@ from tensorflow.python.framework.convert_to_constants import (  # documented, bu
     convert_variables_to_constants_v2,
 )
 
-from tl_keras.backbones.openvino_requests import Requests
+from tl_keras.backbones.openvino_requests import Requests, pad
 from tl_keras.errors import UserError
 from tl_keras.run import write_atomically
 
@@ -98,7 +98,7 @@ class TensorFlowEngine:
         Returns:
             For each output float32 `(b, ...)`.
         """
-        outputs = self._session.run(self._fetch, {self._feed: _pad(images, self.batch_size)})
+        outputs = self._session.run(self._fetch, {self._feed: pad(images, self.batch_size)})
         return [embeddings[: len(images)] for embeddings in outputs]
 
 
@@ -395,13 +395,6 @@ def _time(engine: Any, images: np.ndarray) -> tuple[list[np.ndarray], float]:
         engine.run(images)
         seconds.append(time.perf_counter() - start)
     return embeddings, min(seconds)
-
-
-def _pad(images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Pads a batch to its full size with black images."""
-    if len(images) == batch_size:
-        return images
-    return np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), images.dtype)])
 
 
 def _as_list(shapes: Any) -> list[Any]:

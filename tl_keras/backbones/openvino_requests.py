@@ -61,6 +61,10 @@ class Requests:
 def _divide(images: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the first row of each batch, and the batch."""
     for start in range(0, len(images), size):
-        part = images[start : start + size]
-        missing = size - len(part)
-        yield start, np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part
+        yield start, pad(images[start : start + size], size)
+
+
+def pad(images: np.ndarray, size: int) -> np.ndarray:
+    """Pads a batch with zeros to a fixed size; a batch of this size is returned as it is."""
+    missing = size - len(images)
+    return np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images

@@ -130,7 +130,7 @@ def _choose(
         raise RuntimeError(reason)
     best = min(found, key=lambda one: found[one][1])
     chosen = found[best][0]
-    for other in {id(one): one for one in (graph, *(one for one, _ in found.values()))}.values():
+    for other in (graph, *(one for one, _ in found.values() if one is not graph)):
         if other is not chosen:
             other.close()
     return chosen, best, None if reason else lines
