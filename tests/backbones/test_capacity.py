@@ -17,29 +17,27 @@ def test_a_network_that_is_widened_beyond_all_memory_is_refused_before_it_is_bui
     assert str(error.value).endswith(" GB of memory are free. Give smaller --backbone_kwargs.")
 
 
-@pytest.mark.parametrize(("exported", "fits"), [(True, False), (False, True)])
-def test_weights_and_maps_are_compared_with_what_is_free(monkeypatch, exported, fits):
+@pytest.mark.parametrize(("engine", "fits"), [("auto", False), ("tensorflow", False), ("openvino", True)])
+def test_weights_and_maps_are_compared_with_what_is_free(monkeypatch, engine, fits):
     backbone = build_backbone(find_preset("SmallConvNet"), weights="none", image_size=64)
     monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 65_000_000.0)
     if fits:
-        capacity.check_network(backbone, batch_size=32, exported=exported)
+        capacity.check_network(backbone, batch_size=32, engine=engine)
         return
     with pytest.raises(UserError) as error:
-        capacity.check_network(backbone, batch_size=32, exported=exported)
+        capacity.check_network(backbone, batch_size=32, engine=engine)
     assert "SmallConvNet needs about 0.1 GB of memory here (0.0 GB of weights in several copies, and" in str(
         error.value
     )
-    assert str(error.value).endswith(
-        "Choose a smaller --backbone or --image_size, or disable the export with --noexport."
-    )
+    assert str(error.value).endswith("Choose a smaller --backbone or --image_size, or give --engine=openvino.")
 
 
 def test_training_takes_the_maps_of_all_layers(monkeypatch):
     backbone = build_backbone(find_preset("SmallConvNet"), weights="none", image_size=64)
     monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 400_000_000.0)
-    capacity.check_network(backbone, batch_size=64, exported=False)
+    capacity.check_network(backbone, batch_size=64)
     with pytest.raises(UserError, match="or a smaller --batch_size"):
-        capacity.check_network(backbone, batch_size=64, trained=backbone, training_batch=512, exported=False)
+        capacity.check_network(backbone, batch_size=64, trained=backbone, training_batch=512)
 
 
 def test_nothing_is_computed_for_a_network_that_does_not_fit(colour_folder, tmp_path, monkeypatch, capsys):

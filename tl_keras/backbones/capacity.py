@@ -10,10 +10,10 @@ import numpy as np
 from tl_keras.errors import UserError
 from tl_keras.run import free_memory_bytes
 
-# Simultaneous copies of the weights, measured on MobileNetV2 (alpha 1 to 9), ResNet50 and VGG16: those of Keras, of the
-# graph and its constants in Python and C++, and of oneDNN; with an export all of these again, and the process that
-# checks it.
-_COPIES, _COPIES_EXPORTED = 11, 28
+# Simultaneous copies of the weights in a whole run, measured on MobileNetV2 (alpha 1, 4 and 7), VGG16 and ResNet152 with
+# the process that checks the export: those of Keras, of the graph in Python and C++, and of the engine. An export needs
+# no more than the trunk. With --engine=auto both engines may be built.
+_COPIES = {"openvino": 11, "tensorflow": 19, "auto": 19}
 _MAPS = 3.5  # simultaneous copies of the largest feature map in inference: input, output and workspace of an operation
 _TRAINED_MAPS = 2.0  # copies of all feature maps in training: values and gradients
 _FLOAT_BYTES = 4
@@ -40,7 +40,7 @@ def check_network(
     backbone: keras.Model,
     *,
     batch_size: int,
-    exported: bool,
+    engine: str = "auto",
     trained: keras.Model | None = None,
     training_batch: int = 0,
 ) -> None:
@@ -49,7 +49,7 @@ def check_network(
     Args:
         backbone: images `(batch, h, w, 3)` → embeddings; its weights are in memory already.
         batch_size: batch size of the frozen backbone.
-        exported: whether the classifier will be exported.
+        engine: value of --engine.
         trained: the part that is trained; None if it is frozen.
         training_batch: batch size of training.
 
@@ -58,14 +58,14 @@ def check_network(
     """
     weights = sum(int(np.prod(weight.shape)) for weight in backbone.weights) * _FLOAT_BYTES
     maps = _map_bytes(backbone)
-    need = weights * ((_COPIES_EXPORTED if exported else _COPIES) - 1) + batch_size * max(maps, default=0) * _MAPS
+    activations = batch_size * max(maps, default=0) * _MAPS
     if trained is not None:
-        need += training_batch * sum(_map_bytes(trained)) * _TRAINED_MAPS
-    free = free_memory_bytes()
+        activations += training_batch * sum(_map_bytes(trained)) * _TRAINED_MAPS
+    need, free = weights * (_COPIES[engine] - 1) + activations, free_memory_bytes()
     if need > free:
         ways = "Choose a smaller --backbone or --image_size"
         ways += ", or a smaller --batch_size" if trained is not None else ""
-        ways += ", or disable the export with --noexport" if exported else ""
+        ways += ", or give --engine=openvino" if weights * (_COPIES["openvino"] - 1) + activations <= free else ""
         largest = max(maps, default=0) / 1e6
         raise UserError(
             f"{backbone.name} needs about {need / 1e9:.1f} GB of memory here ({weights / 1e9:.1f} GB of weights in "

@@ -42,7 +42,7 @@ def check_training_memory(plan: Plan, config: Config) -> None:
     check_network(
         plan.backbone,
         batch_size=BATCH_SIZE if plan.trunk else 0,
-        exported=config.run.export,
+        engine=config.engine.engine,
         trained=plan.tail if plan.has_tail else None,
         training_batch=config.training.batch_size,
     )

@@ -55,7 +55,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
         screen.line(_UNTRAINED)
     network = load_network(config, screen)
     backbone = network.backbone
-    check_network(backbone, batch_size=BATCH_SIZE, exported=False)
+    check_network(backbone, batch_size=BATCH_SIZE, engine=config.engine.engine)
     job = start(network, asked=asked)
     _check_clean(config, job)
     with watch.stage("trunk"):

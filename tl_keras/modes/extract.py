@@ -55,7 +55,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
         check_output(config.probe.embeddings_output)
     network = load_network(config, screen or Screen(), with_top=_wants_top(config))
     trunks = _cut_trunks(network)
-    check_network(network.backbone, batch_size=BATCH_SIZE, exported=config.run.export)
+    check_network(network.backbone, batch_size=BATCH_SIZE, engine=config.engine.engine)
     job = start(network)
     if not job.embeddings_only:
         _check(config.probe, job.draw(config.run.seed).examples, trunks)

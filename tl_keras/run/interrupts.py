@@ -38,6 +38,9 @@ class Interrupts:
     def restored(cls) -> Iterator[None]:
         """Raises an interrupt again that TensorFlow has turned into a RuntimeError, as it does while it traces.
 
+        Blocks may be nested: an interrupt that ended an inner block with an error of another kind is left to the outer
+        block.
+
         Raises:
             KeyboardInterrupt: an interrupt arrived within the block, and a RuntimeError or the like followed.
         """
@@ -47,10 +50,14 @@ class Interrupts:
         except (UserError, LostRunError, OSError, MemoryError):
             raise
         except Exception as error:
-            if cls.arrived:
+            interrupted, cls.arrived = cls.arrived, False
+            if interrupted:
                 raise KeyboardInterrupt from error
             raise
-        finally:
+        except BaseException:
+            cls.arrived = False
+            raise
+        else:
             cls.arrived = False
 
     @classmethod

@@ -98,8 +98,8 @@ def fit_stage(
 ) -> Stage:
     """Fits a model, and restores the weights of the best epoch on val.
 
-    After every epoch a checkpoint is written to `checkpoints/NAME.npz`. If the file exists, training continues from it,
-    with bitwise the same result as without the interruption.
+    After every epoch a checkpoint is written to `checkpoints/NAME.npz`. If the file exists and is of the same data,
+    training continues from it, with bitwise the same result as without the interruption.
 
     Args:
         model: embeddings `(b, ...)` → logits `(b, classes)`.
@@ -130,7 +130,10 @@ def fit_stage(
     fitting = _Fitting(model, train, val, name=name, training=training, progress=progress, after=after, path=path)
     # metrics accumulated over an epoch: the mean loss, which Keras lists first, and the accuracy
     metrics = [*model.metrics[0].variables, *accuracy.variables]
-    return fitting.run(read_state(path, identity=identity) or StageState(identity), metrics)
+    state = read_state(path, identity=identity)
+    if state is None and path.is_file():
+        progress.show(f"{name}: the checkpoint is of other data or damaged: training starts from the first epoch")
+    return fitting.run(state or StageState(identity), metrics)
 
 
 class _Fitting:
