@@ -10,9 +10,9 @@ import numpy as np
 from tl_keras.errors import UserError
 from tl_keras.run import free_memory_bytes
 
-# Simultaneous copies of the weights in a whole run, measured on MobileNetV2 (alpha 1, 4 and 7), VGG16 and ResNet152 with
-# the process that checks the export: those of Keras, of the graph in Python and C++, and of the engine. An export needs
-# no more than the trunk. With --engine=auto both engines may be built.
+# Simultaneous copies of the weights in a whole run, measured on MobileNetV2 (alpha 1, 4 and 7), VGG16 and ResNet152
+# with the process that checks the export: copies of Keras, of the graph in Python and C++, and of the engine. An export
+# needs no more than the trunk. With --engine=auto both engines may be built.
 _COPIES = {"openvino": 11, "tensorflow": 19, "auto": 19}
 _MAPS = 3.5  # simultaneous copies of the largest feature map in inference: input, output and workspace of an operation
 _TRAINED_MAPS = 2.0  # copies of all feature maps in training: values and gradients
