@@ -87,12 +87,23 @@ def test_few_images_guarantee_nothing_and_a_target_of_nothing_is_always_met():
     assert choose_threshold(HAND, LABELS, target_accuracy=0.0) == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(("target", "count"), [(0.5, 7), (0.9, 47), (0.95, 99), (0.99, 537)])
+@pytest.mark.parametrize(("target", "count"), [(0.5, 5), (0.9, 29), (0.95, 59), (0.99, 299)])
 def test_the_fewest_images_that_can_guarantee_a_target(target, count):
     assert fewest_for_threshold(target) == count
     sure = np.tile([[0.9, 0.1]], (count, 1))
     assert choose_threshold(sure, np.zeros(count, int), target_accuracy=target) == pytest.approx(0.9)
     assert choose_threshold(sure[1:], np.zeros(count - 1, int), target_accuracy=target) is None
+
+
+@pytest.mark.parametrize(("first_error", "covered"), [(72, None), (73, 72), (104, 103), (113, 153)])
+def test_a_threshold_is_found_wherever_the_first_error_leaves_enough_images(first_error, covered):
+    """153 images with distinct confidences; 0.95^72 is the first power below 0.05 / 2, as two sequences are tested."""
+    confidence = np.linspace(0.99, 0.6, 153)
+    labels = (np.arange(153) >= first_error - 1).astype(int)  # all wrong from the first error on
+    if covered == 153:
+        labels = (np.arange(153) == first_error - 1).astype(int)
+    found = choose_threshold(np.stack([confidence, 1 - confidence], 1), labels, target_accuracy=0.95)
+    assert found == (None if covered is None else pytest.approx(confidence[covered - 1]))
 
 
 @pytest.mark.parametrize(("count", "shape"), [(100, "calibrated"), (1000, "calibrated"), (300, "too sure")])

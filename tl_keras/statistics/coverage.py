@@ -34,11 +34,11 @@ def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> tuple
 def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_accuracy: float) -> float | None:
     """Finds the lowest confidence threshold above which an accuracy on new images is guaranteed.
 
-    Selection with guaranteed risk (Geifman & El-Yaniv 2017, "Selective Classification for Deep Neural Networks",
-    section 3): a binary search over the confidences of val. For each threshold that it tries, the exact binomial bound
-    (Clopper & Pearson 1934) on the accuracy must reach the target, with a Bonferroni correction for the number of
-    thresholds. With probability `THRESHOLD_CONFIDENCE` over the draw of val, the true accuracy above the threshold is
-    at least the target, for new images from the same distribution as val.
+    Fixed-sequence testing from several starts (Angelopoulos, Bates, Candès, Jordan & Lei 2021, "Learn then Test",
+    section 2): from each start the threshold is lowered as long as the exact binomial bound (Clopper & Pearson 1934) on
+    the accuracy above it reaches the target, with a Bonferroni correction for the number of starts. With probability
+    `THRESHOLD_CONFIDENCE` over the draw of val, the true accuracy above the threshold is at least the target, for new
+    images from the same distribution as val (selection with guaranteed risk, Geifman & El-Yaniv 2017).
 
     Args:
         probabilities: predictions for val, float `(n, classes)`.
@@ -48,43 +48,47 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_ac
     Returns:
         The threshold; None if no threshold is guaranteed, as on a small val split.
     """
-    confidence = probabilities.max(1).astype(np.float64)
-    order = np.argsort(-confidence, kind="stable")
-    ordered, right = confidence[order], np.cumsum((probabilities.argmax(1) == labels)[order])
-    tries = _count_tries(len(labels))
-    level = (1 - THRESHOLD_CONFIDENCE) / tries
-    fewest, most, found = 0, len(labels), None  # number of images above the threshold
-    for number in range(tries):
-        middle = most if number == 0 else (fewest + most + 1) // 2
-        threshold = float(ordered[middle - 1])
-        count = int(np.searchsorted(-ordered, -threshold, side="right"))  # includes ties
-        if _least_accuracy(int(right[count - 1]), count, level) >= target_accuracy:
-            fewest, found = count, threshold
-        else:
-            most = middle - 1
-        if fewest >= most:
-            break
-    return found
+    thresholds, coverage, accuracy = accuracy_by_coverage(probabilities, labels)
+    counts = np.rint(coverage * len(labels)).astype(np.int64)
+    starts = _choose_starts(len(labels), target_accuracy)
+    level = (1 - THRESHOLD_CONFIDENCE) / max(len(starts), 1)
+    reached = _least_accuracy(np.rint(accuracy * counts), counts, level) >= target_accuracy
+    lowest = -1  # position of the lowest guaranteed threshold
+    for first in np.searchsorted(counts, starts):
+        failed = np.flatnonzero(~reached[first:])
+        last = first + failed[0] if len(failed) else len(reached)
+        lowest = max(lowest, last - 1 if last > first else -1)
+    return float(thresholds[lowest]) if lowest >= 0 else None
 
 
 def fewest_for_threshold(target_accuracy: float) -> int:
     """Number of val images that a threshold needs if all predictions are correct; the target is between 0 and 1."""
-    count, before = 1, 0
-    while count != before:
-        before = count
-        level = (1 - THRESHOLD_CONFIDENCE) / _count_tries(count)
-        count = max(count, math.ceil(math.log(level) / math.log(target_accuracy)))
-    return count
+    return _count_flawless(1 - THRESHOLD_CONFIDENCE, target_accuracy)
 
 
-def _count_tries(count: int) -> int:
-    """Maximum number of thresholds that `choose_threshold` tries on `count` images."""
-    return max(1, math.ceil(math.log2(count)) + 1)
+def _choose_starts(count: int, target_accuracy: float) -> list[int]:
+    """Numbers of most confident images at which a sequence of tests starts on `count` images, each twice the last.
+
+    The first is the fewest images that can reach the target, without an error among them.
+    """
+    if target_accuracy in {0.0, 1.0}:  # always reached, and never
+        return [1] if count else []
+    starts = list[int]()
+    while True:
+        fewest = _count_flawless((1 - THRESHOLD_CONFIDENCE) / (len(starts) + 1), target_accuracy)
+        if fewest << len(starts) > count:
+            return starts
+        starts = [fewest << number for number in range(len(starts) + 1)]
 
 
-def _least_accuracy(correct: int, count: int, level: float) -> float:
-    """Lower confidence bound of an accuracy with error probability `level` (Clopper & Pearson 1934)."""
-    return float(stats.beta.ppf(level, correct, count - correct + 1)) if correct else 0.0
+def _count_flawless(level: float, target_accuracy: float) -> int:
+    """Number of images without an error that bound an accuracy from below with error probability `level`."""
+    return math.ceil(math.log(level) / math.log(target_accuracy))
+
+
+def _least_accuracy(correct: np.ndarray, counts: np.ndarray, level: float) -> np.ndarray:
+    """Lower confidence bounds of accuracies with error probability `level` (Clopper & Pearson 1934), `(k,)`."""
+    return np.where(correct > 0, stats.beta.ppf(level, np.maximum(correct, 1), counts - correct + 1), 0.0)
 
 
 def measure_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, object]:
