@@ -49,7 +49,8 @@ def test_values_are_those_that_python_has():
         "run_dir": Path("runs") / "x",
         "data_dir": "~/data",
     }
-    config = build_config("finetune", convert_keywords(given))
+    config = build_config("finetune", convert_keywords({**given, "backbone_kwargs": {"alpha": 0.5}, "weights": None}))
+    assert (config.backbone.backbone_kwargs, config.backbone.weights) == ("alpha=0.5", "none")  # None: as in Keras
     assert config.data.classes == ("a", "b,c")
     assert (config.data.shots, config.data.test_fraction, config.training.learning_rate) == (3, 0.25, 1.0)
     assert (config.evaluation.report, config.run.run_dir) == (False, "runs/x")
@@ -61,6 +62,7 @@ def test_values_are_those_that_python_has():
     ("settings", "text"),
     [
         ({"epoch": 3}, "epoch is not a setting. Did you mean: epochs"),
+        ({"lr": 3}, "lr is not a setting. Did you mean: learning_rate? See `tl_keras finetune --help=all`."),
         ({"classes": 3}, "classes=3 is not a sequence of strings."),
         ({"classes": [b"a"]}, "classes=[b'a'] is not a sequence of strings."),
         ({"epochs": "3"}, "epochs='3' is not a whole number."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_keras import api
 from tl_keras.api import audit, evaluate, export, extract, finetune, predict
+from tl_keras.config import check_classifier_path
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
 from tl_keras.version import __version__
@@ -36,13 +37,14 @@ def load_classifier(path: str) -> LoadedClassifier:
         path: `runs/NAME` or `saved_models/NAME/VERSION`.
 
     Returns:
-        The classifier; its `predict` takes paths or encoded images.
+        The classifier; its `predict` takes paths, encoded images, arrays, or images of Pillow.
 
     Raises:
         UserError: there is no classifier at `path`, or it is damaged.
     """
-    from tl_keras.classifier import load  # loads TensorFlow, which `import tl_keras` must not
-
+    check_classifier_path(path)
+    with api.quiet_tensorflow():
+        from tl_keras.classifier import load  # loads TensorFlow, which `import tl_keras` must not
     return load(path)
 
 

@@ -143,6 +143,9 @@ def run_mode(config: Config, screen: Screen) -> Result:
     Raises:
         UserError: see `finetune`; the log of the run has its text too.
     """
+    from tl_keras.jobs.inputs import check_inputs  # loads NumPy, which the help does without
+
+    check_inputs(config)
     with screen.watch.stage("imports"), quiet_tensorflow(level="2" if config.mode == "doctor" else "3"):
         mode = importlib.import_module(f"tl_keras.modes.{config.mode}")
     try:
@@ -159,7 +162,7 @@ def run_mode(config: Config, screen: Screen) -> Result:
 
 
 @contextlib.contextmanager
-def quiet_tensorflow(*, level: str) -> Iterator[None]:
+def quiet_tensorflow(*, level: str = "3") -> Iterator[None]:
     """Hides what TensorFlow's C++ code writes to stderr while it is loaded; its errors are shown.
 
     TF_CPP_MIN_LOG_LEVEL alone does not: the first lines are written before the setting is read (TF 2.21). Failures are
@@ -224,7 +227,7 @@ def is_finished(config: Config) -> bool:
 
 
 def _call(mode: str, settings: Mapping[str, Any], *, verbose: bool) -> Result:
-    config = build_config(mode, convert_keywords(settings), find_earlier=find_resumed)
+    config = build_config(mode, convert_keywords(settings, mode=mode), find_earlier=find_resumed)
     if is_finished(config):
         raise UserError(f"the run in {config.run.run_dir} is complete: there is nothing to resume.")
     result = run_mode(config, Screen(shows="all" if verbose else "nothing"))

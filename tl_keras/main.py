@@ -13,7 +13,7 @@ from tl_keras.api import find_resumed, is_finished, run_mode
 from tl_keras.config.completion import completion
 from tl_keras.config.help import find_help_request, overview
 from tl_keras.errors import LostRunError, UserError
-from tl_keras.run import INTERRUPTED, Interrupts, Screen, repeat_interrupt
+from tl_keras.run import INTERRUPTED, Interrupts, Screen, repeat_interrupt, repeat_printed_interrupt
 from tl_keras.version import __version__
 
 _NOTHING_LOST = "nothing is lost: the same command with --resume continues the run"
@@ -104,6 +104,7 @@ def _run(argv: list[str]) -> int:
 def entry_point() -> None:
     """The installed command `tl_keras`."""
     sys.unraisablehook = repeat_interrupt
+    sys.excepthook = repeat_printed_interrupt
     sys.exit(main())
 
 

@@ -402,6 +402,23 @@ def test_a_broken_image_says_why_among_good_ones(name, which, request, red):
     assert alone["error"] == row["error"]
 
 
+def test_arrays_and_images_of_pillow_are_classified_as_their_files(loaded, red):
+    file = encode(make_image(3, COLOURS["red"]))
+    with Image.open(io.BytesIO(file)) as image:
+        image.load()
+    pixels = np.asarray(image)
+    (expected,) = loaded.predict(file)
+    for given in (pixels, image, [pixels], pixels[None], bytearray(file)):
+        (row,) = loaded.predict(given)
+        np.testing.assert_array_equal(row["probabilities"], expected["probabilities"])
+    (opaque,) = loaded.predict(image.convert("RGBA"))
+    np.testing.assert_array_equal(opaque["probabilities"], expected["probabilities"])
+    assert loaded.predict([]) == []
+    for wrong in (3, pixels / 255, pixels[:, :, 0], {"a": 1}):
+        with pytest.raises(UserError, match="can't classify a "):
+            loaded.predict([wrong])
+
+
 def test_bytes_reach_the_decoder_as_they_are(exported, red):
     content = red.read_bytes()
     for more in (b"\0", b"\0\0\0\0", b"\n"):

@@ -201,14 +201,14 @@ def test_many_images_are_in_order_over_all_batches_the_broken_ones_among_them(tr
 
 def test_a_file_that_is_gone_when_its_turn_comes_is_a_broken_one(trained, put, tmp_path, monkeypatch, capsys):
     paths = put("a.jpg", "b.jpg")
-    find = predict._find
+    find = predict.find_images
 
     def find_and_lose(patterns):
         found = find(patterns)
         os.remove(paths[0])
         return found
 
-    monkeypatch.setattr(predict, "_find", find_and_lose)
+    monkeypatch.setattr(predict, "find_images", find_and_lose)
     assert run(trained, tmp_path) == 0
     rows = rows_of(capsys.readouterr().out)
     assert [(row["predicted"], row["error"]) for row in rows] == [("", "empty or unreadable file"), ("red", "")]

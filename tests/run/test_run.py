@@ -209,10 +209,21 @@ def test_a_run_that_has_not_ended_goes_on_under_the_same_settings(tmp_path):
     second = create(tmp_path / "run", **settings(resume=True, overwrite=False, run_dir="./a"))
     assert (first.resumed, second.resumed, second.run_id) == (False, True, first.run_id)
     assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "run" / "history.csv").write_text("stage,epoch")
     assert error_of(create, tmp_path / "run", **settings(seed=3)) == (
         f"the run folder {tmp_path}/run already exists. It contains an unfinished run with other settings (--seed: 0 "
         "there, 3 here). Repeat its command to continue it, replace it with --overwrite, or give another --run_dir."
     )
+
+
+def test_a_run_that_computed_nothing_gives_way_to_other_settings(tmp_path):
+    """The advice of its error was followed: another --max_broken_fraction, the same --run_dir."""
+    earlier = create(tmp_path / "run", **settings())
+    earlier.write_broken([("a.jpg", "empty file")])
+    now = create(tmp_path / "run", **settings(seed=3))
+    assert (now.resumed, now.run_id == earlier.run_id) == (False, False)
+    assert read_json(now.path / "config.json")["run"]["seed"] == 3
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["config.json", "run.flags", "unfinished.json"]
 
 
 def test_a_run_that_was_killed_while_its_folder_was_made_goes_on(tmp_path):
@@ -415,7 +426,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_overwrite_never_replaces_what_is_no_run(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("precious")
-    assert "already exists" in error_of(create, tmp_path / "home", overwrite=True)
+    assert error_of(create, tmp_path / "home", overwrite=True) == (
+        f"the folder {tmp_path}/home already exists, and no run has written it. Give a new folder as --run_dir."
+    )
     assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
 
 

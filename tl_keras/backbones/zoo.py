@@ -222,15 +222,13 @@ def build_backbone(
             network or its ImageNet weights do not support the image size or an argument.
     """
     kwargs = dict(kwargs or {})
-    _check_kwargs(preset, kwargs)
-    _check_image_size(preset, image_size, weights)
+    path = check_backbone(preset, weights=weights, image_size=image_size, kwargs=kwargs)
     if with_top and weights == "imagenet" and image_size != preset.image_size:
         raise UserError(
             f"the layers {', '.join(preset.top)} of {preset.name} have ImageNet weights only for images of "
             f"{preset.image_size} x {preset.image_size} pixels, not {image_size}. Leave out --image_size, or use "
             "another layer."
         )
-    path = None if weights == "none" else _check_weights(preset, weights)
     from tl_keras.backbones.capacity import check_width
 
     check_width(preset.name, kwargs)
@@ -246,6 +244,22 @@ def build_backbone(
                 f"{error} A file without the top works with another layer: --feature_layer={preset.cuts[-1]}."
             ) from error
     return backbone
+
+
+def check_backbone(
+    preset: Preset, *, weights: str, image_size: int, kwargs: Mapping[str, float | int | bool]
+) -> pathlib.Path | None:
+    """Checks the arguments of `build_backbone`, without loading Keras.
+
+    Returns:
+        The path of the weights file, if `weights` is one.
+
+    Raises:
+        UserError: see `build_backbone`.
+    """
+    _check_kwargs(preset, kwargs)
+    _check_image_size(preset, image_size, weights)
+    return None if weights == "none" else _check_weights(preset, weights)
 
 
 def _check_kwargs(preset: Preset, kwargs: Mapping[str, Any]) -> None:

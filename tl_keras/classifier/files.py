@@ -17,6 +17,7 @@ import numpy as np
 from tl_keras.backbones import preprocessing  # noqa: F401 (registers its layer with Keras for loading)
 from tl_keras.classifier import probe_layers  # noqa: F401 (likewise)
 from tl_keras.classifier.classifier import Classifier
+from tl_keras.config import check_classifier_path
 from tl_keras.errors import UserError
 from tl_keras.run import Interrupts, disk_errors, read_json, replace_folder, write_atomically
 
@@ -70,8 +71,7 @@ def load_trained(path: str) -> Classifier:
         UserError: there is no classifier, or it is damaged.
     """
     root, folder = Path(path), find_folder(path)
-    if not os.path.exists(root):
-        raise UserError(f"{path} does not exist. Give a run folder (runs/NAME) or an exported version folder.")
+    check_classifier_path(path)
     if is_exported(root):
         raise UserError(f"{path} is an exported model, but a run folder is needed here. Give a run folder: runs/NAME.")
     if not os.path.isfile(folder / _DESCRIPTION_FILE) or not os.path.isfile(folder / _NETWORK_FILE):

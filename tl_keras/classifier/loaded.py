@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tl_keras.errors import UserError
 from tl_keras.run import Interrupts
 
 _PREDICT_BATCH = 32
+_IMAGE_AXES, _CHANNELS = 3, 3  # of an array
+_BATCH_AXES = _IMAGE_AXES + 1
 
 
 class LoadedClassifier:
@@ -47,23 +50,28 @@ class LoadedClassifier:
         """Probabilities, float32 `(b, classes)`, of images at the network's size, float32 RGB 0 to 255."""
         return np.asarray(self._pixels(images=tf.constant(images))["probabilities"])
 
-    def predict(self, images: Sequence[str | Path | bytes] | str | Path | bytes) -> list[dict[str, Any]]:
+    def predict(self, images: Any) -> list[dict[str, Any]]:
         """Classifies images.
 
         Args:
-            images: paths or encoded bytes, one or several.
+            images: one image or a sequence of images: paths, encoded bytes, RGB arrays (uint8 `(height, width, 3)`), or
+                images of Pillow.
 
         Returns:
             For each image `predicted`, `probability`, `labels` and `scores` (the best five), `probabilities` (all
             classes, float32) and `error`, empty where the image is good.
+
+        Raises:
+            UserError: something is none of these.
         """
-        items = [images] if isinstance(images, (str, bytes, Path)) else list(images)
+        is_single = not isinstance(images, Iterable) or isinstance(images, (str, bytes, bytearray, os.PathLike))
+        is_single |= isinstance(images, np.ndarray) and images.ndim < _BATCH_AXES
         unread: dict[int, str] = {}
 
         def contents() -> Iterator[bytes]:
-            for number, item in enumerate(items):
+            for number, image in enumerate([images] if is_single else images):
                 try:
-                    yield item if isinstance(item, bytes) else Path(item).read_bytes()
+                    yield _read_image(image)
                 except OSError as error:
                     unread[number] = f"can't be read: {error.strerror}"
                     yield b""
@@ -105,6 +113,26 @@ class LoadedClassifier:
             "probabilities": row["probabilities"],
             "error": error,
         }
+
+
+def _read_image(image: Any) -> bytes:
+    """The encoded bytes of an image that is given in one of several forms.
+
+    Raises:
+        OSError: it is a file that can't be read.
+        UserError: it is not an image.
+    """
+    if isinstance(image, (bytes, bytearray)):
+        return bytes(image)
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).read_bytes()
+    pixels = np.asarray(image.convert("RGB")) if hasattr(image, "convert") else np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != _IMAGE_AXES or pixels.shape[-1] != _CHANNELS:
+        raise UserError(
+            f"can't classify a {type(image).__name__} of {pixels.dtype} {pixels.shape}. Allowed: a path, encoded "
+            "bytes, an image of Pillow, or an RGB array of uint8 (height, width, 3)."
+        )
+    return bytes(tf.io.encode_png(pixels).numpy())  # without loss
 
 
 def load(path: str) -> LoadedClassifier:

@@ -1,9 +1,12 @@
 """Settings, their flags, and the checks of both."""
 
-from tl_keras.config.checks import MODEL_NAME, Config, lies_in, nearest, parse_kwargs
+from tl_keras.config.checks import MODEL_NAME, Config, check_classifier_path, lies_in, nearest, parse_kwargs
 from tl_keras.config.flags import build_config, convert_keywords, define_flags, from_dict, parse_flags, read_flags
 from tl_keras.config.settings import (
+    AUDIT,
+    EXTRACT,
     FINDINGS,
+    FINETUNE,
     MODES,
     PROBES,
     AuditConfig,
@@ -21,7 +24,10 @@ from tl_keras.config.settings import (
 )
 
 __all__ = [
+    "AUDIT",
+    "EXTRACT",
     "FINDINGS",
+    "FINETUNE",
     "MODEL_NAME",
     "MODES",
     "PROBES",
@@ -37,6 +43,7 @@ __all__ = [
     "ServeConfig",
     "TrainingConfig",
     "build_config",
+    "check_classifier_path",
     "convert_keywords",
     "default_store_dir",
     "define_flags",

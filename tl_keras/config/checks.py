@@ -55,7 +55,7 @@ class Config(Settings):
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """Suggests known names similar to `name`, ignoring case: `Did you mean: a, b? `; empty if there is none."""
     by_lower = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
     return f"Did you mean: {', '.join(by_lower[word] for word in found)}? " if found else ""
 
 
@@ -263,6 +263,16 @@ def _check_embeddings_output(probe: ProbeConfig, shots: int | None) -> None:
         raise UserError(
             f"--embeddings_output={output} has an unknown suffix. Allowed: .npz, .parquet. Rename the file."
         )
+
+
+def check_classifier_path(path: str | None) -> None:
+    """Checks that the folder of a classifier exists.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if path and not os.path.exists(path):
+        raise UserError(f"{path} does not exist. Give a run folder (runs/NAME) or an exported version folder.")
 
 
 def lies_in(path: str, folder: str) -> bool:

@@ -190,8 +190,14 @@ def build_config(mode: str, given: dict[str, Any], *, find_earlier: FindEarlier 
     return Config(mode=mode, **{name: GROUPS[name](**values) for name, values in groups.items()})
 
 
-def convert_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+def convert_keywords(given: Mapping[str, Any], *, mode: str = "MODE") -> dict[str, Any]:
     """Settings given as Python keywords, as the Config holds them: paths as text, sequences as tuples.
+
+    None is the default of a setting; for `weights` it means random weights, as in `keras.applications`.
+
+    Args:
+        given: name of a setting → value.
+        mode: the mode that errors refer to.
 
     Raises:
         UserError: there is no such setting, or a value is of the wrong type.
@@ -199,8 +205,12 @@ def convert_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
     types, converted = value_types(), {}
     for name, value in given.items():
         if name not in types:
-            raise UserError(f"{name} is not a setting. {nearest(name, types)}See `tl_keras MODE --help=all`.")
-        if value is not None:  # None: the default
+            meant = _OTHER_NAMES.get(name)
+            tip = f"Did you mean: {meant}? " if meant in types else nearest(name, types)
+            raise UserError(f"{name} is not a setting. {tip}See `tl_keras {mode} --help=all`.")
+        if value is None and name == "weights":
+            value = "none"
+        if value is not None:
             converted[name] = _expand_path(name, _convert(name, value, types[name]))
     return converted
 
@@ -214,6 +224,8 @@ def _convert(name: str, value: Any, kind: type) -> Any:
     elif kind is str and (isinstance(value, str) or is_path):
         text = str(os.fspath(value))
         return _name_source(text) if is_path and name == "dataset" else text
+    elif name == "backbone_kwargs" and isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
     elif isinstance(value, bool):
         if kind is bool:
             return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 Path = str | os.PathLike[str]
@@ -20,8 +20,8 @@ class FinetuneKeywords(TypedDict, total=False):
     shots: int | None
     max_broken_fraction: float
     backbone: str | None
-    backbone_kwargs: str
-    weights: Path
+    backbone_kwargs: Mapping[str, float | bool] | str
+    weights: Path | None
     image_size: int | None
     resize: Literal["crop", "squash", "pad"]
     trainable: str
@@ -71,8 +71,8 @@ class ExtractKeywords(TypedDict, total=False):
     shots: int | None
     max_broken_fraction: float
     backbone: str | None
-    backbone_kwargs: str
-    weights: Path
+    backbone_kwargs: Mapping[str, float | bool] | str
+    weights: Path | None
     image_size: int | None
     resize: Literal["crop", "squash", "pad"]
     feature_layer: Sequence[str] | str
@@ -142,8 +142,8 @@ class AuditKeywords(TypedDict, total=False):
     test_fraction: float | None
     max_broken_fraction: float
     backbone: str | None
-    backbone_kwargs: str
-    weights: Path
+    backbone_kwargs: Mapping[str, float | bool] | str
+    weights: Path | None
     image_size: int | None
     resize: Literal["crop", "squash", "pad"]
     engine: Literal["auto", "tensorflow", "openvino"]

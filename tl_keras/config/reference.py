@@ -27,6 +27,7 @@ from tl_keras.config.settings import (
 )
 
 API_MODES = (FINETUNE, EXTRACT, EVALUATE, PREDICT, AUDIT, EXPORT)
+_KEYWORD_TYPES = {"backbone_kwargs": "Mapping[str, float | bool] | str", "weights": "Path | None"}  # unlike the flags
 _ROOT = Path(__file__).parent.parent.parent
 KEYWORDS_FILE = _ROOT / "tl_keras" / "config" / "keywords.py"
 FLAGS_FILE = _ROOT / "docs" / "reference" / "flags.md"
@@ -40,7 +41,7 @@ def keywords_module() -> str:
         "from __future__ import annotations",
         "",
         "import os",
-        "from collections.abc import Sequence",
+        "from collections.abc import Mapping, Sequence",
         "from typing import Literal, TypedDict",
         "",
         "Path = str | os.PathLike[str]",
@@ -84,6 +85,8 @@ def flags_page() -> str:
 
 
 def _keyword_type(field: dataclasses.Field[typing.Any]) -> str:
+    if field.name in _KEYWORD_TYPES:
+        return _KEYWORD_TYPES[field.name]
     kind = value_types()[field.name]
     text = "Path" if field.name in PATHS_OR_SOURCES else "str"
     if field.metadata["choices"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -125,6 +126,29 @@ def check_path(dataset: str) -> None:
     elif os.path.isabs(dataset) or (os.sep in dataset and os.path.exists(dataset)):
         kind = "csv" if os.path.isfile(dataset) else "folder"
         raise UserError(f"--dataset={dataset} is a path. For your own data: --dataset={kind}:{dataset}.")
+
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """Finds the images of `--images`: files as given, and the images of folders and glob patterns, sorted by name.
+
+    Raises:
+        UserError: a pattern matches no image.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if os.path.isdir(path):
+            matches = [str(file) for file in list_image_files(path)]
+        elif os.path.exists(path):
+            matches = [str(path)]
+        else:
+            matches = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+        if not matches:
+            raise UserError(
+                f"--images={pattern} matches no image. Give files, folders or glob patterns, comma-separated."
+            )
+        found += matches
+    return list(dict.fromkeys(found))
 
 
 def list_image_files(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:

@@ -20,7 +20,7 @@ from tl_keras.config import BackboneConfig, Config, default_store_dir, is_run, p
 from tl_keras.data.depth import DepthCheck
 from tl_keras.data.examples import Examples, draw_shots, scan, split_source
 from tl_keras.data.images import DECODER_VERSION, explain_broken, make_images
-from tl_keras.data.sources import Source, check_path, load_source
+from tl_keras.data.sources import Source, load_source
 from tl_keras.data.splits import SPLITS, carve, check_classes
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import TrainedOn, write_earlier_images
@@ -182,9 +182,8 @@ def load_network(config: Config, screen: Screen, *, with_top: bool = False) -> N
         with_top: see `load_backbone`.
 
     Raises:
-        UserError: there is no such backbone, no such weights, or no such data.
+        UserError: there is no such backbone, or no such weights.
     """
-    check_path(config.data.dataset or "")
     keras.utils.set_random_seed(config.run.seed)
     with screen.watch.stage("backbone"):
         preset, backbone = load_backbone(config.backbone, with_top=with_top)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any, TextIO
 
 from tl_keras.classifier import TOP_K, load
 from tl_keras.config import Config
-from tl_keras.data.sources import list_image_files, read_files
+from tl_keras.data.sources import find_images, read_files
 from tl_keras.errors import UserError
 from tl_keras.jobs.result import Result
 from tl_keras.run import Screen, count_of, csv_writer, disk_errors, is_special
@@ -26,7 +25,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     The exit status is 1 if no image could be classified.
     """
     screen = Screen(sys.stderr, shows=screen.shows if screen else "all")  # standard output may be the CSV
-    paths = _find(config.read.images)
+    paths = find_images(config.read.images)
     classifier = load(str(config.read.classifier))
     broken = done = 0
     with _open(config.read.output) as file, disk_errors(str(config.read.output or "standard output")):
@@ -54,29 +53,6 @@ def _row(path: str, prediction: dict[str, Any], ranks: Sequence[int]) -> list[An
     for rank in ranks:
         row += [prediction["labels"][rank - 1], round(prediction["scores"][rank - 1], _DIGITS)]
     return [*row, *[""] * (2 * TOP_K + 1 - len(row)), ""]
-
-
-def _find(patterns: Sequence[str]) -> list[str]:
-    """Finds the images: files as given, and the images of folders and glob patterns, sorted by name.
-
-    Raises:
-        UserError: a pattern matches no image.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if os.path.isdir(path):
-            matches = [str(file) for file in list_image_files(path)]
-        elif os.path.exists(path):
-            matches = [str(path)]
-        else:
-            matches = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
-        if not matches:
-            raise UserError(
-                f"--images={pattern} matches no image. Give files, folders or glob patterns, comma-separated."
-            )
-        found += matches
-    return list(dict.fromkeys(found))
 
 
 @contextlib.contextmanager

@@ -20,13 +20,14 @@ from tl_keras.run.folder import (
     UNFINISHED,
     History,
     RunFolder,
+    check_run_dir,
     end_run,
     find_unfinished,
     has_ended,
     name_run,
     read_run_config,
 )
-from tl_keras.run.interrupts import Interrupts, repeat_interrupt
+from tl_keras.run.interrupts import Interrupts, repeat_interrupt, repeat_printed_interrupt
 from tl_keras.run.memory import free_memory_bytes
 from tl_keras.run.owner import check_owner
 from tl_keras.run.process import stop_heartbeats
@@ -41,6 +42,7 @@ __all__ = [
     "Screen",
     "Stopwatch",
     "check_owner",
+    "check_run_dir",
     "check_writable",
     "count_of",
     "csv_bytes",
@@ -59,6 +61,7 @@ __all__ = [
     "read_json",
     "read_run_config",
     "repeat_interrupt",
+    "repeat_printed_interrupt",
     "replace_folder",
     "stop_heartbeats",
     "sync_tree",

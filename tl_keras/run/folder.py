@@ -20,6 +20,8 @@ from tl_keras.run.process import find_process, is_running_here, may_run_elsewher
 INTERRUPTED = 130  # exit status as in shells: 128 + SIGINT
 UNFINISHED = "unfinished.json"  # in the folder of a run until it is complete
 _CONFIG = "config.json"
+# in the folder of a run that has computed nothing yet
+_AT_START = frozenset((_CONFIG, "run.flags", "run.log", "broken.csv", UNFINISHED))
 # settings that do not affect the results of a run
 _HOW_STARTED = frozenset(("resume", "overwrite", "run_dir"))
 
@@ -54,7 +56,8 @@ class RunFolder:
 
         Args:
             path: path of the folder; its parents are created too.
-            overwrite: whether to replace an earlier run; an unfinished run with the same settings continues anyway.
+            overwrite: whether to replace an earlier run; an unfinished run with the same settings continues anyway, and
+                one that has computed nothing is replaced in any case.
             config: content of `config.json`.
             flags: content of `run.flags`.
             show: called with a line if it takes a minute to find out whether another machine uses the folder.
@@ -68,7 +71,8 @@ class RunFolder:
             _check_not_running(folder, show)
             if _is_same_run(folder, config):  # also with --overwrite: it would be the same run
                 return cls._open(folder, config=config, flags=flags)
-            replaced = _put_aside(folder, overwrite=overwrite, config=config)
+            check_run_dir(path, overwrite=overwrite, config=config)
+            replaced = _put_aside(folder)
         with disk_errors(f"the run folder {path}"):
             folder.mkdir(parents=True, exist_ok=True)
             created = cls(folder, run_id=uuid.uuid4().hex)
@@ -144,6 +148,38 @@ class History:
         self._folder.write_csv("history.csv", self._header, self.rows)
 
 
+def check_run_dir(path: str, *, overwrite: bool, config: Mapping[str, Any]) -> None:
+    """Checks that a run may use a folder: it is empty, is this run's, or may be replaced.
+
+    Args:
+        path: path of the folder.
+        overwrite: whether to replace an earlier run.
+        config: the settings of the run.
+
+    Raises:
+        UserError: it must not be replaced, or is not the folder of a run.
+    """
+    folder = Path(path)
+    if not (folder.is_dir() and any(folder.iterdir())) or _is_same_run(folder, config):
+        return
+    if not _is_run(folder):
+        raise UserError(
+            f"the folder {folder} already exists, and no run has written it. Give a new folder as --run_dir."
+        )
+    if overwrite or _has_nothing(folder):
+        return
+    if not has_ended(folder):
+        differences = "; ".join(_find_differences(read_run_config(path) or {}, config)[:3])
+        raise UserError(
+            f"the run folder {folder} already exists. It contains an unfinished run with other settings "
+            f"({differences}). Repeat its command to continue it, replace it with --overwrite, or give another "
+            "--run_dir."
+        )
+    raise UserError(
+        f"the run folder {folder} already exists. Give another --run_dir, or --overwrite to replace an earlier run."
+    )
+
+
 def end_run(folder: Path, *, keep_replaced: bool = False) -> list[Path]:
     """Marks a run as complete, and deletes the earlier run that it replaces.
 
@@ -211,6 +247,11 @@ def _is_run(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (_CONFIG, "run.flags"))
 
 
+def _has_nothing(folder: Path) -> bool:
+    """Whether a run ended before it computed anything that is kept in its folder."""
+    return not has_ended(folder) and {path.name for path in folder.iterdir()} <= _AT_START
+
+
 def _is_same_run(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder contains an unfinished run with these settings."""
     if has_ended(folder) or not _is_run(folder):
@@ -220,7 +261,7 @@ def _is_same_run(folder: Path, config: Mapping[str, Any]) -> bool:
 
 def _find_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lists the flags that differ between two configurations, with both values."""
-    found = []
+    found = list[str]()
     for group, settings in json.loads(json.dumps(now)).items():  # converts tuples to lists
         before = earlier.get(group)
         if not isinstance(settings, dict):
@@ -235,31 +276,22 @@ def _find_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     return found
 
 
-def _put_aside(folder: Path, *, overwrite: bool, config: Mapping[str, Any]) -> list[str]:
+def _put_aside(folder: Path) -> list[str]:
     """Renames the folder of an earlier run, so that it is kept until the new run is complete.
+
+    A run that has computed nothing is deleted instead.
 
     Returns:
         The folders that the new run replaces.
-
-    Raises:
-        UserError: the folder must not be replaced, or is not a run folder.
     """
-    if not (overwrite and _is_run(folder)):
-        if _is_run(folder) and not has_ended(folder):
-            differences = "; ".join(_find_differences(read_run_config(str(folder)) or {}, config)[:3])
-            raise UserError(
-                f"the run folder {folder} already exists. It contains an unfinished run with other settings "
-                f"({differences}). Repeat its command to continue it, replace it with --overwrite, or give another "
-                "--run_dir."
-            )
-        raise UserError(
-            f"the run folder {folder} already exists. Give another --run_dir, or --overwrite to replace an earlier run."
-        )
     earlier = list(_read_marker(folder).get("replaces") or [])
     target, number = folder.with_name(f"{folder.name}.replaced"), 2
     while target.exists():
         target, number = folder.with_name(f"{folder.name}.replaced-{number}"), number + 1
     with disk_errors(f"the run folder {folder}"):
+        if _has_nothing(folder):
+            shutil.rmtree(folder)
+            return earlier
         os.rename(folder, target)
     return [*earlier, str(target.absolute())]
 

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,14 @@ def repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
         threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def repeat_printed_interrupt(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """C++ code prints an exception that it can't raise, as TensorFlow does; one that an interrupt caused is repeated."""
+    if Interrupts.arrived:
+        threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _interrupt_main_thread() -> None:
