@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from tl_keras import config
 from tl_keras.api import find_resumed, is_finished, run_mode
-from tl_keras.config.completion import completion
-from tl_keras.config.help import find_help_request, overview
+from tl_keras.config.completion import COMPLETION_HELP, completion
+from tl_keras.config.help import HELP, find_help_request, overview
 from tl_keras.errors import LostRunError, UserError
 from tl_keras.run import INTERRUPTED, Interrupts, Screen, repeat_interrupt, repeat_printed_interrupt
 from tl_keras.version import __version__
@@ -71,7 +71,8 @@ def _run(argv: list[str]) -> int:
         print(overview())
         return 0
     if arguments[0] == "completion":
-        print(completion(arguments[1] if len(arguments) > 1 else ""), end="")
+        shell = arguments[1] if len(arguments) > 1 else ""
+        print(COMPLETION_HELP if shell in HELP else completion(shell), end="")
         return 0
     request = find_help_request(arguments)
     if request:
@@ -91,6 +92,8 @@ def _run(argv: list[str]) -> int:
         print(settings.as_flags(), end="")
         return 0
     screen = Screen(shows="warnings" if values["quiet"].value else "all")
+    if settings.run.resume and not values["run_dir"].present:
+        screen.line(f"resuming {run_dir}")
     try:
         with Interrupts.restored():
             return run_mode(settings, screen).exit_status

@@ -95,6 +95,15 @@ def test_generated_files_are_up_to_date():
     assert FLAGS_FILE.read_text(encoding="utf-8") == flags_page(), advice
 
 
+def test_help_that_does_not_exist_is_named_as_such(capsys):
+    assert run_main("finetune", "--help=foo") == 1
+    assert capsys.readouterr().err == "tl_keras: error: --help=foo is not known. Allowed: --help, --help=all.\n"
+    assert run_main("finetune", "--help=finetune") == 0
+    for help_flag in ("--help", "-h"):
+        assert run_main("completion", help_flag) == 0
+        assert "tl_keras completion bash|zsh|fish: print" in capsys.readouterr().out
+
+
 # completion
 
 

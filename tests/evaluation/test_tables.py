@@ -116,7 +116,7 @@ def test_the_tables_by_hand(folder, tmp_path):
         "threshold": None,  # two images guarantee nothing
         "threshold_confidence": 0.95,
         "val_images": 2,
-        "val_images_needed": 47,
+        "val_images_needed": 29,
     }
     assert [float(row["threshold"]) for row in rows(tmp_path / "coverage.csv") if row["split"] == "val"] == [0.6, 0.5]
     assert sum(int(row["n"]) for row in rows(tmp_path / "reliability.csv") if row["split"] == "test") == 3
@@ -127,9 +127,9 @@ def test_lines_for_the_screen(folder):
     found["calibration"] = {"temperature": 1.5, "before": {"test": {"ece": 0.2}}}
     ece = found["test"]["ece"]
     assert describe_evaluation(found) == [
-        f"calibration: temperature 1.50, fitted on val; test ece 0.200 → {ece:.3f}",
+        f"calibration: temperature 1.50, fitted on val; test ECE 0.200 → {ece:.3f}",
         f"most frequent errors on test: {NAMES[2]} predicted as {NAMES[0]} (1)",
-        "no confidence threshold guarantees an accuracy of 90 %: val has 2 images, and at least 47 are needed",
+        "no confidence threshold guarantees an accuracy of 90 %: val has 2 images, and at least 29 are needed",
     ]
     found["calibration"] = {"temperature": 1.0, "supported": False, "before": {}}
     assert describe_evaluation(found)[0] == "calibration: none; val does not determine a temperature"

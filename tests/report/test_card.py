@@ -67,7 +67,7 @@ def test_a_missing_file(tmp_path):
 def test_the_hub_reads_the_metadata_block():
     from huggingface_hub import ModelCard
 
-    card = Card({"licence": "apache-2.0"})
+    card = Card({"license": "apache-2.0"})
     block = format_hub_metadata(
         card, name='odd "name": # 1', backbone="ResNet50", dataset="stanford_dogs", split="test", figures=FIGURES
     )

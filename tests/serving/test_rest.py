@@ -176,7 +176,7 @@ ERRORS = {
     "no JSON": (PREDICT, b"{'instances'", 400, "JSON Parse error: "),
     "an image without its type": (
         *(PREDICT, b"\xff\xd8\xff\xe0 a JPEG", 400),
-        "JSON Parse error: the body is no JSON but an image: send it with Content-Type: image/jpeg, or as",
+        "JSON Parse error: the body is not JSON but an image: send it with Content-Type: image/jpeg, or as",
     ),
     "no text": (PREDICT, b"\x80 no text", 400, "JSON Parse error: it is no text in UTF-8"),
     "nested without end": (PREDICT, b"[" * 200000, 400, "JSON Parse error: "),

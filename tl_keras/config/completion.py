@@ -82,6 +82,12 @@ fi
 """
 
 
+COMPLETION_HELP = """tl_keras completion bash|zsh|fish: print a completion script for the shell
+
+  source <(tl_keras completion bash)
+"""
+
+
 def completion(shell: str) -> str:
     """The completion script of a shell.
 

@@ -25,6 +25,7 @@ from tl_keras.config.settings import (
     list_fields,
     value_types,
 )
+from tl_keras.errors import UserError
 
 EXAMPLES = {
     FINETUNE: "tl_keras finetune --dataset=folder:photos --backbone=MobileNetV2 --run_dir=runs/photos",
@@ -38,7 +39,7 @@ EXAMPLES = {
 }
 _WIDEST = 100  # columns
 _INDENT = 28
-_HELP = {"--help", "-help", "-h"}
+HELP = {"--help", "-help", "-h"}
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -70,12 +71,14 @@ def find_help_request(arguments: Sequence[str]) -> HelpRequest | None:
     Raises:
         UserError: there is no such mode, or help is asked for something that there is no help for.
     """
-    requests = [argument for argument in arguments if argument.partition("=")[0] in _HELP]
+    requests = [argument for argument in arguments if argument.partition("=")[0] in HELP]
     if not requests and arguments[0] != "help":
         return None
     values = {request.partition("=")[2] for request in requests} - {""}
     mode = _find_mode(arguments[1:] if arguments[0] == "help" else arguments)
     named = values - {"all", "true"}
+    if named and mode is not None and named != {mode}:
+        raise UserError(f"--help={named.pop()} is not known. Allowed: --help, --help=all.")
     if named:  # --help=finetune
         mode = named.pop()
     if mode is not None:

@@ -18,7 +18,7 @@ from typing import Any
 FINETUNE, EXTRACT, EVALUATE, PREDICT = "finetune", "extract", "evaluate", "predict"
 EXPORT, SERVE, AUDIT, DOCTOR = "export", "serve", "audit", "doctor"
 MODES: dict[str, str] = {
-    FINETUNE: "train a head, and layers of the backbone on request, on labeled images",
+    FINETUNE: "train a head and, optionally, layers of the backbone on labeled images",
     EXTRACT: "train a scikit-learn classifier on the embeddings of a pretrained backbone",
     EVALUATE: "measure a trained classifier on labeled images, or compare finished runs",
     PREDICT: "classify images with a trained classifier",
@@ -458,7 +458,7 @@ class ReadConfig:
         (*_READ, SERVE, AUDIT),
         metavar="DIR",
         mode_help={
-            SERVE: "run folder, exported version folder, or saved_models/NAME for all its versions (left out: all "
+            SERVE: "run folder, exported version folder, or saved_models/NAME for all its versions (if omitted: all "
             "models in --export_dir)",
             AUDIT: "run folder whose data is audited, with its network and its predictions",
         },

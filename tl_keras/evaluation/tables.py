@@ -119,7 +119,7 @@ def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
     if calibration and calibration["temperature"] != 1:
         before = calibration["before"][split]["ece"]
         lines.append(
-            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val; {split} ece {before:.3f} "
+            f"calibration: temperature {calibration['temperature']:.2f}, fitted on val; {split} ECE {before:.3f} "
             f"→ {figures['ece']:.3f}"
         )
     if calibration and not calibration.get("supported", True):

@@ -1,4 +1,4 @@
-"""`--mode=finetune`: a pretrained backbone with a new head; layers of the backbone are trained on request."""
+"""`--mode=finetune`: a pretrained backbone with a new head; optionally, layers of the backbone are trained too."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FIELDS = {
     "data": "Not stated. Where do the images come from, who labeled them, and under which terms may they be used?",
     "limits": "Not stated. On which images is the classifier known to fail?",
     "ethics": "Not stated. Who could be harmed by a wrong prediction?",
-    "licence": "",
+    "license": "",
     "authors": "",
     "contact": "",
     "citation": "",
@@ -32,7 +32,7 @@ TITLES = {
     "data": "Data",
     "limits": "Limitations",
     "ethics": "Ethical considerations",
-    "licence": "License",
+    "license": "License",
     "authors": "Authors",
     "contact": "Contact",
     "citation": "Citation",
@@ -77,8 +77,8 @@ def load_card(path: str | None) -> Card:
         ) from error
     if not isinstance(content, dict):
         raise UserError(f'--card={path} is not a JSON object. Write {{"intended_use": "...", ...}}. {allowed}')
-    if "license" in content:  # as in the metadata of the Hub
-        content["licence"] = content.pop("license")
+    if "licence" in content:  # the British spelling
+        content["license"] = content.pop("licence")
     for name, value in content.items():
         if name not in FIELDS:
             raise UserError(f"--card={path}: the field {name!r} is unknown. {nearest(name, FIELDS)}{allowed}")
@@ -120,8 +120,8 @@ def format_hub_metadata(
         "metrics": ["accuracy", "f1"],
         "model-index": [{"name": name, "results": [{**result, "metrics": measured}]}],
     }
-    if card.has("licence"):
-        block = {"license": card.text("licence"), **block}
+    if card.has("license"):
+        block = {"license": card.text("license"), **block}
     return "\n".join(f"{key}: {_as_yaml(value)}" for key, value in block.items())
 
 

@@ -82,8 +82,10 @@ def repeat_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def repeat_printed_interrupt(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """C++ code prints an exception that it can't raise, as TensorFlow does; one that an interrupt caused is repeated."""
+def repeat_printed_interrupt(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """TensorFlow's C++ code prints an exception that it can't raise; an interrupt behind it is raised again."""
     if Interrupts.arrived:
         threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
     else:

@@ -79,7 +79,7 @@ def parse_json(body: bytes) -> Document:
     except RequestError as error:
         if text.first not in b"{[" and not explain_unreadable(body):
             raise invalid(
-                "JSON Parse error: the body is no JSON but an image: send it with Content-Type: "
+                "JSON Parse error: the body is not JSON but an image: send it with Content-Type: "
                 f'image/{name_format(body)}, or as {{"instances": [{{"b64": "..."}}]}}'
             ) from error
         if text.first not in b"{[":

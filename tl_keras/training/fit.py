@@ -179,7 +179,9 @@ class _Fitting:
         finally:
             self._interrupt.give_back()
         self._best.restore()
-        if not self._interrupt.interrupted:
+        if self._interrupt.interrupted:
+            self._progress.show(f"{self._name}: interrupted; the best epoch is evaluated. Ctrl-C again ends at once")
+        else:
             keeper.finish(diverged=diverged)
         self._progress.show(f"{self._name}: {self._describe_best()}")
         return self._as_stage(diverged=diverged)
