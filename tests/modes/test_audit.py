@@ -289,8 +289,11 @@ def refuse(capsys, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--clean=leek",), "--clean=leek is not known. Did you mean: leak, label, blank? Allowed: unreadable,"),
-        (("--classifier=nowhere",), "--classifier=nowhere is not a run folder and does not record its data."),
+        (("--clean=leek",), "--clean=leek is not known. Did you mean: leak? Allowed: unreadable,"),
+        (
+            ("--classifier=nowhere",),
+            "nowhere does not exist. Give a run folder (runs/NAME) or an exported version folder.",
+        ),
         (
             ("--classifier=runs/a", "--backbone=VGG16"),
             "--classifier has its own backbone, weights, image size and resizing. Leave out the flags for them.",

@@ -19,6 +19,7 @@ from tl_keras.data.splits import SPLITS, evaluated_split
 _BITS_AT_MOST = 12
 _DISTANCE_AT_MOST = 0.6  # between embeddings of length 1
 _CORRELATION_AT_LEAST = 0.99
+_COMPARED = 4096  # pairs at a time
 _EXACT, _PIXELS, _NEAR = "same bytes", "same pixels", "nearly the same image"
 _ORDER = {"test": 0, "val": 1, "train": 2}  # the copy in the first of these splits counts as the original
 
@@ -103,16 +104,30 @@ def find_pairs(digests: Sequence[bytes], looks: Mapping[int, Look], neighbors: N
     for values, how in ((enumerate(digests), _EXACT), (pixels, _PIXELS)):
         for first, second in _equal(values):
             seen.setdefault((first, second), Pair(first, second, how))
-    for row, rank in np.argwhere(neighbors.distances <= _DISTANCE_AT_MOST).tolist():
-        pair = min(row, int(neighbors.indices[row, rank])), max(row, int(neighbors.indices[row, rank]))
-        if pair in seen or pair[0] not in looks or pair[1] not in looks:
-            continue  # images that can't be decoded have no pixels to compare
-        one, other = looks[pair[0]], looks[pair[1]]
-        bits = distance(one.hashes, other.hashes)
-        if bits <= _BITS_AT_MOST and (likeness := correlate(one.thumb, other.thumb)) >= _CORRELATION_AT_LEAST:
+    for pair, bits in _similar(neighbors, looks, seen):
+        likeness = correlate(looks[pair[0]].thumb, looks[pair[1]].thumb)
+        if likeness >= _CORRELATION_AT_LEAST:
             detail = f"correlation {likeness:.3f}; {bits} of {BITS} hash bits differ"
             seen[pair] = Pair(*pair, _NEAR, detail, likeness)
     return list(seen.values())
+
+
+def _similar(
+    neighbors: Neighbors, looks: Mapping[int, Look], known: Mapping[tuple[int, int], Pair]
+) -> Iterator[tuple[tuple[int, int], int]]:
+    """Neighbors whose hashes are similar, each pair once, with the number of different bits; without known pairs.
+
+    Images that can't be decoded have no pixels to compare.
+    """
+    rows, ranks = np.nonzero(neighbors.distances <= _DISTANCE_AT_MOST)
+    both = np.sort(np.stack([rows, neighbors.indices[rows, ranks]], 1), axis=1)
+    pairs = [pair for pair in dict.fromkeys(map(tuple, both.tolist())) if pair not in known and looks.keys() >= {*pair}]
+    for start in range(0, len(pairs), _COMPARED):
+        part = pairs[start : start + _COMPARED]
+        first, second = (np.stack([looks[pair[side]].hashes for pair in part]) for side in (0, 1))
+        bits = distance(first, second)
+        for number in np.flatnonzero(bits <= _BITS_AT_MOST).tolist():
+            yield part[number], int(bits[number])
 
 
 def describe_pairs(pairs: Sequence[Pair], images: Images) -> tuple[list[Finding], np.ndarray]:

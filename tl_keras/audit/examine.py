@@ -5,22 +5,21 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tl_keras.audit.distribution import find_outliers, measure_shift
-from tl_keras.audit.duplicates import Images, Look, describe_pairs, find_candidates, find_pairs
-from tl_keras.audit.files import look_at
+from tl_keras.audit.duplicates import Images, describe_pairs, find_candidates, find_pairs
 from tl_keras.audit.findings import Finding, sort
 from tl_keras.audit.labels import build_surrogate, cross_validate, find_label_issues, too_many
+from tl_keras.audit.looks import ContentStream, find_looks
 from tl_keras.audit.neighbors import find_neighbors
-from tl_keras.run import count_of, map_ahead
+from tl_keras.run import count_of
 from tl_keras.statistics.intervals import auroc_interval
 
 _SMALLEST_CLASS = 10  # evaluated images: with fewer, metrics of a class are unreliable
@@ -34,9 +33,6 @@ _SYNSET = re.compile(r"n\d{8}")  # WordNet id of a class, as in n02085620-Chihua
 _NAMED = 5
 
 _LOOKED_AT_AT_MOST = 20_000  # images in the report of a run, so that it takes less time than the run
-_AHEAD = 32
-
-ContentStream = Callable[[np.ndarray], Iterator[tuple[int, bytes]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +75,7 @@ def examine(
     embeddings: np.ndarray,
     read: ContentStream,
     all_pixels: bool,
+    store_dir: str | None = None,
     known: Sequence[Finding] = (),
 ) -> Audit:
     """Finds duplicates, label errors, outliers, and distribution shift between train and the evaluated split.
@@ -90,6 +87,7 @@ def examine(
         read: rows → pairs of row and encoded bytes.
         all_pixels: whether to decode every image, which also finds blank images; otherwise only images that may be
             duplicates are decoded.
+        store_dir: folder of the embedding stores, where properties of pixels are cached.
         known: findings about files, which are included in the result.
 
     Returns:
@@ -100,13 +98,12 @@ def examine(
     may_be = np.arange(len(images.ids)) if all_pixels else find_candidates(neighbors)
     hurried = not all_pixels and len(may_be) > _LOOKED_AT_AT_MOST
     wanted = find_candidates(neighbors, at_most=_LOOKED_AT_AT_MOST) if hurried else may_be
-    looks = dict[int, Look]()
-    for row, look in map_ahead(look_at, read(wanted), threads=os.cpu_count(), ahead=_AHEAD):
-        if look is None:
-            continue
-        looks[row] = look
-        if look.blank:
-            findings.append(Finding(images.ids[row], "blank", "high", "nearly all pixels have the same color"))
+    looks = find_looks(wanted, digests=digests, read=read, store_dir=store_dir)
+    findings += [
+        Finding(images.ids[row], "blank", "high", "nearly all pixels have the same color")
+        for row, look in sorted(looks.items(), key=lambda item: item[0])
+        if look.blank
+    ]
     copies, copied = describe_pairs(find_pairs(digests, looks, neighbors), images)
     findings += copies
     findings += _judge_labels(neighbors.points, images)

@@ -78,9 +78,9 @@ def look_at(content: bytes) -> Look | None:
     except Exception:  # on broken files Pillow's readers raise exceptions of many types
         return None
     digest = hashlib.sha256(f"{upright.size}".encode() + upright.tobytes()).digest()
-    spread = max(ImageStat.Stat(upright).stddev)
     lowest, highest = zip(*upright.getextrema(), strict=True)
-    blank = spread < _BLANK_SPREAD and max(high - low for low, high in zip(lowest, highest, strict=True)) < _BLANK_RANGE
+    is_flat = max(high - low for low, high in zip(lowest, highest, strict=True)) < _BLANK_RANGE
+    blank = is_flat and max(ImageStat.Stat(upright).stddev) < _BLANK_SPREAD
     thumb = np.asarray(upright.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX, reducing_gap=2.0))
     return Look(digest, hash_image(thumb), thumb, blank)
 

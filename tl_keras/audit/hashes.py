@@ -30,9 +30,10 @@ def hash_image(thumb: np.ndarray) -> np.ndarray:
     return np.asarray(both > np.median(both, axis=1, keepdims=True))
 
 
-def distance(first: np.ndarray, second: np.ndarray) -> int:
-    """Minimum number of different bits between an image and any view of the other; both bool `(6, 63)`."""
-    return int(min((first[0] != second).sum(1).min(), (second[0] != first).sum(1).min()))
+def distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Minimum number of different bits between images and any view of others, int64 `(...)`; bool `(..., 6, 63)`."""
+    one, other = ((a[..., :1, :] != b).sum(-1).min(-1) for a, b in ((first, second), (second, first)))
+    return np.asarray(np.minimum(one, other))
 
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:

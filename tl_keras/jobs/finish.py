@@ -280,6 +280,7 @@ class _AuditForReport:
             job.oddities,
             views.pretrained(rows),
             all_pixels=False,
+            store_dir=job.store_dir,
             show_progress=job.screen.progress,
         )
         leaks, leak_lines = measure_leaks(audit, images, _predicted(probabilities, images), "this classifier")

@@ -36,6 +36,7 @@ def examine_examples(
     embeddings: np.ndarray,
     *,
     all_pixels: bool,
+    store_dir: str | None = None,
     show_progress: Callable[[str], None],
 ) -> Audit:
     """Audits the images of a run.
@@ -45,6 +46,7 @@ def examine_examples(
         oddities: findings about their files.
         embeddings: embeddings of the images in use, in the order of the source, float `(n, dim)`.
         all_pixels: see `examine`.
+        store_dir: see `examine`.
         show_progress: called with the progress as text.
     """
     rows, images = list_audited_images(examples)
@@ -65,6 +67,7 @@ def examine_examples(
         embeddings=embeddings,
         read=read,
         all_pixels=all_pixels,
+        store_dir=store_dir,
         known=[*broken, *(one for one in oddities if one.id in in_use)],
     )
 

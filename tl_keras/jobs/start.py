@@ -94,6 +94,11 @@ class Job:
         """Seconds by stage."""
         return self.network.screen.watch
 
+    @property
+    def store_dir(self) -> str:
+        """Folder of the embedding stores."""
+        return self.config.engine.store_dir or default_store_dir()
+
     def embed(self, trunks: Sequence[keras.Model], *, mirrored: bool = False) -> list[Embedded]:
         """Computes the embeddings that the store lacks; removes the images that can't be decoded.
 
@@ -126,7 +131,7 @@ class Job:
             },
             engine=engine.engine,
             precision=engine.precision,
-            store_dir=engine.store_dir or default_store_dir(),
+            store_dir=self.store_dir,
             show=self.screen.line,
             show_progress=self.screen.progress,
             exact=None if self.embeddings_only else np.flatnonzero(self.examples.splits > 0),

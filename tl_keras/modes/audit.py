@@ -66,7 +66,14 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     _estimate_time(screen, len(rows), int(backbone.output_shape[-1]))
     with watch.stage("audit"):
         embeddings, progress = embedded.read_float32(rows), screen.progress
-        audit = examine_examples(job.examples, job.oddities, embeddings, all_pixels=True, show_progress=progress)
+        audit = examine_examples(
+            job.examples,
+            job.oddities,
+            embeddings,
+            all_pixels=True,
+            store_dir=job.store_dir,
+            show_progress=progress,
+        )
         digests = [job.examples.digests[row].tobytes() for row in rows]
         predicted, judge = _predict(asked, audit, images, digests)
         leaks, leak_lines = measure_leaks(audit, images, predicted, judge)
