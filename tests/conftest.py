@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from tl_keras.classifier import Classifier
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it: tests leave nothing in the user's cache
+    _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))  # its list of fonts takes long to make
+    os.environ.setdefault("PIP_CACHE_DIR", str(_CACHE / "pip"))
+    _own_cache = tempfile.TemporaryDirectory(prefix="tl_keras_cache_")
+    os.environ["XDG_CACHE_HOME"] = _own_cache.name
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 SMALL_NETWORK = ("--backbone=SmallConvNet", "--image_size=16", "--weights=none")

@@ -114,7 +114,7 @@ def test_images_that_are_in_val_and_test_are_told(data, finetune, tmp_path, caps
     finetune("run", *NETWORK, "--weights=none", "--epochs=1", f"--dataset=csv:{tmp_path / 'm.csv'}")
     out = capsys.readouterr().out
     assert "warning: val has exact copies of 1 of the 31 test images" in out
-    assert "warning: 1 of the 31 test images are val images of the classifier's run, which were used for" in out
+    assert "warning: 1 of the 31 test images is a val image of the classifier's run, used for selection" in out
 
 
 def test_images_that_are_in_train_and_test_are_told_without_a_report(data, finetune, tmp_path, capsys):

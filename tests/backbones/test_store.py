@@ -81,6 +81,20 @@ def test_the_same_key_may_be_read_several_times(store):
     np.testing.assert_array_equal(store.read(keys(2, 1, 2, 2)), vectors(2, 1, 2, 2))
 
 
+def test_each_embedding_is_read_from_disk_once_as_long_as_all_fit_in_memory(store, monkeypatch):
+    read, from_disk = store._read_rows, []
+    monkeypatch.setattr(store, "_read_rows", lambda wanted: from_disk.extend(wanted) or read(wanted))
+    store.write(keys(*range(8)), vectors(*range(8)))
+    for _ in range(3):
+        np.testing.assert_array_equal(store.read(keys(3, 1, 3, 0)), vectors(3, 1, 3, 0))
+    assert sorted(from_disk) == keys(0, 1, 3)
+    monkeypatch.setattr(store_module, "_KEPT_BYTES", 5 * vectors(0).nbytes)
+    for _ in range(2):
+        np.testing.assert_array_equal(store.read(keys(*range(7, -1, -1))), vectors(*range(7, -1, -1)))
+    assert len(from_disk) == 3 + 5 + 3  # two more are kept, three are beyond the limit
+    assert store._kept_bytes == 5 * vectors(0).nbytes
+
+
 def test_the_first_that_was_written_stays(store):
     store.write(keys(1, 1), vectors(1, 9))
     store.write(keys(1, 2), vectors(8, 2))

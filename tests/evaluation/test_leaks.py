@@ -100,7 +100,7 @@ def test_another_image_under_the_id_of_a_trained_one_is_told(tmp_path):
     leaks, told = measure_seen(read_trained_on(run, {"train"}, []), examples, {"test": RIGHT})
     assert leaks == {}
     assert told[0].startswith(
-        "warning: the classifier was trained on 1 images with the same ids but different content;"
+        "warning: the classifier was trained on images with the ids of 1 evaluated image, but with different content;"
     )
 
 

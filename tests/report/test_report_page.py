@@ -14,7 +14,7 @@ from tl_keras.evaluation.metrics import measure
 from tl_keras.evaluation.robustness import measure_corruptions
 from tl_keras.report.card import Card
 from tl_keras.report.contents import Near, Shown, ShownFinding, ShownPair
-from tl_keras.report.page import AuditShown, Report, write_report
+from tl_keras.report.page import AuditShown, Report, escape_markdown, write_report
 from tl_keras.report.pictures import encode_thumb
 from tl_keras.run import RunFolder
 
@@ -257,3 +257,21 @@ def test_it_prints_all_classes_and_pictures(open_page, written):
     seen = page.evaluate("() => [...document.images].filter((one) => one.complete && one.naturalWidth > 0).length")
     assert seen == page.evaluate("() => document.images.length") > 50
     assert page.evaluate("() => document.querySelectorAll('#per-class tbody tr').length") == 120
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("snake_case_name", "snake_case_name"),
+        ("__pos__", "\\_\\_pos\\_\\_"),
+        ("a*b", "a\\*b"),
+        ("<img>", "\\<img\\>"),
+        ("# title", "\\# title"),
+        ("1. first", "1\\. first"),
+        ("two\nlines", "two lines"),
+        ("a|b [c](d) `e` ~f~ &amp;", "a\\|b \\[c\\](d) \\`e\\` \\~f\\~ \\&amp;"),
+        ("5.5 % - plain, (really)", "5\\.5 % - plain, (really)"),
+    ],
+)
+def test_markdown_is_escaped_only_where_it_would_be_read_as_such(text, escaped):
+    assert escape_markdown(text) == escaped

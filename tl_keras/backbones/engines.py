@@ -29,8 +29,8 @@ FASTER_AT_LEAST = 1.3  # benchmarks/trunk.py, precision: a smaller speedup is no
 COSINE_AT_LEAST = 0.995  # at 0.990 (MobileNetV2) a probe lost 1 to 2 points when served in float32
 # A shorter computation is not worth a benchmark. TensorFlow takes ten seconds to build and optimize its graph.
 _WORTH_SECONDS = {"bfloat16": 5.0, "tensorflow": 60.0}
-_OPENVINO_BATCH = 4  # two in parallel; faster than 32 on five networks (benchmarks/extract.py, bare OpenVINO)
-_OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+OPENVINO_BATCH = 4  # two in parallel; faster than 32 on five networks (benchmarks/extract.py, bare OpenVINO)
+OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _GREW = 10  # factor of the number of images beyond which the benchmark is repeated
 _TIMED_RUNS = 2
 _LARGEST_GRAPH_BYTES = 2_100_000_000  # protobuf's limit is 2**31 bytes; the graph itself takes a few MB
@@ -117,7 +117,7 @@ class OpenVinoEngine:
             UserError: OpenVINO can't convert the network.
         """
         self.batch_size, self.precision = batch_size, precision
-        self._part = min(_OPENVINO_BATCH, batch_size)
+        self._part = min(OPENVINO_BATCH, batch_size)
         self._shapes = [tuple(shape[1:]) for shape in _as_list(trunk.output_shape)]
         self._name = trunk.name
         with tempfile.TemporaryDirectory() as folder, _openvino_errors(trunk.name):
@@ -149,7 +149,7 @@ class OpenVinoEngine:
     def _compile(self, precision: str) -> None:
         import openvino
 
-        hints = {"INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision], "PERFORMANCE_HINT": "THROUGHPUT"}
+        hints = {"INFERENCE_PRECISION_HINT": OPENVINO_TYPES[precision], "PERFORMANCE_HINT": "THROUGHPUT"}
         self._requests = Requests(openvino.Core().compile_model(self._model, "CPU", hints))
 
 

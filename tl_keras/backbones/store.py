@@ -32,6 +32,7 @@ _LOCK_PAUSE_SECONDS = 0.02
 _PAGE_BYTES = 65536
 _QUERY_KEYS = 500  # old versions of SQLite allow 999 parameters
 _SPARE_BYTES = 200 << 20
+_KEPT_BYTES = 128 << 20  # embeddings that an open store keeps in memory; larger stores are read from disk
 _ROW_BYTES = 64  # key, type, shape, and overhead of SQLite
 _KEY_BYTES = 48  # entry in the index, whose pages are two thirds full
 # types of network file systems, on which SQLite's write-ahead log does not work
@@ -72,6 +73,7 @@ class EmbeddingStore:
         text = json.dumps(address, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{address.get('backbone', 'trunk')}-{name}.sqlite"
+        self._kept, self._kept_bytes = dict[bytes, np.ndarray](), 0
         make_folder(folder)
         with self._errors():
             # used by threads of tf.data, one at a time
@@ -142,18 +144,29 @@ class EmbeddingStore:
         Raises:
             UserError: a key is missing, because the store was cleared in the meantime.
         """
-        found: dict[bytes, tuple[str, str, bytes]] = {}
+        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        found = self._read_rows(missing) if missing else {}
+        if len(found) < len(missing):
+            raise UserError(f"the embedding store {self.path} was cleared while it was in use. Run again.")
+        embeddings = np.stack([self._kept[key] if key in self._kept else found[key] for key in keys])
+        for key, row in found.items():
+            if self._kept_bytes + row.nbytes > _KEPT_BYTES:
+                break
+            self._kept[key] = row
+            self._kept_bytes += row.nbytes
+        return embeddings
+
+    def _read_rows(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """Reads embeddings from the file; those that it does not have are left out."""
+        rows: dict[bytes, np.ndarray] = {}
         with self._errors():
             for start in range(0, len(keys), _QUERY_KEYS):
                 part = list(keys[start : start + _QUERY_KEYS])
                 marks = ",".join("?" * len(part))
                 query = f"SELECT key, dtype, shape, content FROM embeddings WHERE key IN ({marks})"
-                found.update((row[0], row[1:]) for row in self._connection.execute(query, part))
-        if any(key not in found for key in keys):
-            raise UserError(f"the embedding store {self.path} was cleared while it was in use. Run again.")
-        dtype, shape, _ = found[keys[0]]
-        content = b"".join(found[key][2] for key in keys)
-        return np.frombuffer(content, _numpy_dtype(dtype)).reshape(len(keys), *json.loads(shape))
+                for key, dtype, shape, content in self._connection.execute(query, part):
+                    rows[key] = np.frombuffer(content, _numpy_dtype(dtype)).reshape(json.loads(shape))
+        return rows
 
     def _start_log(self) -> None:
         """Switches to the write-ahead log; this is the only operation for which SQLite does not wait for locks.

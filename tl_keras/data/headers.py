@@ -135,7 +135,7 @@ def cut_gif(image_bytes: tf.Tensor) -> tf.Tensor:
         Scalar string.
     """
     is_gif = tf.strings.substr(image_bytes, 0, 4) == b"GIF8"
-    return run_one(is_gif, _cut, _keep, (image_bytes,), _SCALAR_STRING)
+    return run_one(is_gif, _cut, _keep_bytes, (image_bytes,), _SCALAR_STRING)
 
 
 def run_one(
@@ -223,7 +223,7 @@ def _pad(image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 @traced_once(_SCALAR_STRING)
-def _keep(image_bytes: tf.Tensor) -> tf.Tensor:
+def _keep_bytes(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.identity(image_bytes)
 
 

@@ -322,7 +322,7 @@ def _stand_upright(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
     head = tf.strings.substr(image_bytes, 0, EXIF_SEARCH_BYTES)
     without = tf.strings.regex_replace(head, "Exif\\x00|eXIf|EXIF", "", replace_global=False)
     has_exif = tf.strings.length(without) < tf.strings.length(head)
-    return run_one(has_exif, _turn, _keep, (pixels, image_bytes), _PIXELS)
+    return run_one(has_exif, _turn, _keep_pixels, (pixels, image_bytes), _PIXELS)
 
 
 @traced_once(_PIXELS, _SCALAR_STRING)
@@ -331,7 +331,7 @@ def _turn(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 @traced_once(_PIXELS, _SCALAR_STRING)
-def _keep(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
+def _keep_pixels(pixels: tf.Tensor, image_bytes: tf.Tensor) -> tf.Tensor:
     del image_bytes
     return tf.identity(pixels)
 

@@ -16,7 +16,7 @@ import numpy as np
 from tl_keras.data.examples import Examples
 from tl_keras.errors import UserError
 from tl_keras.evaluation.tables import DIGESTS
-from tl_keras.run import read_csv, read_json, write_atomically
+from tl_keras.run import count_of, read_csv, read_json, write_atomically
 from tl_keras.statistics.intervals import accuracy_interval, with_interval
 
 _EARLIER_IMAGES = "earlier_images.npz"
@@ -278,13 +278,14 @@ def measure_seen(
             )
         chosen = int(trained.chosen_on(examples, split).sum())
         if chosen and split in selection_matters:
+            are = "is a val image" if chosen == 1 else "are val images"
             warnings.append(
-                f"warning: {chosen:,} of the {count:,} {split} images are val images of the classifier's run, which "
-                "were used for selection: metrics on them are slightly too good"
+                f"warning: {chosen:,} of the {count:,} {split} images {are} of the classifier's run, used for "
+                "selection: metrics on such images are slightly too good"
             )
     if same_ids:
         warnings.append(
-            f"warning: the classifier was trained on {same_ids:,} images with the same ids but different content; if "
-            "they show the same scenes, these metrics are too good"
+            f"warning: the classifier was trained on images with the ids of {count_of(same_ids, 'evaluated image')}, "
+            "but with different content; if they show the same scenes, these metrics are too good"
         )
     return leaks, warnings

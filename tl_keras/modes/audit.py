@@ -14,6 +14,7 @@ from tl_keras.audit.duplicates import Images
 from tl_keras.audit.examine import Audit, describe_data, predict_surrogate
 from tl_keras.audit.findings import FINDINGS_HEADER, Finding, count
 from tl_keras.backbones.capacity import check_network
+from tl_keras.backbones.embed import Embedded
 from tl_keras.backbones.engines import BATCH_SIZE
 from tl_keras.classifier import load_trained
 from tl_keras.config import Config
@@ -49,30 +50,19 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     screen = screen or Screen()
     watch = screen.watch
     asked, config = config, _follow_classifier(config, screen)
-    if config.audit.write_clean_csv:
-        _check_clean_path(config)
-    if config.backbone.weights == "none" and not asked.read.classifier:
-        screen.line(_UNTRAINED)
-    network = load_network(config, screen)
-    backbone = network.backbone
-    check_network(backbone, batch_size=BATCH_SIZE, engine=config.engine.engine)
-    job = start(network, asked=asked)
-    _check_clean(config, job)
-    with watch.stage("trunk"):
-        embedded = job.embed([backbone])[0]
+    job, embedded = _embed_images(config, asked, screen)
     rows, images = list_audited_images(job.examples)
     if not len(rows):
         raise UserError(f"none of the images can be read; {job.folder.path}/broken.csv has the reasons. Repair them.")
-    _estimate_time(screen, len(rows), int(backbone.output_shape[-1]))
+    _estimate_time(screen, len(rows), int(job.network.backbone.output_shape[-1]))
     with watch.stage("audit"):
-        embeddings, progress = embedded.read_float32(rows), screen.progress
         audit = examine_examples(
             job.examples,
             job.oddities,
-            embeddings,
+            embedded.read_float32(rows),
             all_pixels=True,
             store_dir=job.store_dir,
-            show_progress=progress,
+            show_progress=screen.progress,
         )
         digests = [job.examples.digests[row].tobytes() for row in rows]
         predicted, judge = _predict(asked, audit, images, digests)
@@ -93,7 +83,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
             job.examples,
             audit,
             lines=lines,
-            image_size=network.image_size,
+            image_size=job.network.image_size,
             resize=config.backbone.resize,
             command=asked.as_command(),
             notes=job.warnings,
@@ -113,6 +103,26 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     found = f"{count_of(len(audit.findings), 'finding')} on {count_of(len(rows), 'image')}"
     screen.result(f"{found} · {job.folder.path}/audit.csv")
     return Result(job.folder.path, None, metrics, status, is_complete=not status)
+
+
+def _embed_images(config: Config, asked: Config, screen: Screen) -> tuple[Job, Embedded]:
+    """Starts the job, and computes the embeddings of its images.
+
+    Args:
+        config: the settings, with those of the classifier.
+        asked: the settings as they were given.
+        screen: what the user sees.
+    """
+    if config.audit.write_clean_csv:
+        _check_clean_path(config)
+    if config.backbone.weights == "none" and not asked.read.classifier:
+        screen.line(_UNTRAINED)
+    network = load_network(config, screen)
+    check_network(network.backbone, batch_size=BATCH_SIZE, engine=config.engine.engine)
+    job = start(network, asked=asked)
+    _check_clean(config, job)
+    with screen.watch.stage("trunk"):
+        return job, job.embed([network.backbone])[0]
 
 
 def _estimate_time(screen: Screen, count: int, dim: int) -> None:

@@ -37,7 +37,7 @@ from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import create_folder
 from tl_keras.report.card import Card, load_card
 from tl_keras.report.compose import Judged, compose_report, try_report
-from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, name_run, read_json
+from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, Stopwatch, name_run, read_json
 from tl_keras.statistics.coverage import measure_threshold
 from tl_keras.statistics.intervals import with_interval
 
@@ -50,18 +50,18 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     if config.evaluation.compare:
         return compare_runs(config, screen)
     task = _start(config, screen)
-    with task.screen.watch.stage("prediction"):
+    with task.watch.stage("prediction"):
         probabilities, broken = _predict(task.classifier, task.examples, screen)
-    with task.screen.watch.stage("evaluation"):
+    with task.watch.stage("evaluation"):
         probabilities = task.remove_broken(probabilities, broken)
         metrics, status = _measure(task, probabilities)
     task.folder.write_json("metrics.json", metrics)
     for line in [*task.warnings, *describe_evaluation(metrics)]:
         screen.line(line)
     if config.evaluation.report:
-        with task.screen.watch.stage("report"):
+        with task.watch.stage("report"):
             status = _try_report(task, probabilities, metrics) or status
-        metrics["timing"]["seconds"] = dict(task.screen.watch.seconds)
+        metrics["timing"]["seconds"] = dict(task.watch.seconds)
         task.folder.write_json("metrics.json", metrics)
     split = evaluated_split(metrics)
     own = split == "val" and config.data.dataset is None
@@ -99,6 +99,11 @@ class _Task:
     trained_on: TrainedOn | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def watch(self) -> Stopwatch:
+        """Seconds by stage."""
+        return self.screen.watch
 
     def remove_broken(self, probabilities: dict[str, np.ndarray], broken: dict[int, str]) -> dict[str, np.ndarray]:
         """Removes images that could not be decoded, and splits that have no others.
@@ -168,9 +173,9 @@ def _measure(task: _Task, probabilities: dict[str, np.ndarray]) -> tuple[dict[st
     metrics["environment"] = describe_environment(engine="tensorflow", precision="float32")
     count = sum(map(len, probabilities.values()))
     metrics["timing"] = {
-        "seconds": dict(task.screen.watch.seconds),
+        "seconds": dict(task.watch.seconds),
         "trunk_images": count,
-        "trunk_images_per_second": round(count / task.screen.watch.seconds["prediction"], 1),
+        "trunk_images_per_second": round(count / task.watch.seconds["prediction"], 1),
     }
     return metrics, status
 

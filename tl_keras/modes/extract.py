@@ -365,6 +365,6 @@ def _repeat(job: Job, winner: _Candidate, first: Fitted) -> dict[str, Any]:
         accuracies.append(float((logits.argmax(1) == drawn.examples.labels(split)).mean()))
         job.screen.progress(f"draw {repeat + 1}/{config.probe.repeats}: {split} accuracy {accuracies[-1]:.3f}")
     summary, shots = summarize(accuracies), config.data.shots
-    draws = f"{count_of(int(shots or 0), 'image')} per class, {len(accuracies)} draws"
+    draws = f"{count_of(int(shots or 0), 'image')} per class, {count_of(len(accuracies), 'draw')}"
     job.screen.line(f"{draws}: {split} accuracy {describe_spread(summary)}")
     return {"few_shot": {"shots": shots, "split": split, **summary}}

@@ -168,7 +168,9 @@ def _describe_leak(leak: Mapping[str, Any] | None) -> str:
     """Describes evaluated images that are training images too; empty if there are none."""
     if not leak:
         return ""
-    text = f" However, {leak['leaked']:,} of these images are training images of this run or of an earlier one."
+    count = leak["leaked"]
+    are = "is a training image" if count == 1 else "are training images"
+    text = f" However, {count:,} of these images {are} of this run or of an earlier one."
     if "accuracy_without" not in leak:
         return text
     accuracy = _describe_accuracy(leak["accuracy_without"], leak["accuracy_without_ci95"])

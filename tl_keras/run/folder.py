@@ -66,24 +66,32 @@ class RunFolder:
             UserError: the folder already exists and is not empty, is used by a running process, or can't be written.
         """
         folder = Path(path)
-        replaced = list[str]()
         if folder.is_dir() and any(folder.iterdir()):
             _check_not_running(folder, show)
-            if _is_same_run(folder, config):  # also with --overwrite: it would be the same run
-                return cls._open(folder, config=config, flags=flags)
             check_run_dir(path, overwrite=overwrite, config=config)
-            replaced = _put_aside(folder)
-        with disk_errors(f"the run folder {path}"):
+            if _is_same_run(folder, config):  # also with --overwrite: it would be the same run
+                opened = cls._open(folder, config=config, flags=flags)
+            else:
+                opened = cls._make(folder, replaced=_put_aside(folder), config=config, flags=flags)
+        else:
+            opened = cls._make(folder, replaced=[], config=config, flags=flags)
+        start_heartbeat(folder / UNFINISHED)
+        check_owner(folder)  # another process may have opened it at the same moment
+        return opened
+
+    @classmethod
+    def _make(cls, folder: Path, *, replaced: list[str], config: dict[str, Any], flags: str) -> RunFolder:
+        """Creates the folder of a new run."""
+        with disk_errors(f"the run folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            created = cls(folder, run_id=uuid.uuid4().hex)
+            made = cls(folder, run_id=uuid.uuid4().hex)
             try:
                 with (folder / UNFINISHED).open("x", encoding="utf-8") as file:
-                    json.dump(created._describe(replaced), file)
+                    json.dump(made._describe(replaced), file)
             except FileExistsError as error:
-                raise UserError(f"the run folder {path} was just created by another run. Run again.") from error
-        created._write_settings(config, flags)
-        start_heartbeat(folder / UNFINISHED)
-        return created
+                raise UserError(f"the run folder {folder} was just created by another run. Run again.") from error
+        made._write_settings(config, flags)
+        return made
 
     @classmethod
     def _open(cls, folder: Path, *, config: dict[str, Any], flags: str) -> RunFolder:
@@ -98,8 +106,6 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
         if not _is_run(folder):  # killed while the folder was created
             opened._write_settings(config, flags)
-        start_heartbeat(folder / UNFINISHED)
-        check_owner(folder)  # another process may have opened it at the same moment
         return opened
 
     def write_text(self, name: str, text: str) -> None:

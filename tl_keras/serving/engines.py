@@ -103,10 +103,15 @@ def _choose(
     """
     graph = Graph(path, precision="float32")
     images = as_strings([*(list(samples) * _COMPARED)[: _COMPARED - 1], b"no image"])
-    expected = graph.run("serving_default", {IMAGE_INPUT: images})
     clock = functools.partial(time_run, images=images, seconds=_TIMED_SECONDS)
-    plain = ServingEngine("tensorflow", "float32")
-    found: dict[ServingEngine, tuple[Any, float]] = {plain: (graph, clock(graph))} if plain in _list(wanted) else {}
+    plain, found = ServingEngine("tensorflow", "float32"), dict[ServingEngine, tuple[Any, float]]()
+    try:
+        expected = graph.run("serving_default", {IMAGE_INPUT: images})
+        if plain in _list(wanted):
+            found[plain] = graph, clock(graph)
+    except BaseException:
+        graph.close()
+        raise
     lines, reason = list[str](), ""
     for choice in _list(wanted):
         if choice == plain:
@@ -129,11 +134,14 @@ def _choose(
         graph.close()
         raise RuntimeError(reason)
     best = min(found, key=lambda one: found[one][1])
-    chosen = found[best][0]
-    for other in (graph, *(one for one, _ in found.values() if one is not graph)):
-        if other is not chosen:
-            other.close()
-    return chosen, best, None if reason else lines
+    _close_others(found[best][0], [graph, *(one for one, _ in found.values() if one is not graph)])
+    return found[best][0], best, None if reason else lines
+
+
+def _close_others(chosen: Any, loaded: Sequence[Any]) -> None:
+    for one in loaded:
+        if one is not chosen:
+            one.close()
 
 
 def _describe_failure(choice: ServingEngine, path: Path, error: Exception) -> str:

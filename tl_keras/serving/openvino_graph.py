@@ -16,13 +16,12 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tl_keras.backbones.engines import OPENVINO_BATCH, OPENVINO_TYPES
 from tl_keras.backbones.openvino_requests import Requests
 from tl_keras.classifier import EXAMPLE_FEATURE, NETWORK_FUNCTION, TOP_K, read_decoding, read_labels
 from tl_keras.data.images import open_decoder
 from tl_keras.serving.graphs import DEFAULT_SIGNATURE, IMAGE_INPUT, as_strings, divide_signatures
 
-_PART = 4  # images per batch of one core (benchmarks/extract.py: faster than 32 on five networks)
-_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _OUTPUTS = ("embeddings", "probabilities")  # of the network's function, in this order
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 
@@ -61,14 +60,14 @@ class OpenVinoGraph:
         self._decode_one = open_decoder(image_size=shape[0], **read_decoding(path))
         self._decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
         self._compiled = {}
-        for size, hint in ((1, "LATENCY"), (_PART, "THROUGHPUT")):
+        for size, hint in ((1, "LATENCY"), (OPENVINO_BATCH, "THROUGHPUT")):
             network.reshape([size, *shape])  # the same weights, prepared for another batch size
-            hints = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": hint}
+            hints = {"INFERENCE_PRECISION_HINT": OPENVINO_TYPES[precision], "PERFORMANCE_HINT": hint}
             self._compiled[size] = core.compile_model(network, "CPU", hints)
         self._order = [_find_output(network, name) for name in _OUTPUTS]
         self._shapes = [tuple(network.outputs[place].shape[1:]) for place in self._order]
         self._own = threading.local()
-        for count in (1, _PART + 1):  # the first request of a compiled network takes longest
+        for count in (1, OPENVINO_BATCH + 1):  # the first request of a compiled network takes longest
             self._run(np.zeros((count, *shape), np.float32))
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -116,7 +115,9 @@ class OpenVinoGraph:
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         """Computes embeddings and probabilities, float32 `(n, ...)`."""
-        size = 1 if len(images) <= _PART else _PART  # each part runs on one core: a few images are faster on all cores
+        size = (
+            1 if len(images) <= OPENVINO_BATCH else OPENVINO_BATCH
+        )  # each part runs on one core: a few images are faster on all cores
         outputs = self._make_outputs(len(images))
         self._find_requests(size).run(images, size=size, outputs=outputs, places=self._order)
         return outputs
