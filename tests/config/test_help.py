@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_main
+from tl_keras.backbones.reference import BACKBONES_FILE, backbones_page
 from tl_keras.config.completion import completion
 from tl_keras.config.help import EXAMPLES, mode_help, overview, show_flag
 from tl_keras.config.reference import FLAGS_FILE, KEYWORDS_FILE, flags_page, keywords_module
@@ -93,6 +94,11 @@ def test_generated_files_are_up_to_date():
     advice = "run python -m tl_keras.config.reference"
     assert KEYWORDS_FILE.read_text(encoding="utf-8") == keywords_module(), advice
     assert FLAGS_FILE.read_text(encoding="utf-8") == flags_page(), advice
+
+
+def test_the_page_of_backbones_is_that_of_the_zoo():
+    advice = "run python -m tl_keras.backbones.reference"
+    assert BACKBONES_FILE.read_text(encoding="utf-8") == backbones_page(), advice
 
 
 def test_help_that_does_not_exist_is_named_as_such(capsys):
