@@ -445,7 +445,7 @@ def swallow_in_c():
     except KeyboardInterrupt as error:
         sys.excepthook(SystemError, SystemError("returned a result with an exception set"), error.__traceback__)
 
-def run(argv):
+def run(argv, *, owns_process):
     swallow_in_{place}()
     time.sleep(90)
     return 0

@@ -27,11 +27,12 @@ _KEPT = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
     """Runs the command line.
 
     Args:
         argv: program name, then flags; the process's own where not given.
+        owns_process: see `run_mode`.
 
     Returns:
         The exit status: 0, 1 for a user's mistake, 130 where the user interrupted.
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
     Interrupts.listen()
     try:
-        status = _run(list(sys.argv if argv is None else argv))
+        status = _run(list(sys.argv if argv is None else argv), owns_process=owns_process)
         print(end="", flush=True)  # Python does it after us, where nothing is left to catch a closed pipe
         return status
     except (UserError, LostRunError) as error:
@@ -65,7 +66,7 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], *, owns_process: bool) -> int:
     arguments = argv[1:]
     if not arguments:
         print(overview())
@@ -96,7 +97,7 @@ def _run(argv: list[str]) -> int:
         screen.line(f"resuming {run_dir}")
     try:
         with Interrupts.restored():
-            return run_mode(settings, screen).exit_status
+            return run_mode(settings, screen, owns_process=owns_process).exit_status
     except KeyboardInterrupt:
         text = f"tl_keras: interrupted; {_KEPT.get(settings.mode, 'nothing was lost')}"
         screen.log(text)
@@ -108,7 +109,7 @@ def entry_point() -> None:
     """The installed command `tl_keras`."""
     sys.unraisablehook = repeat_interrupt
     sys.excepthook = repeat_printed_interrupt
-    sys.exit(main())
+    sys.exit(main(owns_process=True))
 
 
 if __name__ == "__main__":

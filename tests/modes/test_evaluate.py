@@ -177,7 +177,7 @@ def test_figures_are_those_of_the_rows(score, trained, fresh, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("Gren", "Did you mean: green, red? "), ("xyz", ""), ("red ", "Did you mean: red")], ids=repr
+    ("name", "hint"), [("Gren", "Did you mean: green? "), ("xyz", ""), ("red ", "Did you mean: red")], ids=repr
 )
 def test_a_label_that_the_classifier_does_not_know_is_named(refuse, fresh, tmp_path, name, hint):
     write_image(fresh / name / "1.jpg", make_image(1))
