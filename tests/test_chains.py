@@ -150,8 +150,8 @@ SEEDS = [
 @pytest.mark.parametrize("flags", SEEDS)
 def test_each_of_several_seeds_is_a_run_of_its_own(finetune, flags):
     common = ("--dataset=digits", *NETWORK, "--weights=none", "--epochs=2", "--learning_rate=0.01", *flags)
-    several = read(finetune("several", *common, "--seeds=3"))["seeds"]["accuracies"]
-    alone = [read(finetune(f"seed{seed}", *common, f"--seed={seed}"))["test"]["accuracy"] for seed in range(3)]
+    several = read(finetune("several", *common, "--seeds=2"))["seeds"]["accuracies"]
+    alone = [read(finetune(f"seed{seed}", *common, f"--seed={seed}"))["test"]["accuracy"] for seed in range(2)]
     assert several == pytest.approx(alone)
     assert len(set(several)) > 1
 
@@ -240,38 +240,32 @@ def test_resume_takes_the_settings_of_the_run(data, tmp_path, finetune, capsys, 
     assert "--resume: the folder runs has no unfinished run of --mode=finetune." in capsys.readouterr().err
 
 
-def interrupt(run: Path, models: Path) -> None:
-    """Makes a run look as if it had been killed after its export was written."""
-    (run / "metrics.json").unlink()
-    extra = next(models.glob("*/1")) / "assets.extra" / "tl_keras.json"
-    (run / "unfinished.json").write_text(json.dumps({"run_id": json.loads(extra.read_text())["run_id"]}))
-
-
 def test_a_manifest_that_grew_after_an_interruption_is_trained_on_anew(data, tmp_path, finetune, capsys):
     """The checkpoint is of other data: the run ends as one that never was interrupted, and says so."""
     rows = [f"{path},{path.parent.name}" for path in sorted(data.rglob("*.jpg"))]
     manifest = tmp_path / "images.csv"
     manifest.write_text("\n".join(["path,label", *rows[::3]]))
     flags = (f"--dataset=csv:{manifest}", *NETWORK, "--weights=none", "--epochs=2")
-    models = f"--export_dir={tmp_path / 'models'}"
-    run = finetune("run", *flags, "--export", models)
-    interrupt(run, tmp_path / "models")
+    run = finetune("run", *flags)
+    (run / "metrics.json").unlink()
+    (run / "unfinished.json").write_text("{}")
     manifest.write_text("\n".join(["path,label", *rows[::3], *rows[1::9]]))
     capsys.readouterr()
-    finetune("run", *flags, "--export", models)
+    finetune("run", *flags)
     shown = capsys.readouterr().out
     assert "head: the checkpoint is of other data or damaged: training starts from the first epoch" in shown
     assert has_ended(run)
     whole = finetune("whole", *flags)
     for name in ("predictions.csv", "splits.csv", "probabilities.npy"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    assert read(run)["export"]["path"].endswith("/2")  # the export of the smaller manifest is another version
 
 
 def test_an_export_that_was_interrupted_after_its_version_was_there_is_not_made_twice(data, tmp_path, finetune):
     models = f"--export_dir={tmp_path / 'models'}"
     run = finetune("run", *NETWORK, "--weights=none", "--epochs=1", "--export", models)
-    interrupt(run, tmp_path / "models")
+    (run / "metrics.json").unlink()
+    extra = next((tmp_path / "models").glob("*/1")) / "assets.extra" / "tl_keras.json"
+    (run / "unfinished.json").write_text(json.dumps({"run_id": json.loads(extra.read_text())["run_id"]}))
     finetune("run", *NETWORK, "--weights=none", "--epochs=1", "--export", models)
     assert [path.name for path in (tmp_path / "models").glob("*/*")] == ["1"]
     assert read(run)["export"]["path"].endswith("/1")

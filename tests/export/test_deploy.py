@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -208,9 +209,11 @@ def test_every_placeholder_is_filled(folder):
         assert "$$" not in text, path
 
 
-def test_the_client_asks_over_rest_and_grpc(trained, colour_folder, tmp_path):
+@pytest.fixture(scope="module")
+def client(trained, tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """The written client, run as a user runs it, against the local server."""
-    deploy = tmp_path / "deploy"
+    root = tmp_path_factory.mktemp("client")
+    deploy = root / "deploy"
     write_deployment(
         deploy,
         trained[1],
@@ -222,21 +225,42 @@ def test_the_client_asks_over_rest_and_grpc(trained, colour_folder, tmp_path):
     )
     config = (deploy / "models.config").read_text().replace("/models/", f"{trained[1].parent.parent}/")
     (deploy / "local.config").write_text(config)
-    images = [str(colour_folder / "red" / "000.jpg"), str(colour_folder / "blue" / "001.jpg"), __file__]
-    with start_server(tmp_path / "log", f"--models_config={deploy / 'local.config'}", "--engine=tensorflow") as server:
+    with start_server(root / "log", f"--models_config={deploy / 'local.config'}", "--engine=tensorflow") as server:
         ports = [f"--port={server.rest.rpartition(':')[2]}", f"--grpc_port={server.grpc.rpartition(':')[2]}"]
-        for flags in ([], ["--grpc"], ["--label="], ["--grpc", "--label=canary"]):
-            output = run_client(deploy, *ports, *flags, "--host=127.0.0.1", *images).stdout.splitlines()
-            assert output[0].startswith(f"{images[0]}: red ")
-            assert output[1].startswith(f"{images[1]}: blue ")
-            assert output[2] == f"{images[2]}: not a readable image"
-        wrong = run_client(deploy, *ports, "--label=nobody", "--host=127.0.0.1", images[0])
-        assert "400: Unrecognized servable version label: nobody" in wrong.stderr
-        wrong = run_client(deploy, *ports, "--model=other", "--label=", "--host=127.0.0.1", images[0])
-        assert "404: Servable not found for request: Latest(other)" in wrong.stderr
-        assert run_client(deploy, "gone.jpg").stderr == "gone.jpg can't be read: No such file or directory\n"
-        wrong = run_client(deploy, *ports, "--grpc", "--label=nobody", "--host=127.0.0.1", images[0])
-        assert "INVALID_ARGUMENT: Unrecognized servable version label: nobody" in wrong.stderr
+        yield lambda *arguments: run_client(deploy, *ports, "--host=127.0.0.1", *arguments)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--grpc", "--label=canary"),
+        pytest.param(("--grpc",), marks=pytest.mark.slow),
+        pytest.param(("--label=",), marks=pytest.mark.slow),
+    ],
+)
+def test_the_client_asks_over_rest_and_grpc(client, colour_folder, flags):
+    images = [str(colour_folder / "red" / "000.jpg"), str(colour_folder / "blue" / "001.jpg"), __file__]
+    output = client(*flags, *images).stdout.splitlines()
+    assert output[0].startswith(f"{images[0]}: red ")
+    assert output[1].startswith(f"{images[1]}: blue ")
+    assert output[2] == f"{images[2]}: not a readable image"
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--grpc", "--label=nobody"), "INVALID_ARGUMENT: Unrecognized servable version label: nobody"),
+        (("--model=other", "--label="), "404: Servable not found for request: Latest(other)"),
+        pytest.param(("--label=nobody",), "400: Unrecognized servable version label: nobody", marks=pytest.mark.slow),
+    ],
+)
+def test_the_client_says_what_the_server_refused(client, colour_folder, flags, text):
+    assert text in client(*flags, str(colour_folder / "red" / "000.jpg")).stderr
+
+
+def test_the_client_names_a_missing_file(client):
+    assert client("gone.jpg").stderr == "gone.jpg can't be read: No such file or directory\n"
 
 
 def run_client(deploy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
