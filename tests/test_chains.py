@@ -253,7 +253,7 @@ def test_a_manifest_that_grew_after_an_interruption_is_trained_on_anew(data, tmp
     capsys.readouterr()
     finetune("run", *flags)
     shown = capsys.readouterr().out
-    assert "head: the checkpoint is of other data or damaged: training starts from the first epoch" in shown
+    assert "head: the checkpoint does not match this data and these starting weights, or is damaged" in shown
     assert has_ended(run)
     whole = finetune("whole", *flags)
     for name in ("predictions.csv", "splits.csv", "probabilities.npy"):

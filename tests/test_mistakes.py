@@ -402,7 +402,7 @@ MISTAKES: list[tuple[str, str, Callable[[Path], None], str]] = [
         "unknown label",
         "--mode=evaluate --classifier={run} --dataset=digits",
         nothing,
-        "the label '0', which is not a class of the classifier",
+        "the label '0' (and 9 more labels), which is not a class of the classifier",
     ),
     ("no match", "--mode=predict --classifier={run} --images={tmp}/*.jpg", nothing, "*.jpg matches no image."),
 ]

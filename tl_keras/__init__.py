@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,13 @@ def load_classifier(path: str) -> LoadedClassifier:
         path: `runs/NAME` or `saved_models/NAME/VERSION`.
 
     Returns:
-        The classifier; its `predict` takes paths, encoded images, arrays, or images of Pillow.
+        The classifier; its `predict` takes paths, encoded images, arrays, or Pillow images.
 
     Raises:
         UserError: there is no classifier at `path`, or it is damaged.
     """
     check_classifier_path(path)
-    with api.quiet_tensorflow():
+    with contextlib.nullcontext() if "tensorflow" in sys.modules else api.quiet_tensorflow():
         from tl_keras.classifier import load  # loads TensorFlow, which `import tl_keras` must not
     return load(path)
 

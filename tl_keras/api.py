@@ -177,10 +177,7 @@ def quiet_tensorflow(*, level: str = "3") -> Iterator[None]:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    with _STDERR, _without_collector(), tempfile.TemporaryFile() as caught:
-        sys.stderr.flush()
-        saved = os.dup(2)
-        os.dup2(caught.fileno(), 2)
+    with _STDERR, _without_collector(), _filtered_stderr():
         try:
             yield
             _start_devices()
@@ -189,6 +186,21 @@ def quiet_tensorflow(*, level: str = "3") -> Iterator[None]:
             raise UserError(
                 f"TensorFlow can't be imported: {error}. Try: pip install --force-reinstall tensorflow keras."
             ) from error
+
+
+@contextlib.contextmanager
+def _filtered_stderr() -> Iterator[None]:
+    """Holds back what is written to stderr, and shows it at the end, without chatter."""
+    try:
+        sys.stderr.flush()
+        saved = os.dup(2)
+    except (AttributeError, OSError):  # a program without a console has no stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
         finally:
             sys.stderr.flush()
             os.dup2(saved, 2)

@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
         _silence_stdout()
         return 0
     except OSError as error:
+        if Interrupts.arrived:  # it came in a system call, or within a library
+            print("tl_keras: interrupted; complete files are kept", file=sys.stderr)
+            return INTERRUPTED
         if error.errno != errno.ENOSPC:
             raise
         _silence_stdout()
@@ -109,7 +112,11 @@ def entry_point() -> None:
     """The installed command `tl_keras`."""
     sys.unraisablehook = repeat_interrupt
     sys.excepthook = repeat_printed_interrupt
-    sys.exit(main(owns_process=True))
+    try:
+        status = main(owns_process=True)
+    finally:
+        sys.excepthook = sys.__excepthook__
+    sys.exit(status)
 
 
 if __name__ == "__main__":

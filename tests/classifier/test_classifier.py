@@ -414,9 +414,26 @@ def test_arrays_and_images_of_pillow_are_classified_as_their_files(loaded, red):
     (opaque,) = loaded.predict(image.convert("RGBA"))
     np.testing.assert_array_equal(opaque["probabilities"], expected["probabilities"])
     assert loaded.predict([]) == []
-    for wrong in (3, pixels / 255, pixels[:, :, 0], {"a": 1}):
-        with pytest.raises(UserError, match="can't classify a "):
-            loaded.predict([wrong])
+    deep = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257)
+    for wrong in (3, pixels / 255, pixels[:, :, 0], {"a": 1}, pixels[:0], deep):
+        for given in (wrong, [wrong]):
+            with pytest.raises(UserError, match="can't classify a "):
+                loaded.predict(given)
+
+
+def test_an_image_of_pillow_is_turned_as_its_exif_says_and_damage_is_named(loaded, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(make_image(3, COLOURS["red"], size=(20, 40))).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        (row,) = loaded.predict(opened)
+    (expected,) = loaded.predict(tmp_path / "a.png")
+    np.testing.assert_array_equal(row["probabilities"], expected["probabilities"])
+    names = np.array([str(tmp_path / "a.png")] * 2)
+    assert [one["predicted"] for one in loaded.predict(names)] == [expected["predicted"]] * 2
+    with Image.open(io.BytesIO(encode(make_image(1, size=(90, 90)), "JPEG")[:900])) as cut:
+        (row,) = loaded.predict(cut)
+    assert row["error"].startswith("can't be read: image file is truncated")
 
 
 def test_bytes_reach_the_decoder_as_they_are(exported, red):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
@@ -22,9 +23,11 @@ from tl_keras.errors import LostRunError, UserError
 from tl_keras.jobs.result import Result
 from tl_keras.run import (
     History,
+    Interrupts,
     RunFolder,
     Screen,
     Stopwatch,
+    check_run_dir,
     csv_bytes,
     disk_errors,
     end_run,
@@ -33,6 +36,7 @@ from tl_keras.run import (
     read_json,
     write_atomically,
 )
+from tl_keras.run import folder as folder_module
 
 
 def error_of(function, *args, **kwargs) -> str:
@@ -224,6 +228,46 @@ def test_a_run_that_computed_nothing_gives_way_to_other_settings(tmp_path):
     assert (now.resumed, now.run_id == earlier.run_id) == (False, False)
     assert read_json(now.path / "config.json")["run"]["seed"] == 3
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["config.json", "run.flags", "unfinished.json"]
+
+
+def test_only_the_files_of_a_start_are_deleted_and_only_behind_its_marker(tmp_path):
+    earlier = create(tmp_path / "runs" / "real", **settings())
+    (tmp_path / "link").symlink_to(earlier.path)
+    assert create(tmp_path / "link", **settings(seed=3)).resumed is False
+    assert (tmp_path / "link").is_symlink()
+    (earlier.path / "unfinished.json").unlink()  # someone kept the settings of a run alone
+    assert "already exists" in error_of(create, earlier.path, **settings(seed=4))
+    assert read_json(earlier.path / "config.json")["run"]["seed"] == 3
+
+
+def test_a_run_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "run").write_text("x")
+    assert error_of(create, tmp_path / "run") == f"--run_dir={tmp_path}/run is a file. Give the path of a folder."
+
+
+def test_a_run_that_is_alive_is_left_to_the_check_of_its_process(tmp_path, monkeypatch):
+    create(tmp_path / "run", **settings())
+    monkeypatch.setattr(folder_module, "is_running_here", lambda process: True)
+    check_run_dir(str(tmp_path / "run"), overwrite=False, config=settings(seed=3))  # says nothing of other settings
+
+
+def test_an_interrupt_behind_an_error_of_the_system_is_left_to_the_outer_block():
+    def fail(error):
+        with Interrupts.restored():
+            Interrupts.arrived = True
+            raise error
+
+    with pytest.raises(KeyboardInterrupt), Interrupts.restored():
+        with contextlib.suppress(OSError):
+            fail(OSError("read"))
+        with Interrupts.restored():
+            pass
+        raise RuntimeError("while tracing")
+    assert not Interrupts.arrived
+    with pytest.raises(RuntimeError), Interrupts.restored():
+        with contextlib.suppress(KeyboardInterrupt):
+            fail(RuntimeError("while tracing"))
+        raise RuntimeError("of its own")
 
 
 def test_a_run_that_was_killed_while_its_folder_was_made_goes_on(tmp_path):

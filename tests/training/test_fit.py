@@ -305,7 +305,10 @@ def test_a_stage_that_has_ended_is_not_trained_again(tmp_path):
     assert second.lines[-1].startswith("head: trained before the interruption; best epoch by val accuracy: ")
 
 
-UNUSED = "head: the checkpoint is of other data or damaged: training starts from the first epoch"
+UNUSED = (
+    "head: the checkpoint does not match this data and these starting weights, or is damaged: training starts from the "
+    "first epoch"
+)
 
 
 def test_a_state_of_other_images_is_not_taken(tmp_path):

@@ -115,7 +115,7 @@ def find_pairs(digests: Sequence[bytes], looks: Mapping[int, Look], neighbors: N
 def _similar(
     neighbors: Neighbors, looks: Mapping[int, Look], known: Mapping[tuple[int, int], Pair]
 ) -> Iterator[tuple[tuple[int, int], int]]:
-    """Neighbors whose hashes are similar, each pair once, with the number of different bits; without known pairs.
+    """Yields pairs of neighbors with similar hashes and their number of different bits, except known pairs.
 
     Images that can't be decoded have no pixels to compare.
     """

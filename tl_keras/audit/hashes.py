@@ -10,6 +10,7 @@ THUMB = 64  # height and width of the compared images
 BITS = 63
 _GRID, _KEPT = 32, 8
 _SCALES = (1.0, 0.95, 0.9)  # center crops, as fractions of the side, to recognize cropped copies
+VIEWS = 2 * len(_SCALES)  # each crop, and its mirror image
 _MIRROR = (-1.0) ** np.arange(_KEPT)  # factors that turn the cosine transform of an image into that of its mirror image
 
 
@@ -26,7 +27,7 @@ def hash_image(thumb: np.ndarray) -> np.ndarray:
         bool `(6, 63)`: three crops, then their mirror images; the first crop is the whole image.
     """
     low = dctn(_crop(thumb), axes=(1, 2), norm="ortho")[:, :_KEPT, :_KEPT]
-    both = np.concatenate([low, low * _MIRROR]).reshape(2 * len(_SCALES), -1)[:, 1:]
+    both = np.concatenate([low, low * _MIRROR]).reshape(VIEWS, -1)[:, 1:]
     return np.asarray(both > np.median(both, axis=1, keepdims=True))
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import PIL
+import scipy
 from PIL import features
 
 from tl_keras.audit.duplicates import Look
 from tl_keras.audit.files import look_at
-from tl_keras.audit.hashes import BITS, THUMB
+from tl_keras.audit.hashes import BITS, THUMB, VIEWS
 from tl_keras.backbones.store import EmbeddingStore
 from tl_keras.errors import UserError
 from tl_keras.run import map_ahead
@@ -20,7 +21,7 @@ from tl_keras.run import map_ahead
 ContentStream = Callable[[np.ndarray], Iterator[tuple[int, bytes]]]
 _VERSION = 1  # part of the address: increment it if `look_at` gives other values
 _AHEAD, _BATCH = 32, 256
-_HASHES = (6, BITS)
+_HASHES = (VIEWS, BITS)
 _DIGEST_BYTES, _HASH_BYTES = 32, -(-_HASHES[0] * _HASHES[1] // 8)
 
 
@@ -42,12 +43,14 @@ def find_looks(
     looks = cache.read({int(row): digests[row] for row in wanted})
     missing = wanted[[int(row) not in looks for row in wanted]] if len(wanted) else wanted
     fresh = map_ahead(_look, read(missing), threads=os.cpu_count(), ahead=_AHEAD) if len(missing) else ()
-    for row, (digest, look) in fresh:
-        if look is not None:
-            looks[row] = look
-            if digest == digests[row]:  # otherwise the file was replaced in the meantime
-                cache.write(digest, look)
-    cache.flush()
+    try:
+        for row, (digest, look) in fresh:
+            if look is not None:
+                looks[row] = look
+                if digest == digests[row]:  # otherwise the file was replaced in the meantime
+                    cache.write(digest, look)
+    finally:
+        cache.flush()
     return looks
 
 
@@ -61,8 +64,10 @@ class _Cache:
     def __init__(self, store_dir: str | None) -> None:
         self._store: EmbeddingStore | None = None
         self._keys, self._rows = list[bytes](), list[np.ndarray]()
-        codecs = {name: features.version(name) for name in ("jpg", "zlib", "webp")}
-        address = {"backbone": "audit", "version": _VERSION, "pillow": PIL.__version__, "numpy": np.__version__}
+        codecs = {"turbo": features.version_feature("libjpeg_turbo")}
+        codecs |= {name: features.version(name) for name in ("jpg", "zlib", "webp")}
+        versions = {"pillow": PIL.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
+        address = {"backbone": "audit", "version": _VERSION, "sizes": [THUMB, VIEWS, BITS], **versions}
         if store_dir:
             try:
                 self._store = EmbeddingStore(store_dir, {**address, **codecs})
@@ -77,11 +82,15 @@ class _Cache:
         try:
             missing = set(self._store.missing(keys))
             known = [position for position in range(len(keys)) if position not in missing]
-            packed = self._store.read([keys[position] for position in known]) if known else ()
+            looks = dict[int, Look]()
+            for start in range(0, len(known), _BATCH):
+                part = known[start : start + _BATCH]
+                packed = self._store.read([keys[position] for position in part], keeps=False)
+                looks |= {rows[position]: _unpack(one) for position, one in zip(part, packed, strict=True)}
+            return looks
         except UserError:
             self._store = None
             return {}
-        return {rows[position]: _unpack(one) for position, one in zip(known, packed, strict=True)}
 
     def write(self, digest: bytes, look: Look) -> None:
         """Adds the properties of an image."""
@@ -112,6 +121,6 @@ def _pack(look: Look) -> np.ndarray:
 
 
 def _unpack(packed: np.ndarray) -> Look:
-    digest, hashes, blank, thumb = np.split(packed, np.cumsum((_DIGEST_BYTES, _HASH_BYTES, 1)))
+    digest, hashes, blank, thumb = np.split(packed.copy(), np.cumsum((_DIGEST_BYTES, _HASH_BYTES, 1)))
     bits = np.unpackbits(hashes, count=_HASHES[0] * _HASHES[1]).reshape(_HASHES).astype(bool)
     return Look(digest.tobytes(), bits, thumb.reshape(THUMB, THUMB), bool(blank[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
 import keras
@@ -48,7 +49,7 @@ def check_network(
 
     Args:
         backbone: images `(batch, h, w, 3)` → embeddings; its weights are in memory already.
-        batch_size: batch size of the frozen backbone.
+        batch_size: batch size of the frozen backbone; 0 if nothing is frozen.
         engine: value of --engine.
         trained: the part that is trained; None if it is frozen.
         training_batch: batch size of training.
@@ -65,7 +66,9 @@ def check_network(
     if need > free:
         ways = "Choose a smaller --backbone or --image_size"
         ways += ", or a smaller --batch_size" if trained is not None else ""
-        ways += ", or give --engine=openvino" if weights * (_COPIES["openvino"] - 1) + activations <= free else ""
+        fits = weights * (_COPIES["openvino"] - 1) + activations <= free
+        if fits and batch_size and importlib.util.find_spec("openvino"):
+            ways += ", or give --engine=openvino"
         largest = max(maps, default=0) / 1e6
         raise UserError(
             f"{backbone.name} needs about {need / 1e9:.1f} GB of memory here ({weights / 1e9:.1f} GB of weights in "

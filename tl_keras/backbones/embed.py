@@ -163,12 +163,13 @@ def embed(
     check_space(store_dir, needs=[(one.count, size) for one, size in zip(passes, sizes, strict=True)])
     cached = sum(map(len, wanted.values())) - total
     megabytes = sum(one.count * size for one, size in zip(passes, sizes, strict=True)) / 1e6
-    layers = ", ".join(one["cut"] for one in addresses)
-    mixed = "; val and test in float32" if precise else ""
-    show(
-        f"embeddings of {layers}: {count_of(total, 'image')} to compute, {cached:,} cached, {megabytes:,.0f} MB to "
-        f"write; engine {choice.engine}, {choice.precision} ({choice.reason}{mixed})"
-    )
+    counts = f"{cached:,} cached, {megabytes:,.0f} MB to write"
+    if trunks:
+        layers, mixed = ", ".join(one["cut"] for one in addresses), "; val and test in float32" if precise else ""
+        reason = f"engine {choice.engine}, {choice.precision} ({choice.reason}{mixed})"
+        show(f"embeddings of {layers}: {count_of(total, 'image')} to compute, {counts}; {reason}")
+    else:
+        show(f"pixels: {count_of(total, 'image')} to decode, {counts}")
     done, computing_since = 0, time.perf_counter()
     for one in passes:
         for view, positions in one.missing.items():

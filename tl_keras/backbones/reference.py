@@ -15,10 +15,10 @@ _HEAD = """# Backbones
 The networks of `keras.applications`, by the name that `--backbone` takes, and a small network of tl_keras that needs no
 download.
 
-- **Image size** is that of the ImageNet weights, and the default of `--image_size`; other sizes from the minimum on
-  work too.
-- **Layers** are the ends of the network's last stages, for `--feature_layer=NAME` and `--trainable=from:NAME`. Other
-  layers work as well, if the network can be cut there; an error names the nearest ones.
+- **Image size** is that of the ImageNet weights, and the default of `--image_size`. Any size from the minimum upward
+  works.
+- **Layers** are names for `--feature_layer`: the ends of the network's stages, and the top layers of VGG. Other layers
+  work too if the network can be cut there; an error names the nearest ones. A NASNet can only be read at its end.
 - **License** is that of the ImageNet weights.
 
 This page is generated from `tl_keras/backbones/zoo.py`.

@@ -17,7 +17,7 @@ import shutil
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ _LOCK_PAUSE_SECONDS = 0.02
 _PAGE_BYTES = 65536
 _QUERY_KEYS = 500  # old versions of SQLite allow 999 parameters
 _SPARE_BYTES = 200 << 20
-_KEPT_BYTES = 128 << 20  # embeddings that an open store keeps in memory; larger stores are read from disk
+_KEPT_BYTES = 128 << 20  # memory for rows of all open stores together; further rows are read from disk each time
+_KEPT_ROW_BYTES = 400  # memory of a row beside its values: key, bytes, array, entry
 _ROW_BYTES = 64  # key, type, shape, and overhead of SQLite
 _KEY_BYTES = 48  # entry in the index, whose pages are two thirds full
 # types of network file systems, on which SQLite's write-ahead log does not work
@@ -74,6 +75,7 @@ class EmbeddingStore:
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{address.get('backbone', 'trunk')}-{name}.sqlite"
         self._kept, self._kept_bytes = dict[bytes, np.ndarray](), 0
+        _OPEN.add(self)
         make_folder(folder)
         with self._errors():
             # used by threads of tf.data, one at a time
@@ -95,6 +97,7 @@ class EmbeddingStore:
     def close(self) -> None:
         """Closes the file."""
         self._close()
+        _OPEN.discard(self)
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Finds the positions of keys that are not in the store, ascending."""
@@ -132,11 +135,12 @@ class EmbeddingStore:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def read(self, keys: Sequence[bytes]) -> np.ndarray:
+    def read(self, keys: Sequence[bytes], *, keeps: bool = True) -> np.ndarray:
         """Reads a batch, in the order of the keys.
 
         Args:
             keys: b keys that are in the store; duplicates are allowed.
+            keeps: whether to keep what is read in memory, up to a limit, because it will be read again.
 
         Returns:
             `(b, ...)`, in the dtype in which they were written.
@@ -149,12 +153,20 @@ class EmbeddingStore:
         if len(found) < len(missing):
             raise UserError(f"the embedding store {self.path} was cleared while it was in use. Run again.")
         embeddings = np.stack([self._kept[key] if key in self._kept else found[key] for key in keys])
-        for key, row in found.items():
-            if self._kept_bytes + row.nbytes > _KEPT_BYTES:
-                break
-            self._kept[key] = row
-            self._kept_bytes += row.nbytes
+        if keeps:
+            self._keep(found)
         return embeddings
+
+    def _keep(self, rows: Mapping[bytes, np.ndarray]) -> None:
+        """Keeps rows in memory, as far as the limit for all stores allows."""
+        free = _KEPT_BYTES - sum(store._kept_bytes for store in _OPEN)
+        for key, row in rows.items():
+            size = row.nbytes + _KEPT_ROW_BYTES
+            if size > free:
+                return
+            self._kept[key] = row
+            self._kept_bytes += size
+            free -= size
 
     def _read_rows(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Reads embeddings from the file; those that it does not have are left out."""
@@ -195,6 +207,9 @@ class EmbeddingStore:
             yield
         except sqlite3.Error as error:
             raise UserError(_explain(error, self.path)) from error
+
+
+_OPEN: weakref.WeakSet[EmbeddingStore] = weakref.WeakSet()
 
 
 def make_folder(folder: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import tensorflow as tf
 
 from tl_keras.classifier.classifier import Classifier
@@ -20,7 +22,9 @@ from tl_keras.run import Interrupts
 
 _PREDICT_BATCH = 32
 _IMAGE_AXES, _CHANNELS = 3, 3  # of an array
-_BATCH_AXES = _IMAGE_AXES + 1
+_PILLOW_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"))
+
+OneImage = str | os.PathLike[str] | bytes | bytearray | np.ndarray | PIL.Image.Image
 
 
 class LoadedClassifier:
@@ -50,12 +54,12 @@ class LoadedClassifier:
         """Probabilities, float32 `(b, classes)`, of images at the network's size, float32 RGB 0 to 255."""
         return np.asarray(self._pixels(images=tf.constant(images))["probabilities"])
 
-    def predict(self, images: Any) -> list[dict[str, Any]]:
+    def predict(self, images: OneImage | Iterable[OneImage]) -> list[dict[str, Any]]:
         """Classifies images.
 
         Args:
-            images: one image or a sequence of images: paths, encoded bytes, RGB arrays (uint8 `(height, width, 3)`), or
-                images of Pillow.
+            images: one image or several: paths, encoded bytes, RGB arrays (uint8 `(height, width, 3)`), or Pillow
+                images, which are turned as their EXIF orientation says.
 
         Returns:
             For each image `predicted`, `probability`, `labels` and `scores` (the best five), `probabilities` (all
@@ -64,16 +68,15 @@ class LoadedClassifier:
         Raises:
             UserError: something is none of these.
         """
-        is_single = not isinstance(images, Iterable) or isinstance(images, (str, bytes, bytearray, os.PathLike))
-        is_single |= isinstance(images, np.ndarray) and images.ndim < _BATCH_AXES
+        items = [images] if _is_single(images) else images
         unread: dict[int, str] = {}
 
         def contents() -> Iterator[bytes]:
-            for number, image in enumerate([images] if is_single else images):
+            for number, image in enumerate(items):
                 try:
                     yield _read_image(image)
                 except OSError as error:
-                    unread[number] = f"can't be read: {error.strerror}"
+                    unread[number] = f"can't be read: {error.strerror or error}"
                     yield b""
 
         predictions = [prediction for batch in self.predict_batches(contents()) for prediction in batch]
@@ -115,7 +118,14 @@ class LoadedClassifier:
         }
 
 
-def _read_image(image: Any) -> bytes:
+def _is_single(images: Any) -> bool:
+    """Whether something is one image, or something that is none; arrays of numbers are one up to three axes."""
+    if isinstance(images, np.ndarray):
+        return images.dtype.kind not in "OUS" and images.ndim <= _IMAGE_AXES
+    return not isinstance(images, Iterable) or isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping))
+
+
+def _read_image(image: OneImage) -> bytes:
     """The encoded bytes of an image that is given in one of several forms.
 
     Raises:
@@ -126,13 +136,20 @@ def _read_image(image: Any) -> bytes:
         return bytes(image)
     if isinstance(image, (str, os.PathLike)):
         return Path(image).read_bytes()
-    pixels = np.asarray(image.convert("RGB")) if hasattr(image, "convert") else np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != _IMAGE_AXES or pixels.shape[-1] != _CHANNELS:
+    if isinstance(image, PIL.Image.Image):
+        if image.mode not in _PILLOW_MODES:
+            raise UserError(
+                f"can't classify a Pillow image of mode {image.mode}, which has more than 8 bits per channel. Give its "
+                "file, or convert it to RGB."
+            )
+        image = np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != _IMAGE_AXES or pixels.shape[-1] != _CHANNELS or not pixels.size:
         raise UserError(
             f"can't classify a {type(image).__name__} of {pixels.dtype} {pixels.shape}. Allowed: a path, encoded "
-            "bytes, an image of Pillow, or an RGB array of uint8 (height, width, 3)."
+            "bytes, a Pillow image, or an RGB array of uint8 (height, width, 3)."
         )
-    return bytes(tf.io.encode_png(pixels).numpy())  # without loss
+    return bytes(tf.io.encode_png(pixels).numpy())  # lossless
 
 
 def load(path: str) -> LoadedClassifier:

@@ -53,6 +53,7 @@ _STRAY_IMAGES = 2  # images in a folder of folders that are ignored, such as a p
 _READERS = 4
 _READ_AHEAD = 64
 _NAMED = 5
+_NO_MATCH = "--images={pattern} matches no image. Give files, folders or glob patterns, comma-separated."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,8 @@ def check_path(dataset: str) -> None:
     if kind == "folder" and separator and path:
         _check_folder(Path(path), "--dataset=folder:")
     elif kind == "csv" and separator and path:
-        read_table(Path(path), asked=f"--dataset=csv:{path}")
+        if not os.path.isfile(path):
+            read_table(Path(path), asked=f"--dataset=csv:{path}")  # says what is wrong
     elif os.path.isabs(dataset) or (os.sep in dataset and os.path.exists(dataset)):
         kind = "csv" if os.path.isfile(dataset) else "folder"
         raise UserError(f"--dataset={dataset} is a path. For your own data: --dataset={kind}:{dataset}.")
@@ -144,11 +146,20 @@ def find_images(patterns: Sequence[str]) -> list[str]:
         else:
             matches = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
         if not matches:
-            raise UserError(
-                f"--images={pattern} matches no image. Give files, folders or glob patterns, comma-separated."
-            )
+            raise UserError(_NO_MATCH.format(pattern=pattern))
         found += matches
     return list(dict.fromkeys(found))
+
+
+def check_images(patterns: Sequence[str]) -> None:
+    """Checks that the files and folders of `--images` exist, without listing them.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not os.path.exists(pattern) and not any(glob.iglob(pattern, recursive=True)):
+            raise UserError(_NO_MATCH.format(pattern=pattern))
 
 
 def list_image_files(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:

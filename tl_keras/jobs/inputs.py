@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tl_keras.backbones.zoo import check_backbone, find_preset
 from tl_keras.config import AUDIT, EXTRACT, FINETUNE, Config, check_classifier_path, is_run, parse_kwargs
-from tl_keras.data.sources import check_path, find_images
+from tl_keras.data.sources import check_images, check_path
 from tl_keras.report.card import load_card
 from tl_keras.run import check_run_dir
 
@@ -17,7 +17,7 @@ def check_inputs(config: Config) -> None:
     """
     check_path(config.data.dataset or "")
     check_classifier_path(config.read.classifier)
-    find_images(config.read.images)
+    check_images(config.read.images)
     load_card(config.evaluation.card)
     if config.mode in {FINETUNE, EXTRACT} or (config.mode == AUDIT and not config.read.classifier):
         _check_backbone(config)

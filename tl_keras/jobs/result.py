@@ -27,7 +27,7 @@ class Result:
 
     run_dir: Path | None = None
     exported: Path | None = None
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     exit_status: int = 0
     is_complete: bool = True
 

@@ -37,11 +37,12 @@ from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import create_folder
 from tl_keras.report.card import Card, load_card
 from tl_keras.report.compose import Judged, compose_report, try_report
-from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, Stopwatch, name_run, read_json
+from tl_keras.run import INTERRUPTED, Interrupts, RunFolder, Screen, Stopwatch, count_of, name_run, read_json
 from tl_keras.statistics.coverage import measure_threshold
 from tl_keras.statistics.intervals import with_interval
 
 _CORRUPTED_BATCH = 32
+_NAMED = 10  # classes in an error
 
 
 def run(config: Config, screen: Screen | None = None) -> Result:
@@ -301,12 +302,14 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
     Raises:
         UserError: the classifier does not have one of the labels.
     """
-    for name in source.class_names:
-        if name not in labels:
-            raise UserError(
-                f"the data has the label {name!r}, which is not a class of the classifier. {nearest(name, labels)}"
-                "Rename it, or leave it out with --classes."
-            )
+    unknown = [name for name in source.class_names if name not in labels]
+    if unknown:
+        more = f" (and {count_of(len(unknown) - 1, 'more label')})" if len(unknown) > 1 else ""
+        known = ", ".join(labels[:_NAMED]) + (", …" if len(labels) > _NAMED else "")
+        raise UserError(
+            f"the data has the label {unknown[0]!r}{more}, which is not a class of the classifier. "
+            f"{nearest(unknown[0], labels)}Rename it, or leave it out with --classes. The classes are: {known}."
+        )
     numbers = np.array([labels.index(name) for name in source.class_names], np.int32)
     return dataclasses.replace(source, labels=numbers[source.labels], class_names=labels)
 

@@ -22,7 +22,7 @@ try:
     from tl_keras.serving.calls import Limits
     from tl_keras.serving.models import ModelEntry, find_models, list_versions
     from tl_keras.serving.reload import read_config_file
-    from tl_keras.serving.server import Address, serve
+    from tl_keras.serving.server import Address, check_ports, serve
 except ImportError as missing:
     raise UserError(
         f"--mode=serve needs a package that is not installed ({missing.name}). Install it: pip install "
@@ -38,11 +38,13 @@ def run(config: Config, screen: Screen | None = None) -> Result:
     """Serves models until the process ends with Ctrl-C or SIGTERM."""
     screen, settings = screen or Screen(), config.serve
     signal.signal(signal.SIGTERM, _end)  # while models are loading; the server installs its own handler
+    address = Address(settings.host, settings.port, settings.grpc_port, settings.cors)
+    check_ports(address)  # before a run is exported, which takes seconds
     with _find(config, screen) as (entries, roots, samples):
         interrupted = serve(
             entries,
             roots=roots,
-            address=Address(settings.host, settings.port, settings.grpc_port, settings.cors),
+            address=address,
             engine=config.engine.engine,
             precision=config.engine.precision,
             batch_sizes=[size for size in BATCH_SIZES if size <= settings.max_batch_size],

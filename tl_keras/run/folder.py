@@ -166,8 +166,14 @@ def check_run_dir(path: str, *, overwrite: bool, config: Mapping[str, Any]) -> N
         UserError: it must not be replaced, or is not the folder of a run.
     """
     folder = Path(path)
-    if not (folder.is_dir() and any(folder.iterdir())) or _is_same_run(folder, config):
-        return
+    with disk_errors(f"the run folder {folder}"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--run_dir={folder} is a file. Give the path of a folder.")
+        if not (folder.is_dir() and any(folder.iterdir())) or _is_same_run(folder, config):
+            return
+    process = _read_marker(folder).get("process")
+    if is_running_here(process) or may_run_elsewhere(folder / UNFINISHED, process):
+        return  # `RunFolder.create` finds out, which may take a minute
     if not _is_run(folder):
         raise UserError(
             f"the folder {folder} already exists, and no run has written it. Give a new folder as --run_dir."
@@ -254,8 +260,22 @@ def _is_run(folder: Path) -> bool:
 
 
 def _has_nothing(folder: Path) -> bool:
-    """Whether a run ended before it computed anything that is kept in its folder."""
-    return not has_ended(folder) and {path.name for path in folder.iterdir()} <= _AT_START
+    """Whether a run stopped before it computed anything that is kept in its folder."""
+    return {UNFINISHED} <= {path.name for path in folder.iterdir()} <= _AT_START
+
+
+def _clear(folder: Path) -> None:
+    """Deletes the files of a run that has computed nothing.
+
+    Raises:
+        UserError: another process has just started a run there.
+    """
+    marker = _read_marker(folder)
+    for name in _AT_START - {UNFINISHED}:
+        (folder / name).unlink(missing_ok=True)
+    if _read_marker(folder) != marker:
+        raise UserError(f"the run folder {folder} was just created by another run. Run again.")
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _is_same_run(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -285,7 +305,7 @@ def _find_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 def _put_aside(folder: Path) -> list[str]:
     """Renames the folder of an earlier run, so that it is kept until the new run is complete.
 
-    A run that has computed nothing is deleted instead.
+    The files of a run that has computed nothing are deleted instead.
 
     Returns:
         The folders that the new run replaces.
@@ -296,7 +316,7 @@ def _put_aside(folder: Path) -> list[str]:
         target, number = folder.with_name(f"{folder.name}.replaced-{number}"), number + 1
     with disk_errors(f"the run folder {folder}"):
         if _has_nothing(folder):
-            shutil.rmtree(folder)
+            _clear(folder)
             return earlier
         os.rename(folder, target)
     return [*earlier, str(target.absolute())]

@@ -45,21 +45,18 @@ class Interrupts:
         Raises:
             KeyboardInterrupt: an interrupt arrived within the block, and a RuntimeError or the like followed.
         """
-        cls.arrived = False
+        outer, cls.arrived = cls.arrived, False
         try:
             yield
         except (UserError, LostRunError, OSError, MemoryError):
+            outer = outer or cls.arrived
             raise
         except Exception as error:
-            interrupted, cls.arrived = cls.arrived, False
-            if interrupted:
+            if cls.arrived:
                 raise KeyboardInterrupt from error
             raise
-        except BaseException:
-            cls.arrived = False
-            raise
-        else:
-            cls.arrived = False
+        finally:
+            cls.arrived = outer
 
     @classmethod
     def _forward(cls, number: int, frame: Any) -> None:
@@ -87,6 +84,7 @@ def repeat_printed_interrupt(
 ) -> None:
     """TensorFlow's C++ code prints an exception that it can't raise; an interrupt behind it is raised again."""
     if Interrupts.arrived:
+        Interrupts.arrived = False
         threading.Timer(_REPEAT_SECONDS, _interrupt_main_thread).start()
     else:
         sys.__excepthook__(kind, error, trace)

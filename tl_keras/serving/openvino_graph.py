@@ -115,9 +115,8 @@ class OpenVinoGraph:
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         """Computes embeddings and probabilities, float32 `(n, ...)`."""
-        size = (
-            1 if len(images) <= OPENVINO_BATCH else OPENVINO_BATCH
-        )  # each part runs on one core: a few images are faster on all cores
+        # each part runs on one core: a few images are faster on all cores
+        size = 1 if len(images) <= OPENVINO_BATCH else OPENVINO_BATCH
         outputs = self._make_outputs(len(images))
         self._find_requests(size).run(images, size=size, outputs=outputs, places=self._order)
         return outputs

@@ -60,6 +60,16 @@ class Address:
     cors: tuple[str, ...] = ()
 
 
+def check_ports(address: Address) -> None:
+    """Checks that both ports are free.
+
+    Raises:
+        UserError: a port is in use, or needs privileges.
+    """
+    with _bind(address.host, address.port, "port"), _bind(address.host, address.grpc_port, "grpc_port"):
+        pass
+
+
 def serve(
     entries: Sequence[ModelEntry],
     *,

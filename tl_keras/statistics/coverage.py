@@ -38,7 +38,8 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, *, target_ac
     section 2): from each start the threshold is lowered as long as the exact binomial bound (Clopper & Pearson 1934) on
     the accuracy above it reaches the target, with a Bonferroni correction for the number of starts. With probability
     `THRESHOLD_CONFIDENCE` over the draw of val, the true accuracy above the threshold is at least the target, for new
-    images from the same distribution as val (selection with guaranteed risk, Geifman & El-Yaniv 2017).
+    images from the same distribution as val (selection with guaranteed risk, Geifman & El-Yaniv 2017). Thresholds are
+    confidences of val, and the image at the threshold counts too, so this probability is approximate.
 
     Args:
         probabilities: predictions for val, float `(n, classes)`.

@@ -132,7 +132,10 @@ def fit_stage(
     metrics = [*model.metrics[0].variables, *accuracy.variables]
     state = read_state(path, identity=identity)
     if state is None and path.is_file():
-        progress.show(f"{name}: the checkpoint is of other data or damaged: training starts from the first epoch")
+        progress.show(
+            f"{name}: the checkpoint does not match this data and these starting weights, or is damaged: training "
+            "starts from the first epoch"
+        )
     return fitting.run(state or StageState(identity), metrics)
 
 
@@ -180,7 +183,9 @@ class _Fitting:
             self._interrupt.give_back()
         self._best.restore()
         if self._interrupt.interrupted:
-            self._progress.show(f"{self._name}: interrupted; the best epoch is evaluated. Ctrl-C again ends at once")
+            self._progress.show(
+                f"{self._name}: interrupted; the best epoch is evaluated. Interrupt again to stop immediately"
+            )
         else:
             keeper.finish(diverged=diverged)
         self._progress.show(f"{self._name}: {self._describe_best()}")
