@@ -257,17 +257,19 @@ def test_an_interrupt_behind_an_error_of_the_system_is_left_to_the_outer_block()
             Interrupts.arrived = True
             raise error
 
-    with pytest.raises(KeyboardInterrupt), Interrupts.restored():
-        with contextlib.suppress(OSError):
-            fail(OSError("read"))
+    def fail_in_an_outer_block(inner, then):
         with Interrupts.restored():
-            pass
-        raise RuntimeError("while tracing")
+            with contextlib.suppress(OSError, KeyboardInterrupt):
+                fail(inner)
+            with Interrupts.restored():
+                pass
+            raise then
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_in_an_outer_block(OSError("read"), RuntimeError("while tracing"))
     assert not Interrupts.arrived
-    with pytest.raises(RuntimeError), Interrupts.restored():
-        with contextlib.suppress(KeyboardInterrupt):
-            fail(RuntimeError("while tracing"))
-        raise RuntimeError("of its own")
+    with pytest.raises(RuntimeError, match="of its own"):  # the interrupt itself was handled
+        fail_in_an_outer_block(RuntimeError("while tracing"), RuntimeError("of its own"))
 
 
 def test_a_run_that_was_killed_while_its_folder_was_made_goes_on(tmp_path):
