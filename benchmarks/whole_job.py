@@ -50,10 +50,9 @@ def compare(arguments: Any, data: str, network: list[str], peer: list[str]) -> d
                 measured.setdefault(f"{checkout}{name}", []).append(job)
                 print(data, checkout, name, job, flush=True)
         if peer and number == 0:
-            start = sum(os.times()[2:4])
             seconds, output = run_process(["-m", "benchmarks.plain_keras", str(folder), *peer])
             last, left = json.loads(output.splitlines()[-1])["epoch_seconds"][-1], EPOCHS - int(peer[2])
-            job = {"seconds": seconds + last * left, "CPU seconds": sum(os.times()[2:4]) - start}
+            job = {"seconds": seconds + last * left}
             measured.setdefault("plain Keras", []).append(job)
             print(data, "plain Keras", job, flush=True)
     return summarize(measured)
@@ -73,7 +72,9 @@ def run_job(work: Path, root: Path, folder: Path, flags: list[str]) -> dict[str,
 def summarize(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, jobs in measured.items():
-        results[name] = {key: spread([job[key] for job in jobs]) for key in ("seconds", "CPU seconds")}
+        results[name] = {
+            key: spread([job[key] for job in jobs]) for key in ("seconds", "CPU seconds") if key in jobs[0]
+        }
         if "stages" in jobs[0]:
             results[name]["seconds by stage"] = {
                 stage: spread([job["stages"][stage] for job in jobs]) for stage in jobs[0]["stages"]

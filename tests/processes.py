@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -39,14 +40,29 @@ class Process:
     """A command line that runs; the interface is that of `subprocess.Popen`."""
 
     def __init__(
-        self, *arguments: str, env: Mapping[str, str] | None = None, output: Path | None = None, cwd: Path = ROOT
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        output: Path | None = None,
+        cwd: Path = ROOT,
+        script: Path | None = None,
     ) -> None:
-        """Args: output: file of stdout and stderr together, instead of one temporary file for each."""
+        """Starts the process.
+
+        Args:
+            *arguments: the command line.
+            env: the environment; None: that of this process.
+            output: file of stdout and stderr together, instead of one temporary file for each.
+            cwd: the working directory.
+            script: a Python file to run instead of a command line.
+        """
         files = [output] if output else [make_file(), make_file()]
         self._files, self._is_temporary = [files[0], files[-1]], output is None
         self.args = arguments
         environment = dict(os.environ if env is None else env)
-        self._process = _context.Process(target=_run, args=(arguments, environment, [*map(str, self._files)], str(cwd)))
+        self._process = _context.Process(
+            target=_run, args=(arguments, environment, [*map(str, self._files)], str(cwd), script)
+        )
         self._process.start()
         _started.add(self)
 
@@ -92,7 +108,9 @@ def make_file() -> Path:
     return Path(path)
 
 
-def _run(arguments: tuple[str, ...], environment: dict[str, str], files: list[str], cwd: str) -> None:
+def _run(
+    arguments: tuple[str, ...], environment: dict[str, str], files: list[str], cwd: str, script: Path | None
+) -> None:
     for number, path in zip((1, 2), files, strict=True):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)
@@ -107,7 +125,10 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str], files: list[st
 
     sys.argv = ["tl_keras", *arguments]
     try:
-        entry_point()
+        if script:
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            entry_point()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

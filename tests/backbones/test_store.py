@@ -88,6 +88,7 @@ def test_each_embedding_is_read_from_disk_once_as_long_as_all_fit_in_memory(stor
     for _ in range(3):
         np.testing.assert_array_equal(store.read(keys(3, 1, 3, 0)), vectors(3, 1, 3, 0))
     assert sorted(from_disk) == keys(0, 1, 3)
+    monkeypatch.setattr(store_module, "_OPEN", {store})  # without those of other tests
     monkeypatch.setattr(store_module, "_KEPT_BYTES", 5 * 412)
     for _ in range(2):
         np.testing.assert_array_equal(store.read(keys(*range(7, -1, -1))), vectors(*range(7, -1, -1)))

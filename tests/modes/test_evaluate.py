@@ -300,7 +300,7 @@ def test_val_images_that_are_val_again_are_told(trained, colour_folder, tmp_path
         shutil.copy(next((colour_folder / name).iterdir()), tmp_path / "data" / "train" / name / "x.jpg")
     flags = (f"--classifier={trained[0]}", f"--dataset=folder:{tmp_path / 'data'}", f"--run_dir={tmp_path / 'run'}")
     assert run_main("--mode=evaluate", *flags, "--noreport") == 0
-    told = f"warning: {len(val)} of the {len(val)} val images are val images of the classifier's run, which were used"
+    told = f"warning: {len(val)} of the {len(val)} val images are val images of the classifier's run, used"
     assert told in capsys.readouterr().out
 
 

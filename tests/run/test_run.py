@@ -242,7 +242,9 @@ def test_only_the_files_of_a_start_are_deleted_and_only_behind_its_marker(tmp_pa
 
 def test_a_run_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "run").write_text("x")
-    assert error_of(create, tmp_path / "run") == f"--run_dir={tmp_path}/run is a file. Give the path of a folder."
+    assert error_of(create, tmp_path / "run") == (
+        f"the run folder {tmp_path}/run can't be written: it is a file. Give the path of a folder."
+    )
 
 
 def test_a_run_that_is_alive_is_left_to_the_check_of_its_process(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -68,7 +68,7 @@ class LoadedClassifier:
         Raises:
             UserError: something is none of these.
         """
-        items = [images] if _is_single(images) else images
+        items = cast("Iterable[OneImage]", [images] if _is_single(images) else images)
         unread: dict[int, str] = {}
 
         def contents() -> Iterator[bytes]:

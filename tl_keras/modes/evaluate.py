@@ -308,7 +308,7 @@ def _renumber(source: Source, labels: tuple[str, ...]) -> Source:
         known = ", ".join(labels[:_NAMED]) + (", …" if len(labels) > _NAMED else "")
         raise UserError(
             f"the data has the label {unknown[0]!r}{more}, which is not a class of the classifier. "
-            f"{nearest(unknown[0], labels)}Rename it, or leave it out with --classes. The classes are: {known}."
+            f"{nearest(unknown[0], labels)}The classes are: {known}. Rename it, or leave it out with --classes."
         )
     numbers = np.array([labels.index(name) for name in source.class_names], np.int32)
     return dataclasses.replace(source, labels=numbers[source.labels], class_names=labels)

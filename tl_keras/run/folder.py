@@ -66,15 +66,15 @@ class RunFolder:
             UserError: the folder already exists and is not empty, is used by a running process, or can't be written.
         """
         folder = Path(path)
-        if folder.is_dir() and any(folder.iterdir()):
+        is_used = folder.is_dir() and any(folder.iterdir())
+        if is_used:
             _check_not_running(folder, show)
-            check_run_dir(path, overwrite=overwrite, config=config)
-            if _is_same_run(folder, config):  # also with --overwrite: it would be the same run
-                opened = cls._open(folder, config=config, flags=flags)
-            else:
-                opened = cls._make(folder, replaced=_put_aside(folder), config=config, flags=flags)
+        check_run_dir(path, overwrite=overwrite, config=config)
+        if is_used and _is_same_run(folder, config):  # also with --overwrite: it would be the same run
+            opened = cls._open(folder, config=config, flags=flags)
         else:
-            opened = cls._make(folder, replaced=[], config=config, flags=flags)
+            replaced = _put_aside(folder) if is_used else []
+            opened = cls._make(folder, replaced=replaced, config=config, flags=flags)
         start_heartbeat(folder / UNFINISHED)
         check_owner(folder)  # another process may have opened it at the same moment
         return opened
@@ -168,7 +168,7 @@ def check_run_dir(path: str, *, overwrite: bool, config: Mapping[str, Any]) -> N
     folder = Path(path)
     with disk_errors(f"the run folder {folder}"):
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--run_dir={folder} is a file. Give the path of a folder.")
+            raise UserError(f"the run folder {folder} can't be written: it is a file. Give the path of a folder.")
         if not (folder.is_dir() and any(folder.iterdir())) or _is_same_run(folder, config):
             return
     process = _read_marker(folder).get("process")
