@@ -309,7 +309,7 @@ def test_images_on_which_choices_were_made_are_told(score, trained, colour_folde
     for one in val:
         shutil.copy(colour_folder / one, fresh / one.replace("/", "/again-"))
     assert score(fresh).metrics["leaks"] == {}
-    told = f"warning: {len(val)} of the {9 + len(val)} test images are val images of the classifier's run, which"
+    told = f"warning: {len(val)} of the {9 + len(val)} test images are val images of the classifier's run, used"
     assert told in capsys.readouterr().out
 
 
