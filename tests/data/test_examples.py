@@ -86,7 +86,8 @@ def test_more_broken_ones_than_allowed_stop_the_run_after_they_were_reported(bro
         scan(memory.source, np.zeros(20, np.int8), **arguments)
     assert str(error.value) == (
         f"{broken} of 20 images are broken, more than --max_broken_fraction=0.1. The first is 0.jpg: empty or "
-        "unreadable file. Repair or remove them, or allow more."
+        "unreadable file. Repair or remove the images that broken.csv in the run folder lists, or allow more with a "
+        "larger --max_broken_fraction."
     )
     assert len(rows[0]) == broken
 

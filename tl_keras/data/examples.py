@@ -131,7 +131,8 @@ def check_broken(source: Source, broken: dict[int, str], total: int, *, max_brok
         position, reason = next(iter(sorted(broken.items())))
         raise UserError(
             f"{len(broken)} of {total} images are broken, more than --max_broken_fraction={max_broken_fraction:g}. "
-            f"The first is {source.ids[position]}: {reason}. Repair or remove them, or allow more."
+            f"The first is {source.ids[position]}: {reason}. Repair or remove the images that "
+            "broken.csv in the run folder lists, or allow more with a larger --max_broken_fraction."
         )
 
 
