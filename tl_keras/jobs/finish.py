@@ -24,7 +24,7 @@ from tl_keras.evaluation.metrics import headline
 from tl_keras.evaluation.tables import describe_environment, describe_evaluation, write_evaluation
 from tl_keras.export.parity import ParityProcess
 from tl_keras.export.saved_model import Exported, describe_request, export_saved_model
-from tl_keras.jobs.inspection import examine_examples, fits_in_report, list_audited_images, measure_leaks
+from tl_keras.jobs.inspection import examine_job, fits_in_report, list_audited_images, measure_leaks
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job
 from tl_keras.report.compose import Judged, compose_report, try_report
@@ -275,14 +275,7 @@ class _AuditForReport:
             self._job.screen.line(self.lines[0])
             return None
         job = self._job
-        audit = examine_examples(
-            job.examples,
-            job.oddities,
-            views.pretrained(rows),
-            all_pixels=False,
-            store_dir=job.store_dir,
-            show_progress=job.screen.progress,
-        )
+        audit = examine_job(job, views.pretrained(rows), all_pixels=False)
         leaks, leak_lines = measure_leaks(audit, images, _predicted(probabilities, images), "this classifier")
         job.folder.write_csv("audit.csv", FINDINGS_HEADER, [one.as_row() for one in audit.findings])
         self.entries = {"audit": {"findings": audit.counts(), "leaks": leaks, "shift": audit.shift}}

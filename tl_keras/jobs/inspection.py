@@ -13,6 +13,7 @@ from tl_keras.audit.findings import Finding
 from tl_keras.data.examples import Examples
 from tl_keras.data.splits import SPLITS
 from tl_keras.evaluation.leaks import compare_without
+from tl_keras.jobs.start import Job
 
 _IMAGES_AT_MOST, _NUMBERS_AT_MOST = 100_000, 400_000_000  # one minute of search; 1.6 GB, up to three copies
 
@@ -28,6 +29,24 @@ def list_audited_images(examples: Examples) -> tuple[np.ndarray, Images]:
 def fits_in_report(count: int, dim: int) -> bool:
     """Whether `count` embeddings of size `dim` are few enough for an audit in a report."""
     return count <= _IMAGES_AT_MOST and count * dim <= _NUMBERS_AT_MOST
+
+
+def examine_job(job: Job, embeddings: np.ndarray, *, all_pixels: bool) -> Audit:
+    """Audits the images of a job.
+
+    Args:
+        job: the job.
+        embeddings: see `examine_examples`.
+        all_pixels: see `examine`.
+    """
+    return examine_examples(
+        job.examples,
+        job.oddities,
+        embeddings,
+        all_pixels=all_pixels,
+        store_dir=job.store_dir,
+        show_progress=job.screen.progress,
+    )
 
 
 def examine_examples(

@@ -23,7 +23,7 @@ from tl_keras.data.splits import SPLITS
 from tl_keras.errors import UserError
 from tl_keras.evaluation.leaks import read_digests
 from tl_keras.evaluation.tables import describe_environment, write_examples
-from tl_keras.jobs.inspection import examine_examples, list_audited_images, measure_leaks
+from tl_keras.jobs.inspection import examine_job, list_audited_images, measure_leaks
 from tl_keras.jobs.lineage import load_run_config
 from tl_keras.jobs.result import Result
 from tl_keras.jobs.start import Job, load_network, start
@@ -56,14 +56,7 @@ def run(config: Config, screen: Screen | None = None) -> Result:
         raise UserError(f"none of the images can be read; {job.folder.path}/broken.csv has the reasons. Repair them.")
     _estimate_time(screen, len(rows), int(job.network.backbone.output_shape[-1]))
     with watch.stage("audit"):
-        audit = examine_examples(
-            job.examples,
-            job.oddities,
-            embedded.read_float32(rows),
-            all_pixels=True,
-            store_dir=job.store_dir,
-            show_progress=screen.progress,
-        )
+        audit = examine_job(job, embedded.read_float32(rows), all_pixels=True)
         digests = [job.examples.digests[row].tobytes() for row in rows]
         predicted, judge = _predict(asked, audit, images, digests)
         leaks, leak_lines = measure_leaks(audit, images, predicted, judge)

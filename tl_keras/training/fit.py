@@ -98,8 +98,8 @@ def fit_stage(
 ) -> Stage:
     """Fits a model, and restores the weights of the best epoch on val.
 
-    After every epoch a checkpoint is written to `checkpoints/NAME.npz`. If the file exists and is of the same data,
-    training continues from it, with bitwise the same result as without the interruption.
+    After every epoch a checkpoint is written to `checkpoints/NAME.npz`. If the file exists and matches the data and
+    the starting weights, training continues from it, with bitwise the same result as without the interruption.
 
     Args:
         model: embeddings `(b, ...)` → logits `(b, classes)`.
